@@ -1,0 +1,152 @@
+"""Flags, recipes, run folders and errors: what `train.py`, `adapt.py` and `evaluate.py` share before torch is loaded.
+
+This file is here because a script must read its flags before it imports torch and transformers, which takes seconds:
+`python train.py --help` answers at once, and a misspelt flag is refused at once.
+
+Each script has one dataclass `Config`, whose fields are its flags. The defaults that a benchmark decides come from
+`RECIPES`; a flag given by hand wins over both.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+# A run's defaults: what its data set says, then what its (data set, method) says. Sources: the papers' appendices and
+# the MHR authors' configuration files; "strings" is ours, tuned on its dev compositions (see README).
+PRETRAINING = {
+    "strings": dict(
+        backbone="tiny", rank=2, skills=8, routing="gumbel", steps=2000, epochs=0, batch_size=64, lr=5e-3, lr_z=5e-2,
+        weight_decay=0.0, warmup=0.06, clip=1.0, max_input=64, max_output=32, eval_examples=20,
+    ),
+    "strings-single": dict(
+        backbone="scratch", rank=2, skills=8, routing="gumbel", steps=6000, epochs=0, batch_size=64, lr=1e-3, lr_z=5e-2,
+        weight_decay=0.0, warmup=0.06, clip=1.0, max_input=64, max_output=32, eval_examples=100,
+    ),
+    "crossfit": dict(
+        backbone="facebook/bart-large", rank=16, skills=8, routing="gumbel", steps=0, epochs=30, batch_size=32,
+        lr=1e-3, lr_z=1e-2, weight_decay=0.0, warmup=0.06, clip=1.0, max_input=512, max_output=64, eval_examples=0,
+    ),
+    ("strings", "full"): dict(lr=1e-3),
+    ("crossfit", "full"): dict(lr=3e-5),
+}  # fmt: skip
+FEW_SHOT = {
+    "strings": dict(
+        shots=32, split="0", steps=100, batch_size=32, lr=3e-3, lr_z=5e-2, weight_decay=0.0, warmup=0.06, clip=1.0,
+        eval_every=10, patience=5,
+    ),
+    "crossfit": dict(
+        shots=0, split="100", steps=1000, batch_size=8, lr=1e-3, lr_z=1e-2, weight_decay=0.01, warmup=0.1, clip=1.0,
+        eval_every=100, patience=3,
+    ),
+}  # fmt: skip
+
+
+class UserError(Exception):
+    """Something that the user can mend: one sentence that names the flag, file and line, or layer, and what to do."""
+
+
+# --- Flags ------------------------------------------------------------------------------------------------------------
+
+
+def flag(default, help: str, choices: tuple = ()):
+    """A field of a script's Config: its default, its help text and, where they are few, its allowed values."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def recipe(recipes: dict, dataset: str, method: str) -> dict:
+    """The defaults of a data set, changed by those of (data set, method)."""
+    return recipes.get(dataset, {}) | recipes.get((dataset, method), {})
+
+
+def explicit_flags(Config: type, recipes: dict, argv: list[str] | None = None) -> dict:
+    """The flags given on the command line, by field name; misuse ends the program with one sentence and code 2."""
+    parser = _Parser(description=(Config.__doc__ or "").strip(), allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for field in dataclasses.fields(Config):
+        by_dataset = [f"{r[field.name]} ({d})" for d, r in recipes.items() if field.name in r and isinstance(d, str)]
+        default = ", ".join(by_dataset) or (field.default if field.default != "" else "none")
+        options = dict(help=f"{field.metadata['help']} [default: {default}]".replace("%", "%%"))
+        if field.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif field.type is tuple:
+            options["nargs"] = "+"
+        else:
+            options["type"] = field.type
+        if field.metadata["choices"]:
+            options["choices"] = field.metadata["choices"]
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    return vars(parser.parse_args(argv))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+
+
+def check_positive(cfg, *names: str):
+    """Raise UserError unless each of these fields is above zero."""
+    for name in names:
+        if getattr(cfg, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(cfg, name)}")
+
+
+def describe(cfg) -> str:
+    """All settings of a run as they are, one line, for its start."""
+    return "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items() if v != "")
+
+
+def exit_on_user_error(main, *args):
+    """Run a script's main; a UserError becomes one line on standard error and exit code 2, Ctrl-C code 130."""
+    try:
+        main(*args)
+    except UserError as error:
+        sys.exit(f"error: {error}" if sys.stderr is None else _say_and_code(f"error: {error}"))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _say_and_code(message: str) -> int:
+    print(message, file=sys.stderr)
+    return 2
+
+
+# --- Run folders ------------------------------------------------------------------------------------------------------
+
+
+def new_run_folder(path: str) -> Path:
+    """Make a run's folder. Raises UserError if it already holds a run: nothing is ever overwritten."""
+    folder = Path(path)
+    if (folder / "config.json").exists():
+        raise UserError(f"--output-dir {folder} already holds a run: choose another folder or delete this one")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {folder} cannot be made: {error.strerror}") from None
+    return folder
+
+
+def write_json(path: Path, content: dict):
+    """Write a JSON file under a temporary name, then rename it: readers see the old file or the whole new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON file of a run folder. Raises UserError if it is missing or broken."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: give a folder that train.py or adapt.py made") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno} is not valid JSON: {error.msg}") from None
+
+
+def read_config(Config: type, path: Path):
+    """Rebuild a script's Config from a run's config.json. Raises UserError if the fields are not the Config's."""
+    content, names = read_json(path), {field.name for field in dataclasses.fields(Config)}
+    if odd := names.symmetric_difference(content):
+        raise UserError(f"{path}: field {sorted(odd)[0]!r} is missing or unknown: this run is of another version")
+    return Config(**content)

@@ -1,0 +1,259 @@
+"""Put adapters into a Hugging Face model, tell them the task of each example, save, load and merge them.
+
+The one sibling that a copied `lora.py`, `ia3.py`, `poly.py` or `mhr.py` needs in a real model; it knows none of them,
+only that an adapted layer keeps the layer that it replaced as `.linear` and offers `.merged(task)`, and that a routed
+one has a `.router` and wants task ids.
+
+    freeze(model)
+    inject(model, lambda name, linear: PolyLinear(linear, LoRA(rank=1), PolyRouter(64, 8)), LORA_LAYERS["t5"])
+    with task_ids([3, 3, 0, 7]):                   # the task of each example in the batch
+        loss = model(**batch).loss
+        loss.backward()                            # inside: gradient checkpointing runs the layers again
+    save_adapters(model, "adapter.safetensors")
+
+Task ids travel through one context instead of the model's arguments, for no Hugging Face model would pass them on.
+A hook on each routed layer reads the innermost context at every call. The hook stays for good (PEFT's Poly removes
+its hooks before backward, and then gradient checkpointing fails), and nothing is written to the layer.
+"""
+
+import hashlib
+import os
+import re
+from contextlib import contextmanager
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+# Which linear layers LoRA adapts by default, by `model.config.model_type`: the papers' choice for T5 (all linears of
+# attention and feed-forward) and BART (self-attention, Polytropon section 4.2), and T5's choice for the others.
+LORA_LAYERS = {
+    "t5": r".*\.(SelfAttention|EncDecAttention|DenseReluDense)\.(q|k|v|o|wi|wi_0|wi_1|wo)",
+    "bart": r".*\.self_attn\.(q|k|v|out)_proj",
+    "llama": r".*\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
+    "gpt2": r".*\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)",
+}
+# Which layers (IA)^3 scales: keys and values at their output, the second feed-forward layer at its input. GPT-2 has
+# one layer for queries, keys and values, which is scaled whole, as PEFT does.
+IA3_LAYERS = {
+    "t5": r".*\.(SelfAttention|EncDecAttention)\.(k|v)|.*\.DenseReluDense\.wo",
+    "bart": r".*_attn\.(k|v)_proj|.*\.fc2",
+    "llama": r".*\.self_attn\.(k|v)_proj|.*\.mlp\.down_proj",
+    "gpt2": r".*\.attn\.c_attn|.*\.mlp\.c_proj",
+}
+IA3_INPUT_SIDE = ("wo", "fc2", "down_proj", "mlp.c_proj")  # layers whose input, not output, is scaled
+LIKE_T5 = ("mt5", "umt5", "longt5")
+LIKE_LLAMA = ("mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "smollm3", "olmo", "olmo2")
+
+
+def default_layers(model_type: str, adapter: str) -> str:
+    """The pattern of layers that `adapter` ("lora" or "ia3") changes in a model of `model_type` (config.model_type).
+
+    Raises ValueError for a model type without a default.
+    """
+    family = "t5" if model_type in LIKE_T5 else "llama" if model_type in LIKE_LLAMA else model_type
+    layers = IA3_LAYERS if adapter == "ia3" else LORA_LAYERS
+    if family not in layers:
+        raise ValueError(f"no default layers for model type {model_type!r}: give a pattern of layer names")
+    return layers[family]
+
+
+# --- Task ids ---------------------------------------------------------------------------------------------------------
+
+_contexts: list[tuple[Tensor, Tensor, int]] = []  # innermost last: distinct ids (u,), row -> distinct (n,), largest id
+
+
+@contextmanager
+def task_ids(ids):
+    """Within this context, example k of a batch belongs to task ids[k]. Covers forward, backward and generation.
+
+    ids (n,): a list or tensor of integers >= 0. Contexts nest; leaving one restores the one around it.
+    Raises ValueError if ids are not integers, negative, or not a flat list of at least one.
+    """
+    ids = torch.as_tensor(ids)
+    if ids.dim() != 1 or len(ids) == 0 or ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+        raise ValueError(f"task ids must be a flat list of integers, not {tuple(ids.shape)} of {ids.dtype}")
+    tasks, rows = torch.unique(ids.long(), return_inverse=True)  # once per batch, not once per layer
+    if tasks[0] < 0:
+        raise ValueError(f"task ids must not be negative, got {int(tasks[0])}")
+    _contexts.append((tasks, rows, int(tasks[-1])))
+    try:
+        yield
+    finally:
+        _contexts.pop()
+
+
+def _give_task_ids(layer: nn.Module, args: tuple, kwargs: dict):
+    """Forward pre-hook of every routed layer: add the innermost context's ids to the call."""
+    if len(args) > 1 or "tasks" in kwargs:
+        return None  # called directly, with ids of its own
+    if not _contexts:
+        raise RuntimeError("a routed layer was called without task ids: wrap the call in `with task_ids(ids):`")
+    tasks, rows, largest = _contexts[-1]
+    if largest >= layer.router.tasks:
+        raise IndexError(f"task id {largest} is out of range: this model knows tasks 0 .. {layer.router.tasks - 1}")
+    device = args[0].device
+    return args, kwargs | {"tasks": tasks.to(device), "rows": rows.to(device)}
+
+
+# --- Injection --------------------------------------------------------------------------------------------------------
+
+
+def freeze(model: nn.Module):
+    """No parameter of the model is trained from here on; adapters that are injected afterwards are."""
+    for p in model.parameters():
+        p.requires_grad_(False)
+
+
+def inject(model: nn.Module, make_layer, pattern: str) -> list[str]:
+    """Replace every linear layer whose full name matches `pattern` (re.fullmatch) by make_layer(name, linear).
+
+    GPT-2's Conv1D, a linear layer with its weight stored (i, o), becomes an nn.Linear that shares its memory.
+    Returns the names replaced, in model order. Raises ValueError, with the model unchanged, if nothing matches, a
+    match is no linear layer, the model already has adapters, or make_layer refuses a layer (its name is added).
+    """
+    if adapted_layers(model):
+        raise ValueError("this model already has adapters")
+    found = [(name, module) for name, module in model.named_modules() if re.fullmatch(pattern, name)]
+    if not found:
+        raise ValueError(f"no layer's name matches the pattern {pattern!r}")
+    made = []
+    for name, module in found:
+        if type(module).__name__ == "Conv1D":
+            module = _as_linear(module)
+        if not isinstance(module, nn.Linear):
+            raise ValueError(f"layer {name} is a {type(module).__name__}, only linear layers can be adapted")
+        try:
+            made.append((name, make_layer(name, module)))
+        except ValueError as error:
+            raise ValueError(f"layer {name}: {error}") from None
+    for name, layer in made:
+        if hasattr(layer, "router"):
+            layer.register_forward_pre_hook(_give_task_ids, with_kwargs=True)
+        model.set_submodule(name, layer)
+    return [name for name, _ in made]
+
+
+def _as_linear(conv: nn.Module) -> nn.Linear:
+    """A Conv1D of the GPT-2 kind as a linear layer: the transposed weight is a view of the same memory."""
+    linear = nn.Linear(*conv.weight.shape, device="meta")
+    linear.weight = nn.Parameter(conv.weight.data.T, requires_grad=conv.weight.requires_grad)
+    linear.bias = conv.bias
+    return linear
+
+
+def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The adapted layers of a model by name: those that `inject` put there."""
+    return {name: m for name, m in model.named_modules() if hasattr(m, "merged") and hasattr(m, "linear")}
+
+
+def routers(model: nn.Module) -> list[nn.Module]:
+    """The distinct routers of a model, in model order; a shared one counts once."""
+    return list(dict.fromkeys(layer.router for layer in adapted_layers(model).values() if hasattr(layer, "router")))
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Everything that injection added, by name: adapters and routers, without the layers that they wrap."""
+    added = {}
+    for layer, module in adapted_layers(model).items():
+        own = {name: p for name, p in module.named_parameters() if not name.startswith("linear.")}
+        added |= {f"{layer}.{name}": p for name, p in own.items()}
+    first = {id(p): name for name, p in reversed(added.items())}  # a shared router counts once, under its first name
+    return {name: p for name, p in added.items() if first[id(p)] == name}
+
+
+def add_tasks(model: nn.Module, count: int, keep: bool = True):
+    """Every router gets `count` fresh tasks: after the old ones, which stay bit for bit, or in their place."""
+    for router in routers(model):
+        router.add_tasks(count, keep)
+
+
+# --- Merging ----------------------------------------------------------------------------------------------------------
+
+
+def merge(model: nn.Module, task: int) -> dict[str, nn.Module]:
+    """Put plain linear layers, with the adapter of one task merged in, in the place of the adapted ones.
+
+    The model is then an ordinary Hugging Face model. Returns the adapted layers for `unmerge`: they keep the original
+    weights, untouched, so undoing is exact to the bit, at the price of a second copy of those weights meanwhile.
+    Raises ValueError if there are no adapters, IndexError if the task is out of range.
+    """
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError("nothing to merge: this model has no adapters")
+    for layer in layers.values():
+        known = layer.router.tasks if hasattr(layer, "router") else None
+        if known is not None and not 0 <= task < known:
+            raise IndexError(f"task id {task} is out of range: this model knows tasks 0 .. {known - 1}")
+    plain = {name: layer.merged(task) for name, layer in layers.items()}
+    for name, linear in plain.items():
+        model.set_submodule(name, linear)
+    return layers
+
+
+def unmerge(model: nn.Module, layers: dict[str, nn.Module]):
+    """Undo `merge`: put the layers that it returned back."""
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+
+
+# --- Saving and loading -----------------------------------------------------------------------------------------------
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short hash of the backbone: name, shape and 64 evenly spaced values of each of its parameters.
+
+    Adapters do not enter, so it is the same before and after injection. Values are rounded to bfloat16 first, so a
+    backbone loaded in bfloat16 or float32 is the same backbone.
+    """
+    digest = hashlib.sha256()
+    added = adapter_parameters(model).keys()
+    for name, p in model.named_parameters():
+        if name not in added:
+            p = p.detach() if p.is_contiguous() else p.detach().T  # a Conv1D that `inject` turned: turn it back
+            values = p.flatten()[:: max(1, p.numel() // 64)].to("cpu", torch.bfloat16)
+            digest.update(f"{name.replace('.linear.', '.')} {tuple(p.shape)}".encode())
+            digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_adapters(model: nn.Module, path: str):
+    """Write adapters and routers, and nothing of the backbone but its fingerprint, to a safetensors file.
+
+    Written under a temporary name and renamed, so an older file of that name is never half overwritten.
+    """
+    tensors = {name: p.detach().contiguous().cpu() for name, p in adapter_parameters(model).items()}
+    temporary = f"{path}.tmp"
+    save_file(tensors, temporary, metadata={"backbone": fingerprint(model)})
+    os.replace(temporary, path)
+
+
+@torch.no_grad()
+def load_adapters(model: nn.Module, path: str):
+    """Read a file of `save_adapters` into a model with the same adapters injected, bit for bit.
+
+    Routers take the file's number of tasks. Raises ValueError, with the model unchanged, if the file belongs to
+    another backbone or other adapters, naming the first difference.
+    """
+    with safe_open(str(path), framework="pt") as file:
+        backbone, saved = (file.metadata() or {}).get("backbone"), {name: file.get_tensor(name) for name in file.keys()}
+    if backbone != fingerprint(model):
+        raise ValueError(f"{path} was trained on another backbone: load the model that it was trained on")
+    own = adapter_parameters(model)
+    for name in sorted(saved.keys() ^ own.keys()):
+        where = "file" if name in saved else "model"
+        raise ValueError(f"{path}: {name} is only in the {where}: it was saved with other adapter settings")
+    for name, p in own.items():
+        per_task = name.endswith(".router.Z")
+        if saved[name].dtype != p.dtype or saved[name].shape[per_task:] != p.shape[per_task:]:
+            raise ValueError(f"{path}: {name} is {_kind(saved[name])}, the model has {_kind(p)}")
+    by_parameter = {id(p): name for name, p in own.items()}
+    for router in routers(model):
+        router.Z = nn.Parameter(saved.pop(by_parameter[id(router.Z)]).to(router.Z.device), router.Z.requires_grad)
+    for name, value in saved.items():
+        own[name].copy_(value)
+
+
+def _kind(x: Tensor) -> str:
+    return f"{tuple(x.shape)} of {x.dtype}"

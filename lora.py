@@ -1,0 +1,109 @@
+"""LoRA: a low-rank update beside a frozen linear layer.
+
+Paper: Hu et al. 2021 [1]; MHR paper [2] section 2.1, equation "LoRA":  y = W0 x + alpha * A B^T x.
+
+Two things live here, and the same two in `ia3.py`:
+
+* `LoRA`        what an ADAPTER is: the shapes and initial values of its parameters, and one pure function that
+                applies them to one linear layer. It holds no tensors, so `poly.py` and `mhr.py` can stack,
+                mix and apply the parameters of many adapters with it.
+* `LoRALinear`  one frozen linear layer with ONE adapter: the method "lora" (also called "shared": one
+                adapter for all tasks), and what is left of Poly and MHR once their skills are averaged (mu).
+
+Shape key, the same in every file:
+    b examples, l sequence length, i in_features, o out_features, r rank,
+    t tasks, s skills in the inventory, h heads;  d = i/h, e = o/h.
+
+Orientation: x is a row vector, so A is (i, r), B is (r, o) and the update is (x A) B. Hu et al. and PEFT's LoRA
+store both transposed: (r, i) and (o, r).
+
+Deviations:
+* Init of A: uniform within +-1/sqrt(3 i), as in the MHR authors' code. PEFT's Poly takes +-sqrt(h/i), which is
+  sqrt(3 h) times wider and depends on the number of heads. B is zero everywhere.
+* alpha is 1 and the update is scaled by alpha / r, as in all three papers (written "alpha = 1/|r|" in [2]).
+
+Not here: dropout, and merging as a hidden side effect of .eval(); `merged` returns a new layer instead.
+
+[1] https://arxiv.org/abs/2106.09685   [2] https://arxiv.org/abs/2211.03831
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """The low-rank adapter: which parameters it has and how they change one linear layer.
+
+    rank: r. alpha: the update is multiplied by alpha / r.
+    feature_axis: for each parameter, the axis that MHR (section 3) cuts into heads: A along i, B along o.
+    """
+
+    rank: int = 1
+    alpha: float = 1.0
+
+    feature_axis = {"A": 0, "B": 1}
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, not {self.rank}")
+
+    def init(self, linear: nn.Linear) -> dict[str, Tensor]:
+        """Fresh float32 parameters of one adapter: A (i, r) uniform within +-1/sqrt(3 i), B (r, o) zero.
+
+        With B = 0 the update is exactly zero, so an adapted model starts as its backbone.
+        """
+        i, o, device = linear.in_features, linear.out_features, linear.weight.device
+        bound = (3 * i) ** -0.5
+        A = torch.empty(i, self.rank, dtype=torch.float32, device=device).uniform_(-bound, bound)
+        B = torch.zeros(self.rank, o, dtype=torch.float32, device=device)
+        return {"A": A, "B": B}
+
+    def apply(self, linear: nn.Linear, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """y = x W0^T + bias + (alpha / r) (x A) B.
+
+        x (b, l, i). Either one adapter for all rows, A (i, r) and B (r, o), or one per example,
+        A (b, i, r) and B (b, r, o): matmul broadcasts both. Returns (b, l, o).
+        The adapter is cast to x's dtype, so float32 adapters sit on a bfloat16 backbone.
+        """
+        A, B = A.to(x.dtype), B.to(x.dtype)
+        return linear(x) + (self.alpha / self.rank) * (x @ A) @ B
+
+    def merge(self, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor):
+        """The plain weight (o, i) and bias (o,) that do the same: W0 + (alpha / r) (A B)^T. New tensors."""
+        delta = (self.alpha / self.rank) * (A @ B).T  # float32: a bfloat16 weight is rounded once, at the end
+        return (weight + delta).to(weight.dtype), bias
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with one LoRA. Takes and returns what the linear layer does, (b, l, i) -> (b, l, o).
+
+    linear: the layer to adapt; it is kept, not copied. adapter: the `LoRA`.
+    params: its A and B; None draws fresh ones.
+    """
+
+    def __init__(self, linear: nn.Linear, adapter: LoRA = LoRA(), params: dict[str, Tensor] | None = None):
+        super().__init__()
+        self.linear = linear
+        self.adapter = adapter
+        self.params = nn.ParameterDict(adapter.init(linear) if params is None else params)
+
+    # T5 reads `self.wo.weight` inside its own forward: an adapted layer still answers like a linear one.
+    weight = property(lambda self: self.linear.weight)
+    bias = property(lambda self: self.linear.bias)
+    in_features = property(lambda self: self.linear.in_features)
+    out_features = property(lambda self: self.linear.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.adapter.apply(self.linear, x, **self.params)
+
+    @torch.no_grad()
+    def merged(self, task: int = 0) -> nn.Linear:
+        """A plain linear layer equal to this one (`task` is ignored: there is one adapter for all)."""
+        weight, bias = self.adapter.merge(self.linear.weight, self.linear.bias, **self.params)
+        plain = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        plain.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
+        return plain

@@ -1,0 +1,176 @@
+"""Polytropon (Poly): every task mixes its own adapter from a shared inventory of skills.
+
+Paper: Ponti et al. 2023 [1] sections 2.1-2.3; Caccia et al. 2022/2023 [2] section 3.1 (2022 version), equation "Poly".
+
+Unlike `lora.py`: a layer holds s adapters (the skills) instead of one, and a router that gives each task its weights
+over them:
+
+    z^     a relaxed Bernoulli sample of each logit of the task's row of Z       [1] eq. 2   `relaxed_bernoulli`
+    w_s  = z^_s / sum_s' z^_s'                                                   [1] eq. 3   `PolyRouter`
+    Phi  = sum_s w_s Phi_s      e.g. A = sum_s w_s A_s  and  B = sum_s w_s B_s   [1] eq. 3   `PolyLinear.mix`
+    y    = the layer adapted by Phi                                              [2] "Poly"  `PolyLinear.forward`
+
+The PARAMETERS are averaged, then applied. Averaging the outputs of the skills is another function: with LoRA,
+(sum w A)(sum w B) is not sum w (A B). Any adapter works (`lora.LoRA`, `ia3.IA3`): the layer sees named tensors and
+one pure function.
+
+Shape key, the same in every file:
+    b examples, l sequence length, i in_features, o out_features, r rank,
+    t tasks, s skills in the inventory, h heads;  d = i/h, e = o/h;  u distinct tasks in a batch (u <= b).
+
+    router = PolyRouter(tasks=64, skills=8)
+    layer = PolyLinear(linear, LoRA(rank=1), router)          # one router per layer, or one shared by several
+    y = layer(x, torch.tensor([3, 3, 0, 7]))                  # x (4, l, i): the task of each example
+
+Deviations:
+* One relaxed Bernoulli sample per task, layer and forward pass, as eq. 2 is indexed (i = task, j = skill). The
+  authors' code and PEFT draw one per example, so two examples of a task in one batch get different adapters.
+* The row sum gets EPS = 1e-12 added, as in the authors' code, so a row of zeros gives weights of zero, not NaN.
+* PEFT and the authors' code accept a negative task id and use the last task's row. Here it is an error.
+
+The dual-speed learning rate ([1] section 2.3) is two parameter groups of the optimiser: see `train.py`.
+
+[1] https://arxiv.org/abs/2202.13914   [2] https://arxiv.org/abs/2211.03831
+"""
+
+import torch
+from torch import Tensor, nn
+
+EPS = 1e-12  # added to the sum of a row of Z, so that a row of zeros can be normalised
+INIT = 1e-3  # logits start uniform within +-INIT: every skill half on, ties broken at random
+
+
+def relaxed_bernoulli(z: Tensor, temperature: float = 1.0) -> Tensor:
+    """A differentiable sample of Bernoulli(sigmoid(z)), between 0 and 1 ([1] eq. 2). Any shape, same shape.
+
+    The paper's log[ sigmoid(z) u / ((1 - sigmoid(z)) (1 - u)) ] is z + log u - log(1 - u), which is finite for
+    every finite z. u stays 1e-6 away from 0 and 1, so that logits of +-infinity give 1 and 0, never NaN.
+    """
+    u = torch.rand_like(z).clamp(1e-6, 1 - 1e-6)
+    return torch.sigmoid((z + torch.log(u) - torch.log1p(-u)) / temperature)
+
+
+def soft_partition(z: Tensor, routing: str, sample: bool) -> Tensor:
+    """Logits (..., s) to weights (..., s) over the skills: non-negative, each row summing to 1.
+
+    routing "gumbel":            training samples a relaxed Bernoulli; evaluation takes its mean, sigmoid(z).
+    routing "sigmoid":           sigmoid(z) always: no noise (the MHR authors' configuration for T0).
+    routing "straight-through":  0 or 1 in the forward pass (the relaxed sample, in evaluation sigmoid(z), rounded),
+                                 the gradient of the value before rounding in the backward pass. If no skill is on,
+                                 all weights are zero and the layer is its backbone.
+    sample: whether "gumbel" and "straight-through" draw noise; pass `module.training`.
+    """
+    noisy = sample and routing != "sigmoid"
+    on = relaxed_bernoulli(z) if noisy else torch.sigmoid(z)  # how much each skill is on
+    if routing == "straight-through":
+        on = (on > 0.5).to(on.dtype) + on - on.detach()
+        return on / on.sum(-1, keepdim=True).clamp(min=1)  # the count of active skills, or 1 if there is none
+    return on / (on.sum(-1, keepdim=True) + EPS)
+
+
+class PolyRouter(nn.Module):
+    """The task-skill allocation Z (t, s), learned as logits ([1] section 2.1).
+
+    tasks: t. skills: s. routing: see `soft_partition`. Raises ValueError for sizes below 1 or an unknown routing.
+    """
+
+    def __init__(self, tasks: int, skills: int, routing: str = "gumbel"):
+        super().__init__()
+        if tasks < 1 or skills < 1:
+            raise ValueError(f"a router needs at least 1 task and 1 skill, not {tasks} and {skills}")
+        if routing not in ("gumbel", "sigmoid", "straight-through"):
+            raise ValueError(f"unknown routing {routing!r}: choose gumbel, sigmoid or straight-through")
+        self.skills, self.routing = skills, routing
+        self.Z = nn.Parameter(self.fresh(tasks))
+
+    def fresh(self, tasks: int) -> Tensor:
+        """Logits (tasks, s) for new tasks, uniform within +-1e-3."""
+        return torch.empty(tasks, self.skills).uniform_(-INIT, INIT)
+
+    @property
+    def tasks(self) -> int:
+        return self.Z.shape[0]
+
+    def forward(self, tasks: Tensor, sample: bool | None = None) -> Tensor:
+        """Task ids (u,) to weights over skills (u, s). sample: draw noise; None: in training mode only.
+
+        Raises IndexError for an id outside 0 .. t-1. On an accelerator only the upper end is checked (by the
+        indexing itself): looking at the values here would stall it. `inject.task_ids` checks both ends there.
+        """
+        if tasks.device.type == "cpu" and not bool(((tasks >= 0) & (tasks < self.tasks)).all()):
+            raise IndexError(f"task ids must be in 0 .. {self.tasks - 1}, got {tasks.tolist()}")
+        return soft_partition(self.Z[tasks], self.routing, self.training if sample is None else sample)
+
+    @torch.no_grad()
+    def add_tasks(self, count: int, keep: bool = True):
+        """Give Z `count` fresh rows: after the old ones, which stay bit for bit, or (keep=False) in their place."""
+        fresh = self.fresh(count).to(self.Z)
+        self.Z = nn.Parameter(torch.cat([self.Z, fresh]) if keep else fresh)
+
+
+class PolyLinear(nn.Module):
+    """A frozen linear layer, an inventory of s adapters, and a router that mixes them for each task.
+
+    linear: the layer to adapt; it is kept, not copied. adapter: a `LoRA`, an `IA3`, or anything with their
+    `init`, `apply`, `merge` and `feature_axis`. router: a `PolyRouter`; the same object may serve several layers,
+    which then share their allocation (coarser granularity).
+    """
+
+    def __init__(self, linear: nn.Linear, adapter, router: PolyRouter):
+        super().__init__()
+        self.linear = linear
+        self.adapter = adapter
+        self.router = router
+        skills = [adapter.init(linear) for _ in range(router.skills)]  # independent draws: skills start different
+        self.inventory = nn.ParameterDict({name: torch.stack([p[name] for p in skills]) for name in skills[0]})
+
+    # T5 reads `self.wo.weight` inside its own forward: an adapted layer still answers like a linear one.
+    weight = property(lambda self: self.linear.weight)
+    bias = property(lambda self: self.linear.bias)
+    in_features = property(lambda self: self.linear.in_features)
+    out_features = property(lambda self: self.linear.out_features)
+
+    def mix(self, w: Tensor) -> dict[str, Tensor]:
+        """Weights (u, s) to one adapter per distinct task: {name: (u, ...)}, the sum over s of w_s Phi_s."""
+        return {name: torch.einsum("us,s...->u...", w, p) for name, p in self.inventory.items()}
+
+    def forward(self, x: Tensor, tasks: Tensor, rows: Tensor | None = None) -> Tensor:
+        """x (b, l, i) or (b, i) -> (b, l, o) or (b, o), each example adapted for its own task.
+
+        tasks (u,): task ids to mix an adapter for. rows (n,): for each example which of `tasks` is its own; None
+        means that tasks already has one id per example. So the mixing is paid once per distinct task.
+        n may be smaller than b if it divides b: beam search, several returned sequences and the scoring of several
+        choices repeat each example b/n times in a row. The repeat is read off the shapes at every call and kept
+        nowhere. Raises ValueError if n does not divide b.
+        """
+        n = len(tasks) if rows is None else len(rows)
+        if x.shape[0] % n:
+            raise ValueError(f"{n} task ids for a batch of {x.shape[0]} rows: expected one per example")
+        params = self.mix(self.router(tasks))
+        if len(tasks) == 1:  # one task in the whole batch: plain matmuls
+            return self.adapter.apply(self.linear, x, **{name: p[0] for name, p in params.items()})
+        rows = torch.arange(n, device=x.device) if rows is None else rows
+        rows = rows.repeat_interleave(x.shape[0] // n)
+        params = {name: p[rows] for name, p in params.items()}  # (b, ...): each example's adapter
+        y = self.adapter.apply(self.linear, x.reshape(len(rows), -1, x.shape[-1]), **params)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    @torch.no_grad()
+    def merged(self, task: int) -> nn.Linear:
+        """A plain linear layer equal to this one, in evaluation mode, for one task."""
+        w = self.router(torch.tensor([task], device=self.router.Z.device), sample=False)
+        params = {name: p[0] for name, p in self.mix(w).items()}
+        weight, bias = self.adapter.merge(self.linear.weight, self.linear.bias, **params)
+        plain = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        plain.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
+        return plain
+
+    @torch.no_grad()
+    def average_skills(self) -> dict[str, Tensor]:
+        """Poly-mu ([2] section 5.3): ONE adapter, the mean over s of the inventory. {name: (...)}.
+
+        Routing is dropped: train the result as a `LoRALinear` or `IA3Linear`. The authors' code instead goes on
+        training all s skills under uniform weights, which is s times as many parameters as the papers count.
+        """
+        return {name: p.mean(0) for name, p in self.inventory.items()}
