@@ -102,14 +102,10 @@ def exit_on_user_error(main, *args):
     try:
         main(*args)
     except UserError as error:
-        sys.exit(f"error: {error}" if sys.stderr is None else _say_and_code(f"error: {error}"))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _say_and_code(message: str) -> int:
-    print(message, file=sys.stderr)
-    return 2
 
 
 # --- Run folders ------------------------------------------------------------------------------------------------------

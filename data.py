@@ -11,7 +11,6 @@ Nothing here knows about models, but for `collate`, which turns a batch of texts
 """
 
 import itertools
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from config import UserError
+from config import UserError, read_json
 
 
 class Example(NamedTuple):
@@ -191,7 +190,7 @@ def crossfit(data_dir: str, split: str = "100", partition: str = "random.json") 
     root = Path(data_dir)
     if not (root / partition).is_file():
         raise UserError(f"--data-dir {root} has no {partition}: give the folder that holds it and the task folders")
-    names = json.loads((root / partition).read_text())
+    names = _partition(root / partition)
     missing = [name for part in ("train", "dev", "test") for name in names[part] if not (root / name).is_dir()]
     if missing:
         print(f"crossfit: {len(missing)} tasks of {partition} have no folder in {root} and are left out")
@@ -204,6 +203,16 @@ def crossfit(data_dir: str, split: str = "100", partition: str = "random.json") 
     if not benchmark.train:
         raise UserError(f"--data-dir {root} holds none of the training tasks of {partition}")
     return benchmark
+
+
+def _partition(path: Path) -> dict[str, list[str]]:
+    """A partition file: {"train": names, "dev": names, "test": names}. A name is a folder's, never a path."""
+    parts = read_json(path)
+    for part in ("train", "dev", "test"):
+        names = parts.get(part) if isinstance(parts, dict) else None
+        if not isinstance(names, list) or not all(isinstance(n, str) and Path(n).name == n for n in names):
+            raise UserError(f'{path}: expected "{part}" with a list of task names')
+    return parts
 
 
 def _crossfit_task(folder: Path, splits: tuple[str, ...], merge: bool) -> Task:
