@@ -18,7 +18,7 @@ from pathlib import Path
 # the MHR authors' configuration files; "strings" is ours, tuned on its dev compositions (see README).
 PRETRAINING = {
     "strings": dict(
-        backbone="tiny", rank=2, skills=8, routing="gumbel", steps=2000, epochs=0, batch_size=64, lr=5e-3, lr_z=5e-2,
+        backbone="tiny", rank=2, skills=8, routing="gumbel", steps=1500, epochs=0, batch_size=64, lr=5e-3, lr_z=1e-1,
         weight_decay=0.0, warmup=0.06, clip=1.0, max_input=64, max_output=32, eval_examples=20,
     ),
     "strings-single": dict(
@@ -34,8 +34,8 @@ PRETRAINING = {
 }  # fmt: skip
 FEW_SHOT = {
     "strings": dict(
-        shots=32, split="0", steps=100, batch_size=32, lr=3e-3, lr_z=5e-2, weight_decay=0.0, warmup=0.06, clip=1.0,
-        eval_every=10, patience=5,
+        shots=32, split="0", steps=200, batch_size=32, lr=3e-3, lr_z=5e-1, weight_decay=0.0, warmup=0.06, clip=1.0,
+        eval_every=20, patience=5,
     ),
     "crossfit": dict(
         shots=0, split="100", steps=1000, batch_size=8, lr=1e-3, lr_z=1e-2, weight_decay=0.01, warmup=0.1, clip=1.0,

@@ -76,8 +76,8 @@ def _integer(split: str) -> int:
 # --- strings ----------------------------------------------------------------------------------------------------------
 # The papers' story with a known answer. Eight operations on strings are the latent skills; a task applies two or three
 # of them, always in the order of this table, so that a set of skills is a task. Without instructions the model sees
-# only the string, as in CrossFit, and must find out from examples what to do; with them it also reads the operations'
-# names, as in T0.
+# only "task: string", as in CrossFit, and must find out from examples what to do; with them it reads the operations'
+# names instead of "task", as in T0.
 
 LETTERS = "abcdefghij"
 STRINGS_PARTITION = 176  # the first number for which each operation is in >= 3 held-out tasks and >= 2 dev tasks
@@ -103,12 +103,12 @@ def compose(skills: tuple[str, ...], text: str) -> str:
 def strings(split: int = 0, instructions: bool = False) -> Benchmark:
     """The embedded benchmark: all 84 sets of two or three operations, 64 train, 8 dev and 12 test tasks.
 
-    Train tasks have 100 train, 20 dev and 100 test examples; dev and test tasks 32, 32 and 100. Every example is a
+    Train tasks have 500 train, 20 dev and 100 test examples; dev and test tasks 32, 32 and 100. Every example is a
     function of (task, split number, instructions); the test examples do not even depend on the split number.
     """
     sets = [c for n in (2, 3) for c in itertools.combinations(OPERATIONS, n)]
     random.Random(STRINGS_PARTITION).shuffle(sets)  # fixed for ever, whatever the seed of a run
-    train = [_string_task(skills, split, instructions, 100, 20, 100) for skills in sets[:64]]
+    train = [_string_task(skills, split, instructions, 500, 20, 100) for skills in sets[:64]]
     other = [_string_task(skills, split, instructions, 32, 32, 100) for skills in sets[64:]]
     return Benchmark(train, dev=other[:8], test=other[8:])
 
@@ -125,7 +125,7 @@ def _string_task(skills: tuple[str, ...], split: int, instructions: bool, *sizes
     name = "+".join(skills)
     held_out = _distinct_strings(random.Random(f"{name} test"), test, without=frozenset())
     seen = _distinct_strings(random.Random(f"{name} {split}"), train + dev, without=frozenset(held_out))
-    prefix = f"{' '.join(skills)}: " if instructions else ""
+    prefix = f"{' '.join(skills) if instructions else 'task'}: "  # the backbone has only seen "NAME: string"
 
     def examples(texts):
         return [Example(prefix + text, (compose(skills, text),)) for text in texts]

@@ -1,0 +1,148 @@
+"""Tiny random Hugging Face models, and adapters in them under which tasks really differ. Used by the tests."""
+
+import copy
+from functools import cache
+
+import torch
+from torch import nn
+from transformers import (
+    BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config,
+    T5ForConditionalGeneration,
+)  # fmt: skip
+
+from ia3 import IA3, IA3Linear
+from inject import IA3_INPUT_SIDE, adapter_parameters, default_layers, freeze, inject, task_ids
+from lora import LoRA, LoRALinear
+from mhr import MHRLinear, MHRRouter
+from poly import PolyLinear, PolyRouter
+
+NAMES = ("t5", "bart", "llama", "gpt2")
+SINGLE = (("lora", "lora"), ("ia3", "ia3"))  # (method, adapter) with one adapter for all tasks
+ROUTED = (("poly", "lora"), ("poly", "ia3"), ("mhr", "lora"), ("mhr", "ia3"))
+VOCAB, WIDTH = 100, 32
+TASKS, SKILLS, HEADS, RANK = 5, 3, 4, 4
+IDS = [3, 0, 4, 1]  # the tasks of a batch of four: all different, out of order, and task 2 is absent
+
+
+def small_config(name: str):
+    """Two layers of width 32 without dropout. Where a family allows it inner widths differ, so that i is not o."""
+    if name == "t5":  # v1.1: a gated feed-forward layer, and an lm_head of its own
+        return T5Config(
+            vocab_size=VOCAB, d_model=WIDTH, d_kv=12, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0,
+            feed_forward_proj="gated-gelu", tie_word_embeddings=False, pad_token_id=0, eos_token_id=1,
+            decoder_start_token_id=0,
+        )  # fmt: skip
+    if name == "bart":
+        return BartConfig(
+            vocab_size=VOCAB, d_model=WIDTH, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+            decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, dropout=0.0,
+            attention_dropout=0.0, activation_dropout=0.0, bos_token_id=0, pad_token_id=1, eos_token_id=2,
+            decoder_start_token_id=2, forced_eos_token_id=None,
+        )  # fmt: skip
+    if name == "llama":
+        return LlamaConfig(
+            vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, attention_dropout=0.0, pad_token_id=0, bos_token_id=1,
+            eos_token_id=2,
+        )  # fmt: skip
+    return GPT2Config(
+        vocab_size=VOCAB, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+
+
+CLASSES = {
+    "t5": T5ForConditionalGeneration,
+    "bart": BartForConditionalGeneration,
+    "llama": LlamaForCausalLM,
+    "gpt2": GPT2LMHeadModel,
+}
+
+
+@cache
+def _backbone(name: str, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = CLASSES[name](small_config(name))
+    with torch.no_grad():  # the initial values of a real model are so small that every input gives the same output
+        for parameter, p in model.named_parameters():
+            p.normal_(0, 0.25) if p.dim() > 1 else p.add_(0.1 * torch.randn_like(p))
+            if name == "t5" and parameter.endswith(".q.weight"):
+                p.mul_(model.config.d_kv**-0.5)  # T5 does not divide its attention scores
+    return model.eval()
+
+
+def backbone(name: str, seed: int = 0) -> nn.Module:
+    """A fresh model in evaluation mode; the same name and seed give the same weights."""
+    return copy.deepcopy(_backbone(name, seed))
+
+
+def layer_maker(
+    method, adapter, tasks=TASKS, skills=SKILLS, heads=HEADS, rank=RANK, routing="gumbel", router=None, alpha=1.0
+):
+    """make_layer for `inject`, as `train.build_model` has it. router: one for all layers; None: one for each."""
+
+    def make_layer(name: str, linear: nn.Linear) -> nn.Module:
+        side = "in" if name.endswith(IA3_INPUT_SIDE) else "out"
+        spec = IA3(side) if adapter == "ia3" else LoRA(rank, alpha)
+        if method == "poly":
+            return PolyLinear(linear, spec, router or PolyRouter(tasks, skills, routing))
+        if method == "mhr":
+            return MHRLinear(linear, spec, router or MHRRouter(tasks, skills, heads, routing))
+        return {"lora": LoRALinear, "ia3": IA3Linear}[method](linear, spec)
+
+    return make_layer
+
+
+def adapted(name: str, method: str, adapter: str, seed: int = 0, fresh: bool = False, layers=None, **settings):
+    """A frozen backbone with adapters, in evaluation mode. fresh: as they start; else with values that matter.
+
+    seed: of the adapters; the backbone is always the same one.
+    """
+    model = backbone(name)
+    freeze(model)
+    torch.manual_seed(seed)
+    inject(model, layer_maker(method, adapter, **settings), layers or default_layers(name, adapter))
+    if not fresh:
+        randomise(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def randomise(model: nn.Module):
+    """Skills far from zero, and logits so far apart that tasks choose different skills."""
+    scale = {"A": 0.2, "B": 0.6, "v": 0.6, "Z": 3.0}
+    for name, p in adapter_parameters(model).items():
+        p.normal_(0, scale[name.rsplit(".", 1)[1]])
+
+
+def inputs(name: str, b: int = 4, length: int = 7, seed: int = 1) -> dict[str, torch.Tensor]:
+    """A batch without padding: input_ids, attention_mask and labels."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randint(3, VOCAB, (b, length), generator=g)
+    labels = torch.randint(3, VOCAB, (b, length - 2), generator=g) if name in ("t5", "bart") else x
+    return {"input_ids": x, "attention_mask": torch.ones_like(x), "labels": labels}
+
+
+def row(batch: dict[str, torch.Tensor], k: int) -> dict[str, torch.Tensor]:
+    """Example k of a batch, as a batch of one."""
+    return {name: value[k : k + 1] for name, value in batch.items()}
+
+
+@torch.no_grad()
+def logits(model: nn.Module, batch: dict[str, torch.Tensor], ids) -> torch.Tensor:
+    """The model's logits for a batch whose examples belong to tasks ids."""
+    with task_ids(ids):
+        return model(**batch).logits
+
+
+def gradients(model: nn.Module, batch: dict[str, torch.Tensor], ids) -> dict[str, torch.Tensor]:
+    """The gradient of the loss for every trainable parameter."""
+    model.zero_grad()
+    with task_ids(ids):
+        model(**batch, use_cache=False).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def difference(x: torch.Tensor, y: torch.Tensor) -> float:
+    """The largest difference, relative to the largest value of y."""
+    return ((x - y).abs().max() / y.abs().max()).item()

@@ -1,0 +1,1044 @@
+"""The three scripts from their flags to their folders: what runs write, that they repeat, and how mistakes are told.
+
+Commands run in this process (`command`), as the scripts' last lines do; a few run for themselves, where start-up
+time or the exit code matters. The backbone is a random one, saved to a folder; every metric is
+replaced by a fingerprint of the predictions, so that scores are equal only if all predictions are.
+"""
+
+import ast
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import adapt
+import config
+import data
+import evaluate
+import train
+from config import FEW_SHOT, PRETRAINING, UserError
+from inject import adapter_parameters, routers
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = {"train": (train, PRETRAINING), "adapt": (adapt, FEW_SHOT), "evaluate": (evaluate, {})}
+
+LAYERS = 54  # of the tiny T5: 3 x (4 attention + 3 feed-forward), and 3 x (8 + 3) in the decoder
+LORA_SIZE = 36 * 2 * (128 + 128) + 18 * 2 * (128 + 256)  # r = 2: 36 attention layers, 18 feed-forward layers
+IA3_SIZE = 18 * 128 + 6 * 256  # keys and values at their output, the second feed-forward layer at its input
+FULL_SIZE = 1_231_232
+
+SMALL = dict(
+    dataset="strings", batch_size=8, steps=8, max_input=16, max_output=8, eval_examples=2, log_every=3, lr=0.05
+)
+FEW = dict(steps=4, eval_every=2, batch_size=32, shots=8, test_examples=3, lr=0.02, lr_z=0.5)
+METHODS = {
+    "full": dict(method="full", lr=1e-3),
+    "lora": dict(method="lora"),
+    "ia3": dict(method="ia3"),
+    "shared": dict(method="shared"),
+    "poly": dict(method="poly"),
+    "mhr": dict(method="mhr"),
+    "shared-ia3": dict(method="shared", adapter="ia3"),
+    "poly-ia3": dict(method="poly", adapter="ia3"),
+    "mhr-ia3": dict(method="mhr", adapter="ia3"),
+}
+SIZES = {  # adapters, Z of 64 training tasks
+    "full": (FULL_SIZE, 0),
+    "lora": (LORA_SIZE, 0),
+    "ia3": (IA3_SIZE, 0),
+    "shared": (LORA_SIZE, 0),
+    "poly": (8 * LORA_SIZE, 64 * 8 * LAYERS),
+    "mhr": (8 * LORA_SIZE, 64 * 8 * 8 * LAYERS),
+    "shared-ia3": (IA3_SIZE, 0),
+    "poly-ia3": (8 * IA3_SIZE, 64 * 8 * 24),
+    "mhr-ia3": (8 * IA3_SIZE, 64 * 8 * 8 * 24),
+}
+
+
+def fingerprint(predictions, references) -> float:
+    """A score of 0 to 100 that changes whenever a prediction or a reference changes."""
+    return zlib.crc32(repr((predictions, references)).encode()) % 10_000 / 100
+
+
+@pytest.fixture(scope="module", autouse=True)
+def strict_metric():
+    with pytest.MonkeyPatch.context() as patch:
+        for metric in evaluate.METRICS:
+            patch.setitem(evaluate.METRICS, metric, fingerprint)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Everything that the runs of this file write."""
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def backbones(folder) -> list[str]:
+    """Two random backbones of the tiny architecture, saved as Hugging Face folders."""
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        train.tiny_from_scratch().save_pretrained(folder / f"backbone{seed}")
+        ByT5Tokenizer().save_pretrained(folder / f"backbone{seed}")
+    return [str(folder / "backbone0"), str(folder / "backbone1")]
+
+
+@pytest.fixture(scope="module")
+def runs(folder, backbones):
+    """Pre-training runs by key of METHODS, each made when it is first asked for."""
+    made = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = folder / f"pretrained-{name}"
+            train.main(SMALL | METHODS[name] | dict(backbone=backbones[0], output_dir=str(made[name])))
+        return made[name]
+
+    return get
+
+
+HELD_OUT = [task.name for task in data.strings().test]
+
+
+@pytest.fixture(scope="module")
+def adapted(folder, runs):
+    """Adaptation runs by (method, variant) on the first two held-out tasks, each made when it is first asked for."""
+    made = {}
+
+    def get(name: str, variant: str = "all") -> Path:
+        if (name, variant) not in made:
+            made[name, variant] = folder / f"adapted-{name}-{variant}"
+            adapt.main(
+                FEW
+                | dict(checkpoint=str(runs(name)), variant=variant, tasks=",".join(HELD_OUT[:2]))
+                | dict(output_dir=str(made[name, variant]))
+                | (dict(lr=1e-3) if name == "full" else {})
+            )
+        return made[name, variant]
+
+    return get
+
+
+def read(path: Path):
+    return json.loads(path.read_text())
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def contents(root: Path) -> dict[str, str]:
+    """A hash of every file under a folder."""
+    files = [path for path in sorted(root.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def same_tensors(a: Path, b: Path) -> bool:
+    one, other = load_file(a), load_file(b)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- Flags ------------------------------------------------------------------------------------------------------------
+
+
+def python(*argv) -> tuple[subprocess.CompletedProcess, float]:
+    begin = time.monotonic()
+    wide = os.environ | {"COLUMNS": "999"}  # help without line breaks
+    done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, timeout=120, env=wide)
+    return done, time.monotonic() - begin
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_fast_and_complete(script):
+    module, recipes = SCRIPTS[script]
+    for _ in range(3):  # another job may have slowed one down
+        done, seconds = python("-X", "importtime", f"{script}.py", "--help")
+        if seconds < 1.5:
+            break
+    assert done.returncode == 0 and seconds < 1.5
+    imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    assert "argparse" in imported and not imported & {"torch", "transformers", "numpy", "sklearn", "scipy"}
+
+    entries = re.split(r"\n  (?=-)", done.stdout)
+    for field in dataclasses.fields(module.Config):
+        flag = "--" + field.name.replace("_", "-")
+        (entry,) = [" ".join(e.split()) for e in entries if re.match(rf"{flag}[ ,\n]", e)]
+        assert " ".join(field.metadata["help"].split()) in entry
+        defaults = {d: r[field.name] for d, r in recipes.items() if field.name in r and isinstance(d, str)}
+        shown = [f"{value} ({dataset})" for dataset, value in defaults.items()] or [
+            "none" if field.default == "" else str(field.default)
+        ]
+        assert f"[default: {', '.join(shown)}]" in entry
+        assert not field.metadata["choices"] or "{" + ",".join(field.metadata["choices"]) + "}" in entry
+
+
+@pytest.mark.parametrize(
+    "script, argv, named",
+    [
+        ("train", ["--nonsense", "3"], "--nonsense"),
+        ("train", ["--dataset", "nonsense"], "--dataset"),
+        ("train", ["--method", "nonsense"], "--method"),
+        ("adapt", ["--nonsense"], "--nonsense"),
+        ("evaluate", ["--beams", "many"], "--beams"),
+    ],
+)
+def test_a_mistaken_flag_is_refused_at_once(script, argv, named):
+    done, _ = python("-X", "importtime", f"{script}.py", *argv)
+    said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(said) == 1 and named in said[0] and "--help" in said[0]
+    assert " torch\n" not in done.stderr  # refused before the slow imports
+
+
+def test_each_script_ends_with_code_2_and_one_sentence():
+    """The scripts' own last lines, one after the other in one process, for torch takes seconds to import."""
+    code = """
+import runpy, sys
+for argv in (["train.py", "--steps", "-1"], ["adapt.py", "--checkpoint", "no/such/run"], ["evaluate.py"]):
+    sys.argv = argv
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+        print("no exit")
+    except SystemExit as end:
+        print(end.code)
+"""
+    done, _ = python("-c", code)
+    assert done.stdout.split() == ["2", "2", "2"]
+    said = [line for line in done.stderr.splitlines() if not line.startswith("[transformers]")]
+    assert len(said) == 3 and all(line.startswith("error: ") for line in said)
+    for line, named in zip(said, ("--steps", "no/such/run/config.json", "--checkpoint"), strict=True):
+        assert named in line
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_setting_is_used(script):
+    """A flag that nothing reads is a lie."""
+    module, _ = SCRIPTS[script]
+    tree = ast.parse((ROOT / f"{script}.py").read_text())
+    read_fields = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "cfg"
+    }
+    assert {field.name for field in dataclasses.fields(module.Config)} <= read_fields
+
+
+def test_recipes_name_only_settings():
+    for recipes, module in ((PRETRAINING, train), (FEW_SHOT, adapt)):
+        names = {field.name for field in dataclasses.fields(module.Config)}
+        assert all(set(recipe) <= names for recipe in recipes.values())
+
+
+def test_given_flags_win_over_the_recipe_and_the_recipe_over_defaults(runs):
+    assert train.make_config(dataset="crossfit").rank == PRETRAINING["crossfit"]["rank"] == 16
+    assert train.make_config(dataset="crossfit", rank=3).rank == 3
+    assert train.make_config(method="lora").lr == PRETRAINING["strings"]["lr"]
+    assert train.make_config(method="full").lr == PRETRAINING["strings", "full"]["lr"] != PRETRAINING["strings"]["lr"]
+    assert train.make_config(method="full", lr=0.5).lr == 0.5
+    assert train.make_config(steps=0).steps == 0  # given, though it is the default of the class
+    assert train.make_config(method="ia3").adapter == "ia3"
+    assert train.make_config(method="mhr", seed=4).output_dir == "runs/strings-mhr-4"
+    few = adapt.make_config(checkpoint=f"{runs('mhr')}/", variant="mu", lr=0.5)
+    assert few.shots == FEW_SHOT["strings"]["shots"] and few.lr == 0.5
+    assert few.output_dir == f"{runs('mhr')}-mu"
+
+
+def test_all_settings_are_printed_at_the_start(runs, folder, backbones, capsys):
+    train.main(SMALL | dict(method="lora", steps=1, backbone=backbones[0], output_dir=str(folder / "printed")))
+    first = capsys.readouterr().out.splitlines()[0]
+    for name, value in read(folder / "printed" / "config.json").items():
+        assert value == "" or f"{name}={value}" in first
+
+
+# --- Pre-training -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_writes_its_folder(runs, name):
+    run = runs(name)
+    saved = {path.name for path in run.iterdir()}
+    what = "backbone" if name == "full" else "adapter.safetensors"
+    assert saved == {"config.json", "log.jsonl", "result.json", what}
+
+    cfg = train.Config(**read(run / "config.json"))
+    assert {field: getattr(cfg, field) for field in SMALL | METHODS[name]} == SMALL | METHODS[name]
+
+    log = lines_of(run / "log.jsonl")
+    assert [line["step"] for line in log] == [3, 6, 8]
+    assert all(line["loss"] > 0 and line["norm"] > 0 and line["seconds"] >= 0 for line in log)
+    assert log[0]["lr"] > log[1]["lr"] > log[2]["lr"] == 0
+
+    result = read(run / "result.json")
+    assert result["steps"] == 8 and result["loss"] == log[-1]["loss"]
+    assert list(result["tasks"]) == [task.name for task in data.strings().train]
+    assert result["mean"] == pytest.approx(sum(result["tasks"].values()) / 64)
+    assert (result["parameters"]["adapters"], result["parameters"]["routing"]) == SIZES[name]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
+def test_the_adapter_file_holds_what_was_trained_and_nothing_else(runs, name):
+    tensors = load_file(runs(name) / "adapter.safetensors")
+    z = sum(value.numel() for key, value in tensors.items() if key.endswith(".router.Z"))
+    assert (sum(value.numel() for value in tensors.values()) - z, z) == SIZES[name]
+    start = {key: value for key, value in tensors.items() if key.endswith(".B")}
+    assert all(value.abs().max() > 0 for value in start.values())  # B starts at zero
+    ones = {key: value for key, value in tensors.items() if key.endswith(".v")}
+    assert all((value - 1).abs().max() > 0 for value in ones.values())  # (IA)^3 starts at one
+    if z:
+        assert all(v.abs().max() > 1e-3 for k, v in tensors.items() if k.endswith(".router.Z"))  # Z within 1e-3
+    assert name in ("ia3", "shared-ia3", "poly-ia3", "mhr-ia3") or len(start) == LAYERS
+
+
+@pytest.fixture(scope="module")
+def learnt(folder, backbones) -> Path:
+    """A full run that has learnt a little."""
+    flags = SMALL | dict(method="full", lr=1e-3, steps=60, log_every=20, eval_examples=0, backbone=backbones[0])
+    train.main(flags | dict(output_dir=str(folder / "learnt")))
+    return folder / "learnt"
+
+
+def test_training_learns(learnt):
+    losses = [line["loss"] for line in lines_of(learnt / "log.jsonl")]
+    result = read(learnt / "result.json")
+    assert losses[0] > losses[1] > losses[2] == result["loss"] and losses[2] < losses[0] / 3
+    assert "mean" not in result and "tasks" not in result
+
+
+@pytest.mark.parametrize("name", ["full", "mhr", "poly", "lora"])
+def test_the_same_seed_gives_the_same_run(runs, folder, backbones, name):
+    torch.manual_seed(12345)  # what went before must not matter
+    again = folder / f"again-{name}"
+    train.main(SMALL | METHODS[name] | dict(backbone=backbones[0], output_dir=str(again)))
+    saved = "backbone/model.safetensors" if name == "full" else "adapter.safetensors"
+    assert same_tensors(runs(name) / saved, again / saved)
+    timeless = [[line | {"seconds": 0} for line in lines_of(run / "log.jsonl")] for run in (runs(name), again)]
+    assert timeless[0] == timeless[1]
+    assert read(runs(name) / "result.json")["tasks"] == read(again / "result.json")["tasks"]
+
+
+@pytest.mark.parametrize("name", ["full", "mhr"])
+def test_another_seed_gives_another_run(runs, folder, backbones, name):
+    other = folder / f"other-{name}"
+    train.main(SMALL | METHODS[name] | dict(backbone=backbones[0], output_dir=str(other), seed=1))
+    saved = "backbone/model.safetensors" if name == "full" else "adapter.safetensors"
+    assert not same_tensors(runs(name) / saved, other / saved)
+    assert lines_of(runs(name) / "log.jsonl")[0]["loss"] != lines_of(other / "log.jsonl")[0]["loss"]
+
+
+def test_gradient_checkpointing_changes_no_result(runs, folder, backbones):
+    """Evaluation apart: the same losses, though the layers run twice."""
+    flags = SMALL | dict(method="mhr", routing="sigmoid", steps=3, log_every=1, eval_examples=0, backbone=backbones[0])
+    train.main(flags | dict(output_dir=str(folder / "plain")))
+    train.main(flags | dict(output_dir=str(folder / "checkpointed"), checkpointing=True))
+    plain, checkpointed = (
+        [line["loss"] for line in lines_of(folder / name / "log.jsonl")] for name in ("plain", "checkpointed")
+    )
+    assert checkpointed == pytest.approx(plain, rel=1e-5)
+
+
+def build(method: str, backbone: str):
+    return train.build_model(train.make_config(dataset="strings", method=method, backbone=backbone), tasks=5)[0]
+
+
+def test_two_learning_rates_and_no_decay_of_z(backbones):
+    model = build("mhr", backbones[0])
+    optimizer = train.make_optimizer(model, 0.01, 0.5, 0.1)
+    rest, z = optimizer.param_groups
+    assert (rest["lr"], rest["weight_decay"], z["lr"], z["weight_decay"]) == (0.01, 0.1, 0.5, 0.0)
+    assert {id(p) for p in z["params"]} == {id(router.Z) for router in routers(model)}
+    assert len(z["params"]) == LAYERS
+    both = [id(p) for p in rest["params"] + z["params"]]
+    assert len(both) == len(set(both))
+    assert set(both) == {id(p) for p in adapter_parameters(model).values()}
+
+    before = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
+    for p in rest["params"] + z["params"]:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()  # no gradient: only decay moves anything
+    for name, p in adapter_parameters(model).items():
+        expected = before[name] if name.endswith(".Z") else before[name] * (1 - 0.01 * 0.1)
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=0)
+
+
+def test_without_routers_there_is_one_group(backbones):
+    model = build("lora", backbones[0])
+    (group,) = train.make_optimizer(model, 0.01, 0.5, 0.1).param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.01, 0.1)
+    model = build("mhr", backbones[0])
+    for name, p in adapter_parameters(model).items():
+        p.requires_grad_(name.endswith(".Z"))
+    (group,) = train.make_optimizer(model, 0.01, 0.5, 0.1).param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.5, 0.0)
+
+
+def test_warmup_then_decay():
+    values = [train.warmup_then_decay(step, 10, 0.2) for step in range(11)]
+    assert values == pytest.approx([1 / 2, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0])
+    assert [train.warmup_then_decay(step, 4, 0.0) for step in range(4)] == pytest.approx([1, 1, 2 / 3, 1 / 3])
+    assert [train.warmup_then_decay(step, 4, 1.0) for step in range(4)] == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1])
+    assert train.warmup_then_decay(0, 1, 0.06) == 1
+    assert all(0 < train.warmup_then_decay(step, 37, 0.06) <= 1 for step in range(37))
+
+
+@pytest.mark.parametrize("name", ["lora", "mhr"])
+def test_the_backbone_stays_frozen(backbones, name):
+    model = build(name, backbones[0])
+    trained = {key for key, p in model.named_parameters() if p.requires_grad}
+    assert trained == set(adapter_parameters(model)) != set()
+
+
+# --- Adaptation -------------------------------------------------------------------------------------------------------
+
+ADAPTED = [(name, "all") for name in METHODS if "shared" not in name]
+ADAPTED += [(name, variant) for name in ("poly", "mhr", "poly-ia3", "mhr-ia3") for variant in ("z", "mu")]
+
+
+@pytest.mark.parametrize("name, variant", ADAPTED)
+def test_an_adaptation_writes_its_folder(runs, adapted, name, variant):
+    checkpoint = contents(runs(name))
+    run = adapted(name, variant)
+    assert contents(runs(name)) == checkpoint  # it only reads the pre-training run
+    suffix = "" if name == "full" else ".safetensors"
+    names = {f"{task}{suffix}" for task in HELD_OUT[:2]}
+    assert {path.name for path in run.iterdir()} == {"config.json", "log.jsonl", "result.json"} | names
+
+    result = read(run / "result.json")
+    assert list(result["tasks"]) == list(result["before"]) == list(result["stops"]) == HELD_OUT[:2]
+    assert result["mean"] == pytest.approx(sum(result["tasks"].values()) / 2)
+    assert result["mean_before"] == pytest.approx(sum(result["before"].values()) / 2)
+    log = lines_of(run / "log.jsonl")
+    assert [(line["task"], line["step"]) for line in log] == [(task, step) for task in HELD_OUT[:2] for step in (2, 4)]
+    for task, stop in result["stops"].items():
+        seen = {line["step"]: line["dev_loss"] for line in log if line["task"] == task}
+        assert stop["stopped"] == 4 and stop["best_step"] in (0, 2, 4)
+        assert (
+            stop["dev_loss"] <= min(seen.values()) and seen.get(stop["best_step"], stop["dev_loss"]) == stop["dev_loss"]
+        )
+
+
+@pytest.mark.parametrize("name, variant", ADAPTED)
+def test_what_is_trained(runs, adapted, name, variant):
+    """Parameter counts: everything with one row of Z, or Z alone, or one adapter."""
+    adapters, z = SIZES[name]
+    expected = {"all": (adapters, z // 64), "z": (0, z // 64), "mu": (adapters // 8, 0)}[variant]
+    counts = read(adapted(name, variant) / "result.json")["parameters"]
+    assert (counts["adapters"], counts["routing"]) == expected
+    if variant == "mu":
+        single = "ia3" if "ia3" in name else "lora"
+        assert counts["adapters"] == read(runs(single) / "result.json")["parameters"]["adapters"]
+
+
+@pytest.mark.parametrize("name", ["poly", "mhr", "poly-ia3", "mhr-ia3"])
+def test_z_changes_nothing_but_z(runs, adapted, name):
+    before = load_file(runs(name) / "adapter.safetensors")
+    after = [load_file(adapted(name, "z") / f"{task}.safetensors") for task in HELD_OUT[:2]]
+    stops = read(adapted(name, "z") / "result.json")["stops"]
+    for tensors, task in zip(after, HELD_OUT, strict=False):
+        assert tensors.keys() == before.keys()
+        for key, value in tensors.items():
+            if key.endswith(".router.Z"):
+                assert value.shape == (1, *before[key].shape[1:])
+                assert stops[task]["best_step"] == 0 or value.abs().max() > 1e-3  # it has left its start
+            else:
+                assert torch.equal(value, before[key]), key
+    assert max(stop["best_step"] for stop in stops.values()) > 0
+    assert any(not torch.equal(after[0][key], after[1][key]) for key in before)
+
+
+@pytest.mark.parametrize("name", ["poly", "mhr", "poly-ia3", "mhr-ia3"])
+def test_all_changes_skills_and_z(runs, adapted, name):
+    before = load_file(runs(name) / "adapter.safetensors")
+    best = read(adapted(name) / "result.json")["stops"]
+    task = max(best, key=lambda task: best[task]["best_step"])
+    assert best[task]["best_step"] > 0
+    after = load_file(adapted(name) / f"{task}.safetensors")
+    skills = [key for key in before if not key.endswith(".router.Z")]
+    assert before.keys() == after.keys() and all(not torch.equal(before[key], after[key]) for key in skills)
+
+
+@pytest.mark.parametrize("name", ["poly", "mhr"])
+def test_mu_is_one_adapter_of_the_lora_kind(runs, adapted, name):
+    lora = load_file(runs("lora") / "adapter.safetensors")
+    mu = load_file(adapted(name, "mu") / f"{HELD_OUT[0]}.safetensors")
+    assert {key: value.shape for key, value in mu.items()} == {key: value.shape for key, value in lora.items()}
+
+
+WORSE = dict(steps=50, eval_every=1, patience=3, lr=1e6, lr_z=1e6, clip=1e9, warmup=0.0)
+
+
+@pytest.mark.parametrize("name, variant", [("mhr", "all"), ("mhr", "mu"), ("lora", "all")])
+def test_a_task_that_only_gets_worse_keeps_its_start(learnt, folder, name, variant):
+    base, run, task = folder / f"base-{name}-{variant}", folder / f"worse-{name}-{variant}", HELD_OUT[2]
+    flags = SMALL | METHODS[name] | dict(steps=1, lr=1e-4, eval_examples=0, backbone=str(learnt / "backbone"))
+    train.main(flags | dict(output_dir=str(base)))
+    flags = FEW | WORSE | dict(checkpoint=str(base), variant=variant, tasks=task, output_dir=str(run))
+    result = adapt.main(flags)
+    stop = result["stops"][task]
+    dev = [line["dev_loss"] for line in lines_of(run / "log.jsonl")]
+    assert not any(loss < stop["dev_loss"] for loss in dev)  # so it did get worse
+    assert (stop["best_step"], stop["stopped"]) == (0, 3)  # patience x eval_every
+    assert result["before"] == result["tasks"]
+    start, kept = load_file(base / "adapter.safetensors"), load_file(run / f"{task}.safetensors")
+    for key, value in kept.items():
+        if key.endswith(".router.Z"):
+            assert value.abs().max() <= 1e-3  # a fresh row
+        elif variant == "mu":
+            torch.testing.assert_close(value, start[key.replace(".params.", ".inventory.")].mean(0), rtol=0, atol=1e-7)
+        else:
+            assert torch.equal(value, start[key])
+
+
+@pytest.mark.parametrize(
+    "losses, best_step, stopped",
+    [
+        ([5, 4, 3, 2, 1], 8, 8),  # better at every look: the last values
+        ([5, 4, 6, 3, 7], 6, 8),
+        ([5, 6, 7, 8, 9], 0, 4),  # two looks without a lower loss: stop
+        ([5, 4, 4, 4, 1], 2, 6),  # as low is not lower
+        ([5, 6, 4, 7, 3], 8, 8),
+    ],
+)
+def test_early_stopping_keeps_the_values_of_the_lowest_dev_loss(
+    runs, monkeypatch, tmp_path, losses, best_step, stopped
+):
+    base = adapt.train_config(adapt.Config(checkpoint=str(runs("lora"))))
+    model, tokenizer = adapt.load_run(runs("lora"), base, 64)
+    task = data.strings().test[0]
+    seen = []
+
+    def dev_loss(model, *_):
+        seen.append({name: p.detach().clone() for name, p in adapter_parameters(model).items()})
+        return float(losses[len(seen) - 1])
+
+    monkeypatch.setattr(adapt, "dev_loss", dev_loss)
+    cfg = adapt.Config(steps=8, eval_every=2, patience=2, batch_size=4, lr=0.01)
+    with open(tmp_path / "log.jsonl", "w") as log:
+        stop = adapt.adapt_task(model, tokenizer, task, (16, 8), cfg, log)
+    assert (stop["best_step"], stop["stopped"]) == (best_step, stopped)
+    assert stop["dev_loss"] == losses[best_step // 2]
+    assert len(seen) == 1 + stopped // 2 and len(lines_of(tmp_path / "log.jsonl")) == stopped // 2
+    kept, best = adapter_parameters(model), seen[best_step // 2]
+    assert all(torch.equal(kept[name], best[name]) for name in kept)
+    assert any(not torch.equal(seen[0][name], seen[1][name]) for name in kept)
+
+
+def test_dev_loss_is_per_example_and_without_noise(runs):
+    base = adapt.train_config(adapt.Config(checkpoint=str(runs("mhr"))))
+    model, tokenizer = adapt.load_run(runs("mhr"), base, 64)
+    adapt.prepare(model, "all", "lora")
+    task = data.strings().test[1]
+    model.train()
+    losses = [adapt.dev_loss(model, tokenizer, task, (16, 8), size) for size in (1, 32)]
+    assert losses[1] == adapt.dev_loss(model, tokenizer, task, (16, 8), 32)
+    assert model.training and all(p.grad is None for p in model.parameters())
+    # with batches of one it is the plain mean of the examples' losses
+    model.eval()
+    with torch.no_grad(), adapt.task_ids([0]):
+        alone = [
+            train.batch_loss(model, tokenizer, [data.Item(0, e.input, e.outputs[0])], 16, 8).item() for e in task.dev
+        ]
+    assert losses[0] == pytest.approx(sum(alone) / len(alone), rel=1e-5)
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "name, variant", [("mhr", "all"), ("poly", "z"), ("mhr", "mu"), ("lora", "all"), ("full", "all")]
+)
+def test_every_task_starts_from_the_checkpoint(runs, adapted, folder, name, variant):
+    """The second task of a list comes out as it does alone."""
+    together, alone, task = adapted(name, variant), folder / f"alone-{name}-{variant}", HELD_OUT[1]
+    flags = FEW | dict(checkpoint=str(runs(name)), variant=variant, tasks=task, output_dir=str(alone))
+    adapt.main(flags | (dict(lr=1e-3) if name == "full" else {}))
+    one, both = read(alone / "result.json"), read(together / "result.json")
+    assert one["stops"][task] == both["stops"][task]
+    assert one["tasks"][task] == both["tasks"][task]
+    saved = f"{task}/model.safetensors" if name == "full" else f"{task}.safetensors"
+    assert same_tensors(alone / saved, together / saved)
+
+
+def test_another_adaptation_seed_gives_another_run(runs, adapted, folder):
+    other = folder / "adapted-seed-1"
+    flags = FEW | dict(checkpoint=str(runs("mhr")), tasks=HELD_OUT[0], output_dir=str(other), seed=1)
+    adapt.main(flags)
+    assert not same_tensors(other / f"{HELD_OUT[0]}.safetensors", adapted("mhr") / f"{HELD_OUT[0]}.safetensors")
+
+
+def test_few_shot_draws_by_the_seed():
+    task = data.strings().test[0]
+    draw = lambda shots, seed=0: adapt.few_shot(task, adapt.Config(shots=shots, seed=seed)).train  # noqa: E731
+    assert len(draw(5)) == 5 and set(draw(5)) < set(task.train) and len(set(draw(5))) == 5
+    assert draw(5) == draw(5) != draw(5, seed=1)
+    assert draw(5) != task.train[:5]  # official files are sorted by label
+    assert sorted(draw(0)) == sorted(draw(99)) == sorted(task.train)
+    whole = adapt.few_shot(task, adapt.Config(shots=5))
+    assert whole.dev == task.dev and whole.test == task.test
+    with pytest.raises(UserError, match="no dev"):
+        adapt.few_shot(dataclasses.replace(task, dev=[]), adapt.Config())
+
+
+def test_choosing_tasks():
+    benchmark = data.strings()
+    assert adapt.choose_tasks(benchmark, "all") == benchmark.test
+    assert adapt.choose_tasks(benchmark, "dev") == benchmark.dev
+    names = [benchmark.test[3].name, benchmark.dev[1].name]
+    assert [task.name for task in adapt.choose_tasks(benchmark, ",".join(names))] == names
+
+
+@pytest.mark.parametrize("name", ["mhr", "lora"])
+def test_a_run_on_the_untrained_backbone_can_be_adapted_and_scored(folder, name):
+    """--backbone scratch is drawn anew in each process: it must be the same one that was trained on."""
+    run, few = folder / f"scratch-{name}", folder / f"scratch-{name}-few"
+    train.main(SMALL | METHODS[name] | dict(backbone="scratch", output_dir=str(run), steps=2, eval_examples=0))
+    torch.manual_seed(99)
+    result = adapt.main(FEW | dict(checkpoint=str(run), tasks=HELD_OUT[0], output_dir=str(few), seed=3))
+    torch.manual_seed(98)
+    assert evaluate.evaluate(evaluate.Config(checkpoint=str(few))) == result["tasks"]
+
+
+# --- Scoring again ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, variant", ADAPTED)
+def test_scoring_an_adaptation_again_gives_its_scores(adapted, capsys, name, variant):
+    torch.manual_seed(777)  # there is nothing random in scoring
+    run = adapted(name, variant)
+    capsys.readouterr()
+    assert evaluate.evaluate(evaluate.Config(checkpoint=str(run))) == read(run / "result.json")["tasks"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if re.match(r"\S+ +\d+\.\d$", line)]
+    assert [line.split()[0] for line in lines] == [*HELD_OUT[:2], "mean"]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_zero_shot(runs, capsys, monkeypatch):
+    whole = data.strings()
+    for task in whole.test:
+        task.test = task.test[:4]
+    monkeypatch.setattr(data, "strings", lambda *_: whole)
+    before = contents(runs("mhr"))
+    one, again = (evaluate.evaluate(evaluate.Config(checkpoint=str(runs("mhr")), zero_shot=True)) for _ in range(2))
+    assert list(one) == HELD_OUT
+    assert contents(runs("mhr")) == before
+    assert capsys.readouterr().out.count("mean ") == 2
+    assert one == again  # a fresh row of Z is as good as uniform: no seed matters
+
+
+def test_comparing_runs(runs, adapted, capsys):
+    folders = [str(runs("lora")), str(runs("mhr")), str(adapted("mhr")), str(adapted("mhr", "mu"))]
+    evaluate.main({"compare": folders})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and len({len(line) for line in lines}) == 1
+    assert [line.split()[0] for line in lines[1:]] == ["lora", "mhr", "mhr", "mhr"]
+    assert f"{read(runs('lora') / 'result.json')['mean']:.1f}" in lines[1]
+
+
+# --- A decoder-only model on files in CrossFit's format ---------------------------------------------------------------
+
+
+def write_gym(root: Path):
+    """A miniature gym, invented here: 3 training tasks, 1 dev and 2 test tasks; splits differ."""
+    fruits, colours = ["apple", "pear", "plum", "cherry", "lime", "fig"], ["red", "green", "blue"]
+    names = {"train": ["colour", "echo", "last-letter_x"], "dev": ["first"], "test": ["length", "shout"]}
+    answers = {
+        "colour": lambda k, f: colours[k % 3],
+        "echo": lambda k, f: f"{f}\tthe {f}",
+        "last-letter_x": lambda k, f: f[-1],
+        "first": lambda k, f: f[0],
+        "length": lambda k, f: "long" if len(f) > 4 else "short",
+        "shout": lambda k, f: f.upper(),
+    }
+    for task, answer in answers.items():
+        (root / task).mkdir(parents=True)
+        for split in data.CROSSFIT_SPLITS:
+            for part in ("train", "dev", "test"):
+                number = 0 if part == "test" else int(split) + (part == "dev")
+                rows = [f"{colours[(k + number) % 3]} {f}\t{answer(k + number, f)}\n" for k, f in enumerate(fruits)]
+                (root / task / f"{task}_6_{split}_{part}.tsv").write_text("".join(rows))
+    (root / "random.json").write_text(json.dumps(names | {"all": sorted(answers)}))
+
+
+@pytest.fixture(scope="module")
+def gym(folder) -> str:
+    write_gym(folder / "gym")
+    return str(folder / "gym")
+
+
+@pytest.fixture(scope="module")
+def llama(folder) -> str:
+    """A tiny random Llama and a byte-level tokenizer without merges, saved as one Hugging Face folder."""
+    path = folder / "llama"
+    torch.manual_seed(0)
+    settings = LlamaConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(settings).save_pretrained(path)
+    vocab = {"<pad>": 0, "</s>": 1} | {c: k + 2 for k, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>").save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def llama_run(folder, gym, llama) -> Path:
+    flags = dict(dataset="crossfit", data_dir=gym, split="100", backbone=llama, method="mhr", heads=4, rank=2, skills=3)
+    flags |= dict(steps=4, batch_size=8, max_input=40, max_output=8, lr=0.05, log_every=1, eval_examples=100)
+    train.main(flags | dict(output_dir=str(folder / "llama-run")))
+    return folder / "llama-run"
+
+
+def test_a_decoder_only_run(llama_run, capsys):
+    result = read(llama_run / "result.json")
+    assert list(result["tasks"]) == ["colour", "echo", "last-letter_x"]
+    tensors = load_file(llama_run / "adapter.safetensors")
+    assert sum(".router.Z" in key for key in tensors) == 2 * 7  # q, k, v, o, gate, up, down in two layers
+    assert tensors["model.layers.1.mlp.down_proj.router.Z"].shape == (3, 4, 3)
+    scores = evaluate.evaluate(evaluate.Config(checkpoint=str(llama_run)))
+    assert scores == result["tasks"]
+
+
+@pytest.mark.parametrize("variant", ["all", "z", "mu"])
+def test_a_decoder_only_adaptation(llama_run, folder, variant):
+    run = folder / f"llama-{variant}"
+    flags = FEW | dict(shots=0, test_examples=0, checkpoint=str(llama_run), variant=variant, split="13")
+    result = adapt.main(flags | dict(output_dir=str(run)))
+    assert list(result["tasks"]) == ["length", "shout"] and result["metrics"] == {"length": "ACC", "shout": "ACC"}
+    assert max(stop["best_step"] for stop in result["stops"].values()) > 0
+    assert evaluate.evaluate(evaluate.Config(checkpoint=str(run))) == result["tasks"]
+
+
+def test_epochs(gym, llama, folder):
+    examples = sum(len(task.train) for task in data.crossfit(gym).train)
+    assert examples > 20 and examples % 8
+    flags = dict(dataset="crossfit", data_dir=gym, split="100", backbone=llama, method="ia3", epochs=2, batch_size=8)
+    result = train.main(flags | dict(max_input=40, max_output=8, output_dir=str(folder / "epochs")))
+    assert result["steps"] == 2 * (examples // 8 + 1)
+
+
+def test_the_gym_may_have_moved(llama_run, gym, folder):
+    moved = folder / "moved-gym"
+    shutil.copytree(gym, moved)
+    copy = folder / "moved-run"
+    shutil.copytree(llama_run, copy)
+    settings = read(copy / "config.json") | {"data_dir": "/no/longer/there"}
+    (copy / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="/no/longer/there"):
+        evaluate.evaluate(evaluate.Config(checkpoint=str(copy)))
+    scores = evaluate.evaluate(evaluate.Config(checkpoint=str(copy), data_dir=str(moved)))
+    assert scores == read(llama_run / "result.json")["tasks"]
+    few = FEW | dict(checkpoint=str(copy), tasks="first", split="21", data_dir=str(moved), output_dir=str(folder / "m"))
+    assert list(adapt.main(few)["tasks"]) == ["first"]
+
+
+def test_crossfit_trains_without_naming_a_split(gym, llama, folder):
+    """Pre-training reads all five splits: --split has nothing to say there."""
+    flags = dict(dataset="crossfit", data_dir=gym, backbone=llama, method="lora", rank=2, steps=1, batch_size=4)
+    result = train.main(flags | dict(max_input=40, max_output=8, output_dir=str(folder / "no-split")))
+    assert result["steps"] == 1
+
+
+# --- Mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def command(script: str, argv: list[str], capsys) -> str:
+    """Run a script's command line in this process. It must end with code 2 and one sentence, which is returned."""
+    module, recipes = SCRIPTS[script]
+    capsys.readouterr()
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("no answer in 20 seconds"))
+    signal.alarm(20)
+    try:
+        with pytest.raises(SystemExit) as end:
+            config.exit_on_user_error(module.main, config.explicit_flags(module.Config, recipes, argv))
+    finally:
+        signal.alarm(0)
+    said = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert end.value.code == 2 and len(said) == 1
+    return said[0]
+
+
+@pytest.fixture(scope="module")
+def places(folder, backbones, gym, runs, adapted, llama_run) -> dict:
+    """The paths that the command lines below name, broken ones among them."""
+    where = {"backbone": backbones[0], "gym": gym, "missing": folder / "missing", "cfrun": llama_run}
+    where |= {"mhr": runs("mhr"), "lora": runs("lora"), "full": runs("full"), "few": adapted("mhr")}
+
+    (folder / "empty").mkdir()
+    (folder / "file").write_text("not a folder")
+    where |= {"empty": folder / "empty", "file": folder / "file"}
+
+    def copied(name: str, source, **changes) -> Path:
+        """A copy of a run with these settings changed."""
+        shutil.copytree(source, folder / name)
+        path = folder / name / "config.json"
+        path.write_text(json.dumps(read(path) | changes))
+        where[name] = folder / name
+        return folder / name
+
+    for name, content in (("broken", '{"method": '), ("list", "[]"), ("number", "7"), ("bytes", b"\xff\xfe")):
+        path = copied(f"config_{name}", runs("mhr")) / "config.json"
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    copied("newer", runs("mhr"), invented=1)
+    copied("other_backbone", runs("mhr"), backbone=backbones[1])
+    copied("other_heads", runs("mhr"), heads=4)
+    copied("other_rank", runs("lora"), rank=4)
+    copied("other_layers", runs("lora"), layers=r"encoder.*SelfAttention\.q")
+    copied("single", runs("lora"), dataset="strings-single", instructions=True)
+    (copied("unfinished", runs("mhr")) / "adapter.safetensors").unlink()
+    shutil.rmtree(copied("unfinished_full", runs("full")) / "backbone")
+    whole = (runs("mhr") / "adapter.safetensors").read_bytes()
+    for name, content in (("garbage", b"garbage" * 99), ("truncated", whole[: len(whole) // 2]), ("emptied", b"")):
+        (copied(f"adapter_{name}", runs("mhr")) / "adapter.safetensors").write_bytes(content)
+        (copied(f"few_{name}", adapted("mhr")) / f"{HELD_OUT[1]}.safetensors").write_bytes(content)
+    (copied("few_missing", adapted("mhr")) / f"{HELD_OUT[1]}.safetensors").unlink()
+
+    for name, file, content in (
+        ("backbone_bad_config", "config.json", b"{"),
+        ("backbone_unknown_type", "config.json", b'{"model_type": "nonsense"}'),
+        ("backbone_no_type", "config.json", b"{}"),
+        ("backbone_garbage", "model.safetensors", b"garbage" * 99),
+        ("backbone_truncated", "model.safetensors", (Path(backbones[0]) / "model.safetensors").read_bytes()[:100_000]),
+    ):
+        shutil.copytree(backbones[0], folder / name)
+        (folder / name / file).write_bytes(content)
+        where[name] = folder / name
+    shutil.copytree(backbones[0], folder / "backbone_no_weights")
+    (folder / "backbone_no_weights" / "model.safetensors").unlink()
+    where["backbone_no_weights"] = folder / "backbone_no_weights"
+
+    shutil.copytree(gym, folder / "bad_gym")
+    (folder / "bad_gym" / "echo" / "echo_6_21_dev.tsv").write_text("a\tb\nonly one column\n")
+    where["bad_gym"] = folder / "bad_gym"
+    shutil.copytree(gym, folder / "no_test_gym")
+    (folder / "no_test_gym" / "random.json").write_text(json.dumps({"train": ["echo"], "dev": [], "test": []}))
+    where["no_test_gym"] = folder / "no_test_gym"
+    for name, files in (
+        ("emptied_test_gym", "echo/echo_6_*_test.tsv"),
+        ("emptied_dev_gym", "first/first_6_*_dev.tsv"),
+        ("emptied_train_gym", "*/*_6_*_[td]*[nv].tsv"),
+    ):
+        shutil.copytree(gym, folder / name)
+        found = list((folder / name).glob(files))
+        assert found
+        for path in found:
+            path.write_text("")
+        where[name] = folder / name
+    return where
+
+
+TRAIN = (
+    "--dataset strings --backbone {backbone} --steps 1 --batch-size 2 --max-input 16 --max-output 8 --eval-examples 0 "
+)
+CROSSFIT = "--dataset crossfit --split 100 --backbone {backbone} --steps 1 --batch-size 2 --max-output 8 "
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        ("--dataset nonsense", "--dataset.*nonsense"),
+        ("--method nonsense", "--method.*nonsense"),
+        ("--nonsense 3", "--nonsense"),
+        ("--step 3", "--step"),  # no abbreviations
+        ("--steps many", "--steps.*many"),
+        (TRAIN + "--steps 0", "--steps"),
+        (TRAIN + "--steps -5", "--steps"),
+        (TRAIN + "--batch-size 0", "--batch-size must be above 0"),
+        (TRAIN + "--lr -1", "--lr must be above 0"),
+        (TRAIN + "--lr 0", "--lr must be above 0"),
+        (TRAIN + "--lr nan", "--lr"),
+        (TRAIN + "--lr-z -0.1", "--lr-z must be above 0"),
+        (TRAIN + "--weight-decay -1", "--weight-decay"),
+        (TRAIN + "--rank 0", "--rank must be above 0"),
+        (TRAIN + "--skills 0", "--skills must be above 0"),
+        (TRAIN + "--heads 0", "--heads must be above 0"),
+        (TRAIN + "--max-output 0", "--max-output must be above 0"),
+        (TRAIN + "--log-every 0", "--log-every must be above 0"),
+        (TRAIN + "--clip 0", "--clip"),
+        (CROSSFIT + "--data-dir {gym} --eval-examples -1", "--eval-examples"),
+        (TRAIN + "--split x", "--split x"),
+        (TRAIN + "--method mhr --heads 7", r"layer encoder\.block\.0\.layer\.0\.SelfAttention\.q: 7 heads .*128"),
+        (TRAIN + "--method mhr --heads 256", r"DenseReluDense|SelfAttention\.q: 256 heads .*128"),
+        (TRAIN + "--layers no_such_layer", "no_such_layer"),
+        (TRAIN + "--layers encoder", "layer encoder is a T5Stack"),
+        (TRAIN + "--layers (", r"--layers"),
+        (TRAIN + "--backbone {missing}", "--backbone .*missing"),
+        (TRAIN + "--backbone {empty}", "--backbone .*empty"),
+        (TRAIN + "--backbone {file}", "--backbone .*file"),
+        (TRAIN + "--backbone {backbone_bad_config}", "--backbone .*backbone_bad_config"),
+        (TRAIN + "--backbone {backbone_unknown_type}", "--backbone .*backbone_unknown_type"),
+        (TRAIN + "--backbone {backbone_no_type}", "--backbone .*backbone_no_type"),
+        (TRAIN + "--backbone {backbone_no_weights}", "--backbone .*backbone_no_weights"),
+        (TRAIN + "--backbone {backbone_garbage}", "--backbone .*backbone_garbage"),
+        (TRAIN + "--backbone {backbone_truncated}", "--backbone .*backbone_truncated"),
+        pytest.param(TRAIN + "--device cuda", "--device cuda", marks=no_gpu),
+        (CROSSFIT, "--data-dir"),
+        (CROSSFIT + "--data-dir {missing}", "--data-dir .*missing"),
+        (CROSSFIT + "--data-dir {empty}", r"--data-dir .*random\.json"),
+        (CROSSFIT + "--data-dir {bad_gym}", r"echo_6_21_dev\.tsv:2"),
+        (CROSSFIT + "--data-dir {gym} --split 7", "--split 7"),
+        (CROSSFIT + "--data-dir {emptied_test_gym} --eval-examples 2", "echo"),
+        (CROSSFIT + "--data-dir {emptied_train_gym}", "emptied_train_gym|no .*examples"),
+    ],
+)
+def test_train_tells_mistakes(places, tmp_path, capsys, argv, named):
+    argv = [word.format(**places) for word in argv.split()]
+    said = command("train", [*argv, "--output-dir", str(tmp_path / "out")], capsys)
+    assert re.search(named, said), said
+    assert not (tmp_path / "out").exists()  # nothing is left behind
+
+
+ADAPT = "--steps 1 --batch-size 2 --eval-every 1 --test-examples 1 --tasks dev "
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        ("", "--checkpoint"),
+        ("--checkpoint {missing}", "missing"),
+        ("--checkpoint {empty}", r"empty/config\.json"),
+        ("--checkpoint {file}", "file"),
+        ("--checkpoint {mhr} --variant nonsense", "--variant.*nonsense"),
+        ("--checkpoint {lora} --variant z", "--variant z .*lora"),
+        ("--checkpoint {lora} --variant mu", "--variant mu .*lora"),
+        ("--checkpoint {full} --variant z", "--variant z .*full"),
+        ("--checkpoint {mhr} --tasks nonsense", "--tasks nonsense"),
+        ("--checkpoint {mhr} --tasks reverse", "--tasks reverse"),
+        ("--checkpoint {mhr} --steps 0", "--steps must be above 0"),
+        ("--checkpoint {mhr} --lr -1", "--lr must be above 0"),
+        ("--checkpoint {mhr} --lr-z 0", "--lr-z must be above 0"),
+        ("--checkpoint {mhr} --eval-every 0", "--eval-every must be above 0"),
+        ("--checkpoint {mhr} --patience 0", "--patience must be above 0"),
+        ("--checkpoint {mhr} --weight-decay -1", "--weight-decay"),
+        ("--checkpoint {mhr} --shots -1", "--shots"),
+        ("--checkpoint {cfrun} --split 100 --test-examples -1", "--test-examples"),
+        ("--checkpoint {mhr} --split x", "--split x"),
+        pytest.param("--checkpoint {mhr} --device cuda", "--device cuda", marks=no_gpu),
+        ("--checkpoint {few}", r"config\.json"),  # a run of adapt.py
+        ("--checkpoint {config_broken}", r"config_broken/config\.json:1"),
+        ("--checkpoint {config_list}", r"config_list/config\.json"),
+        ("--checkpoint {config_number}", r"config_number/config\.json"),
+        ("--checkpoint {config_bytes}", r"config_bytes/config\.json"),
+        ("--checkpoint {newer}", r"newer/config\.json.*invented"),
+        ("--checkpoint {other_backbone}", "other_backbone.*another backbone"),
+        ("--checkpoint {other_heads}", r"other_heads.*router\.Z"),
+        ("--checkpoint {other_rank}", r"other_rank.*params"),
+        ("--checkpoint {other_layers}", r"other_layers.*only in the file"),
+        ("--checkpoint {unfinished}", r"unfinished has no adapter\.safetensors"),
+        ("--checkpoint {unfinished_full}", "unfinished_full has no backbone"),
+        ("--checkpoint {adapter_garbage}", r"adapter_garbage"),
+        ("--checkpoint {adapter_truncated}", r"adapter_truncated"),
+        ("--checkpoint {adapter_emptied}", r"adapter_emptied"),
+        ("--checkpoint {single} --tasks all", "held-out|--tasks"),  # strings-single has no held-out tasks
+        ("--checkpoint {cfrun} --split 100 --data-dir {no_test_gym} --tasks all", "held-out|--tasks|no_test_gym"),
+        ("--checkpoint {cfrun} --split 7", "--split 7"),
+        ("--checkpoint {cfrun} --split 100 --data-dir {emptied_dev_gym}", "first"),
+        ("--checkpoint {cfrun} --split 100 --data-dir {missing}", "--data-dir .*missing"),
+    ],
+)
+def test_adapt_tells_mistakes(places, tmp_path, capsys, argv, named):
+    argv = [word.format(**places) for word in (ADAPT + argv).split()]
+    said = command("adapt", [*argv, "--output-dir", str(tmp_path / "out")], capsys)
+    assert re.search(named, said), said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        ("", "--checkpoint"),
+        ("--zero-shot", "--checkpoint"),
+        ("--checkpoint {missing}", "missing"),
+        ("--checkpoint {empty}", r"empty/config\.json"),
+        ("--checkpoint {file}", "file"),
+        ("--checkpoint {config_broken}", r"config_broken/config\.json:1"),
+        ("--checkpoint {config_list}", r"config_list/config\.json"),
+        ("--checkpoint {config_number}", r"config_number/config\.json"),
+        ("--checkpoint {few} --zero-shot", "--zero-shot"),
+        ("--checkpoint {few} --batch-size 0", "--batch-size must be above 0"),
+        ("--checkpoint {few} --beams 0", "--beams must be above 0"),
+        ("--checkpoint {few} --device nonsense", "--device"),
+        pytest.param("--checkpoint {few} --device cuda", "--device cuda", marks=no_gpu),
+        ("--checkpoint {few_missing}", r"few_missing/.*\.safetensors does not exist"),
+        ("--checkpoint {few_garbage}", r"few_garbage/.*\.safetensors"),
+        ("--checkpoint {few_truncated}", r"few_truncated/.*\.safetensors"),
+        ("--checkpoint {few_emptied}", r"few_emptied/.*\.safetensors"),
+        ("--checkpoint {unfinished}", r"unfinished has no adapter\.safetensors"),
+        ("--checkpoint {adapter_garbage}", "adapter_garbage"),
+        ("--checkpoint {other_backbone}", "other_backbone.*another backbone"),
+        ("--checkpoint {single} --zero-shot", "held-out|--zero-shot"),
+        ("--compare {config_broken}", r"config_broken/config\.json:1"),
+    ],
+)
+def test_evaluate_tells_mistakes(places, capsys, argv, named):
+    said = command("evaluate", [word.format(**places) for word in argv.split()], capsys)
+    assert re.search(named, said), said
+
+
+def test_a_folder_in_use_is_left_as_it_is(runs, adapted, places, capsys):
+    used = [runs("mhr"), adapted("mhr")]
+    before = [contents(run) for run in used]
+    for run in used:
+        said = command("train", [*TRAIN.format(**places).split(), "--output-dir", str(run)], capsys)
+        assert "--output-dir" in said and str(run) in said
+        argv = [*ADAPT.split(), "--checkpoint", str(runs("lora")), "--output-dir", str(run)]
+        said = command("adapt", argv, capsys)
+        assert "--output-dir" in said and str(run) in said
+    assert [contents(run) for run in used] == before
+
+
+def test_an_output_folder_that_cannot_be_made(places, capsys):
+    for path in (places["file"], places["file"] / "below"):
+        said = command("train", [*TRAIN.format(**places).split(), "--output-dir", str(path)], capsys)
+        assert "--output-dir" in said and str(path) in said
+    assert places["file"].read_text() == "not a folder"
+
+
+def test_interrupting_is_no_traceback(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        config.exit_on_user_error(interrupted)
+    assert end.value.code == 130 and "Traceback" not in capsys.readouterr().err
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "result.json"
+    config.write_json(path, {"name": "é", "value": 1})
+    assert read(path) == {"name": "é", "value": 1}
+    with pytest.raises(TypeError):
+        config.write_json(path, {"value": object()})
+    assert read(path) == {"name": "é", "value": 1}
+
+
+def test_adapter_files_name_their_backbone(runs, adapted):
+    """The fingerprint lets a wrong backbone be refused; it is the same before and after adaptation."""
+    marks = set()
+    for path in (runs("mhr") / "adapter.safetensors", adapted("mhr", "mu") / f"{HELD_OUT[0]}.safetensors"):
+        with safe_open(str(path), framework="pt") as file:
+            marks.add(file.metadata()["backbone"])
+    assert len(marks) == 1 and marks != {None}
+
+
+def test_the_tiny_architecture_is_what_the_counts_say():
+    model = train.tiny_from_scratch()
+    assert sum(p.numel() for p in model.parameters()) == FULL_SIZE
+    assert not any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())

@@ -1,0 +1,495 @@
+"""Metrics against hand-computed values and independent oracles; generation; the comparison of runs."""
+
+import json
+import math
+import random
+import re
+import string
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import pearsonr
+from sklearn.metrics import f1_score, matthews_corrcoef
+from transformers import ByT5Tokenizer, T5Config, T5ForConditionalGeneration
+
+import evaluate
+from config import UserError
+from data import Example, Task
+from evaluate import METRICS, compare, evaluate_tasks, generate, mean, score
+from inject import LORA_LAYERS, adapter_parameters, inject, routers, task_ids
+from lora import LoRA
+from mhr import MHRLinear, MHRRouter
+
+
+def examples(*references) -> list[Example]:
+    """Examples by their references: a string, or a tuple of several."""
+    return [Example("q", r if isinstance(r, tuple) else (r,)) for r in references]
+
+
+# --- Metrics by hand --------------------------------------------------------------------------------------------------
+
+
+def test_crossfits_seven_metrics_are_there():
+    assert set(METRICS) >= {
+        "EM", "ACC", "QA-F1", "Rouge-L", "Classification-F1", "Matthew-Correlation", "Pearson-Correlation",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("metric", sorted(METRICS))
+def test_perfect_predictions_score_100(metric):
+    outputs = {
+        "Matthew-Correlation": ["acceptable", "unacceptable", "acceptable"],
+        "Pearson-Correlation": ["1", "2.5", "-3"],
+    }.get(metric, ["one red apple", "two", "two"])
+    assert score(metric, outputs, examples(*outputs)) == pytest.approx(100)
+
+
+@pytest.mark.parametrize("metric", sorted(METRICS))
+def test_white_space_around_texts_is_stripped(metric):
+    outputs = {
+        "Matthew-Correlation": ["acceptable", "unacceptable"],
+        "Pearson-Correlation": ["1", "2"],
+    }.get(metric, ["red", "blue"])
+    padded = [f"  {output}\n" for output in outputs]
+    assert score(metric, padded, examples(*outputs)) == pytest.approx(100)
+    assert score(metric, outputs, examples(*padded)) == pytest.approx(100)
+
+
+@pytest.mark.parametrize("metric", sorted(METRICS))
+def test_no_examples_is_an_error(metric):
+    with pytest.raises(ValueError, match="no examples"):
+        score(metric, [], [])
+
+
+@pytest.mark.parametrize("metric", sorted(METRICS))
+def test_a_prediction_too_few_is_an_error(metric):
+    with pytest.raises(ValueError):
+        score(metric, ["1", "2"], examples("1", "2", "3"))
+
+
+@pytest.mark.parametrize(
+    "metric, prediction, references, expected",
+    [
+        ("EM", "The  apple!", ("apple",), 100),  # case, article, punctuation, spaces
+        ("EM", "an a-ppl.e", ("APPLE",), 100),
+        ("EM", "then apple", ("apple",), 0),  # an article is a word
+        ("EM", "apples", ("apple",), 0),
+        ("EM", "red apple", ("apple red",), 0),  # the order counts
+        ("EM", "blue", ("red", "blue"), 100),
+        ("EM", "green", ("red", "blue"), 0),
+        ("ACC", "Not Well-Formed", ("not well-formed",), 100),
+        ("ACC", "the apple", ("apple",), 0),  # no normalisation but case
+        ("ACC", "apple.", ("apple",), 0),
+        ("ACC", "blue", ("red", "Blue"), 100),
+        ("QA-F1", "red apple", ("a big red apple",), 80),  # 2 common, 2 and 3 words: 2*2/5
+        ("QA-F1", "the the", ("the",), 0),  # nothing is left
+        ("QA-F1", "red red", ("red",), 200 / 3),  # a word counts as often as it is common
+        ("QA-F1", "red", ("blue", "red blue"), 200 / 3),
+        ("QA-F1", "", ("red",), 0),
+        ("Rouge-L", "the cat sat", ("the cat sat on the mat",), 100 * 2 * 3 / 9),
+        ("Rouge-L", "a b c d", ("d c b a",), 25),  # the longest common subsequence is 1 long
+        ("Rouge-L", "running dogs", ("run dog",), 100),  # stemmed
+        ("Rouge-L", "red fox", ("blue", "one red fox"), 80),
+        ("Rouge-L", "", ("red",), 0),
+    ],
+)
+def test_example_wise_metrics_by_hand(metric, prediction, references, expected):
+    assert score(metric, [prediction], examples(references)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("metric", ["EM", "ACC", "QA-F1", "Rouge-L"])
+def test_example_wise_metrics_are_averaged(metric):
+    assert score(metric, ["red", "x", "y", "blue"], examples("red", "blue", "green", "blue")) == pytest.approx(50)
+
+
+def test_classification_f1_by_hand():
+    gold = examples("a", "a", "b", "b")
+    # a: 2 of 3 right, both found: 0.8; b: 1 of 1 right, 1 of 2 found: 2/3
+    assert score("Classification-F1", ["a", "a", "b", "a"], gold) == pytest.approx(100 * (0.8 + 2 / 3) / 2)
+    # a word outside the labels is a class of its own, which nothing gold belongs to: (1 + 2/3 + 0) / 3
+    assert score("Classification-F1", ["a", "a", "b", "zzz"], gold) == pytest.approx(100 * (1 + 2 / 3) / 3)
+    assert score("Classification-F1", ["A", "A", "B", "B"], gold) == 0  # exact strings
+    assert score("Classification-F1", ["b", "a"], examples(("a", "b"), ("a", "b"))) == pytest.approx(100 / 3)
+
+
+def test_matthews_by_hand():
+    yes, no = "acceptable", "unacceptable"
+    gold = examples(yes, yes, yes, no, no)
+    # tp 2, fn 1, fp 1, tn 1: (2*1 - 1*1) / sqrt(3 * 3 * 2 * 2)
+    assert score("Matthew-Correlation", [yes, yes, no, yes, no], gold) == pytest.approx(100 / 6)
+    assert score("Matthew-Correlation", [no, no, no, yes, yes], gold) == pytest.approx(-100)
+    assert score("Matthew-Correlation", [yes] * 5, gold) == 0  # not defined
+    same = score("Matthew-Correlation", [yes, yes, "nonsense", yes, ""], gold)
+    assert same == pytest.approx(100 / 6)  # everything else counts as unacceptable
+
+
+def test_pearson_by_hand():
+    gold = examples("1", "2", "3")
+    assert score("Pearson-Correlation", ["10", "20", "30"], gold) == pytest.approx(100)
+    assert score("Pearson-Correlation", ["3", "2.0", "1"], gold) == pytest.approx(-100)
+    assert score("Pearson-Correlation", ["1", "3", "2"], gold) == pytest.approx(50)
+
+
+@pytest.mark.parametrize("predictions", [["1", "2", "three"], ["1", "", "2"], ["2", "2", "2"]])
+def test_pearson_is_0_where_it_is_not_defined(predictions):
+    assert score("Pearson-Correlation", predictions, examples("1", "2", "3")) == 0
+    assert score("Pearson-Correlation", ["1", "2", "3"], examples("4", "4", "4")) == 0
+    assert score("Pearson-Correlation", ["1"], examples("1")) == 0
+
+
+@pytest.mark.parametrize("word", ["nan", "inf", "-Infinity", "1e999"])
+def test_pearson_of_words_that_float_accepts_is_a_number(word):
+    """A model can write "nan": the score must still be a number, or result.json is no JSON."""
+    assert math.isfinite(score("Pearson-Correlation", ["1", word, "3"], examples("1", "2", "3")))
+
+
+# --- Metrics against independent oracles ------------------------------------------------------------------------------
+
+
+def squad_words(text: str) -> list[str]:
+    """SQuAD's normalisation, step by step."""
+    text = text.lower()
+    for mark in string.punctuation:
+        text = text.replace(mark, "")
+    return [word for word in re.findall(r"\S+", re.sub(r"\b(a|an|the)\b", " ", text))]
+
+
+def squad_f1(prediction: str, reference: str) -> float:
+    p, r = squad_words(prediction), squad_words(reference)
+    common = sum(min(count, r.count(word)) for word, count in Counter(p).items())
+    if common == 0:
+        return 0.0
+    precision, recall = common / len(p), common / len(r)
+    return 2 * precision * recall / (precision + recall)
+
+
+def lcs(a, b) -> int:
+    """The length of the longest common subsequence, by its definition."""
+    if not a or not b:
+        return 0
+    return 1 + lcs(a[1:], b[1:]) if a[0] == b[0] else max(lcs(a[1:], b), lcs(a, b[1:]))
+
+
+word = st.sampled_from(["the", "a", "An", "red", "Red", "fox", "fox.", "b-c", "bc", "!", "theory"])
+text = st.lists(word, max_size=6).map(" ".join)
+rows = st.lists(st.tuples(text, st.lists(text, min_size=1, max_size=3)), min_size=1, max_size=5)
+
+
+@given(rows)
+@settings(max_examples=150, deadline=None)
+def test_squad_metrics_against_an_oracle(rows):
+    predictions, gold = [p for p, _ in rows], [Example("q", tuple(rs)) for _, rs in rows]
+    em = np.mean([max(squad_words(p) == squad_words(r) for r in rs) for p, rs in rows])
+    f1 = np.mean([max(squad_f1(p, r) for r in rs) for p, rs in rows])
+    acc = np.mean([max(p.strip().lower() == r.strip().lower() for r in rs) for p, rs in rows])
+    assert score("EM", predictions, gold) == pytest.approx(100 * em)
+    assert score("QA-F1", predictions, gold) == pytest.approx(100 * f1)
+    assert score("ACC", predictions, gold) == pytest.approx(100 * acc)
+
+
+letters = st.lists(st.sampled_from("abcd"), min_size=1, max_size=6)
+
+
+@given(letters, letters)
+@settings(max_examples=80, deadline=None)
+def test_rouge_l_against_an_oracle(p, r):
+    expected = 100 * 2 * lcs(p, r) / (len(p) + len(r))
+    assert score("Rouge-L", [" ".join(p)], examples(" ".join(r))) == pytest.approx(expected)
+
+
+def macro_f1(gold: list[str], guess: list[str]) -> float:
+    found = []
+    for label in set(gold) | set(guess):
+        true = sum(g == p == label for g, p in zip(gold, guess, strict=True))
+        found.append(2 * true / (gold.count(label) + guess.count(label)))
+    return float(np.mean(found))
+
+
+@given(st.lists(st.tuples(st.sampled_from(["x", "y", "z"]), st.sampled_from(["x", "y", "z", "w"])), min_size=1))
+@settings(max_examples=80, deadline=None)
+def test_classification_f1_against_oracles(pairs):
+    gold, guess = [g for g, _ in pairs], [p for _, p in pairs]
+    value = score("Classification-F1", guess, examples(*gold))
+    assert value == pytest.approx(100 * macro_f1(gold, guess))
+    assert value == pytest.approx(100 * f1_score(gold, guess, average="macro", zero_division=0))
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2))
+@settings(max_examples=80, deadline=None)
+def test_matthews_against_scikit_learn(pairs):
+    name = {True: "acceptable", False: "unacceptable"}
+    gold, guess = [g for g, _ in pairs], [p for _, p in pairs]
+    value = score("Matthew-Correlation", [name[p] for p in guess], examples(*(name[g] for g in gold)))
+    assert value == pytest.approx(100 * matthews_corrcoef(gold, guess))
+
+
+def test_pearson_against_scipy_and_numpy():
+    rng = random.Random(0)
+    for _ in range(20):
+        gold, guess = ([round(rng.uniform(-5, 5), 3) for _ in range(8)] for _ in range(2))
+        value = score("Pearson-Correlation", list(map(str, guess)), examples(*map(str, gold)))
+        assert value == pytest.approx(100 * pearsonr(gold, guess).statistic)
+        assert value == pytest.approx(100 * np.corrcoef(gold, guess)[0, 1])
+
+
+def test_mean_is_over_tasks():
+    assert mean({"a": 10.0, "b": 40.0}) == 25.0
+
+
+# --- Generation -------------------------------------------------------------------------------------------------------
+
+TASKS, LENGTHS = 4, (24, 6)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A random T5 whose four tasks have strongly different MHR adapters, and sampling in training mode."""
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=384, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0,
+        dropout_rate=0.1, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = T5ForConditionalGeneration(config)
+    inject(model, lambda name, linear: MHRLinear(linear, LoRA(4), MHRRouter(TASKS, 3, heads=2)), LORA_LAYERS["t5"])
+    with torch.no_grad():
+        for router in routers(model):
+            router.Z.uniform_(-4, 4)
+        for name, p in adapter_parameters(model).items():
+            if not name.endswith(".Z"):
+                p.uniform_(-1, 1)
+        model.shared.weight *= 0.1  # outputs that change from token to token
+        model.lm_head.weight *= 0.3
+        model.lm_head.weight[:36] = model.lm_head.weight[131:] = 0  # and are printable
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return ByT5Tokenizer()
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    rng = random.Random(1)
+    return [
+        Example("".join(rng.choices(string.ascii_lowercase, k=rng.randint(1, 20))), (f"out{k}",)) for k in range(12)
+    ]
+
+
+IDS = [0, 1, 2, 3, 3, 1, 0, 0, 2, 1, 1, 3]
+
+
+def one_by_one(model, tokenizer, inputs, ids, beams=1) -> list[str]:
+    """The oracle: each example alone, straight through the model."""
+    texts = []
+    for example, task in zip(inputs, ids, strict=True):
+        encoded = tokenizer(example.input, return_tensors="pt")
+        with task_ids([task]), torch.no_grad():
+            out = model.generate(**encoded, max_new_tokens=LENGTHS[1], num_beams=beams, do_sample=False)
+        texts.append(tokenizer.decode(out[0], skip_special_tokens=True))
+    return texts
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate_keeps_order_and_tasks_whatever_the_batch_size(model, tokenizer, inputs, beams):
+    expected = one_by_one(model, tokenizer, inputs, IDS, beams)
+    assert len(set(expected)) > 6
+    assert one_by_one(model, tokenizer, inputs, [0] * 12, beams) != expected  # the tasks matter
+    for batch_size in (1, 5, 64):
+        assert generate(model, tokenizer, inputs, IDS, LENGTHS, batch_size, beams) == expected
+
+
+def test_generate_does_what_the_number_of_beams_says(model, tokenizer, inputs, monkeypatch):
+    assert generate(model, tokenizer, inputs, IDS, LENGTHS, 8, 3) != generate(model, tokenizer, inputs, IDS, LENGTHS, 8)
+    seen, original = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda **k: seen.append(k) or original(**k))
+    generate(model, tokenizer, inputs[:2], [0, 0], LENGTHS, 8, 4)
+    assert [call["num_beams"] for call in seen] == [4] and seen[0]["max_new_tokens"] == LENGTHS[1]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_generate_is_without_noise_and_restores_the_mode(model, tokenizer, inputs, training):
+    expected = generate(model.eval(), tokenizer, inputs, IDS, LENGTHS, 8)
+    model.train(training)
+    try:
+        assert generate(model, tokenizer, inputs, IDS, LENGTHS, 8) == expected
+        assert all(module.training == training for module in model.modules())
+    finally:
+        model.eval()
+
+
+def test_generate_leaves_no_gradient(model, tokenizer, inputs):
+    generate(model, tokenizer, inputs[:2], [0, 1], LENGTHS, 2)
+    assert all(p.grad is None for p in model.parameters()) and torch.is_grad_enabled()
+
+
+def test_generate_cuts_long_inputs(model, tokenizer, inputs):
+    long = [Example("abcdefghij" * 9, ("x",))]
+    short = [Example(("abcdefghij" * 9)[: LENGTHS[0] - 1], ("x",))]  # and the end token
+    assert generate(model, tokenizer, long, [2], LENGTHS, 8) == generate(model, tokenizer, short, [2], LENGTHS, 8)
+
+
+def test_evaluate_tasks_scores_every_task_with_its_own_adapter(model, tokenizer, inputs, monkeypatch):
+    seen = {}
+    monkeypatch.setitem(METRICS, "EM", lambda p, r: seen.setdefault(r[0][0], p) and float(len(seen)))
+    tasks = [Task(f"t{k}", "EM", [], [], inputs[k::4]) for k in range(4)]  # t0 has examples 0, 4, 8, and so on
+    ids = [2, 0, 3, 1]
+    scores = evaluate_tasks(model, tokenizer, tasks, ids, LENGTHS, batch_size=5)
+    assert scores == {"t0": 1.0, "t1": 2.0, "t2": 3.0, "t3": 4.0}
+    for k, task in enumerate(tasks):
+        assert seen[f"out{k}"] == one_by_one(model, tokenizer, task.test, [ids[k]] * 3)
+
+
+def test_evaluate_tasks_limit(model, tokenizer, inputs, monkeypatch):
+    counts = []
+    monkeypatch.setitem(METRICS, "EM", lambda p, r: counts.append([x[0] for x in r]) or 0.0)
+    tasks = [Task("a", "EM", [], [], inputs[:5]), Task("b", "EM", [], [], inputs[5:7])]
+    evaluate_tasks(model, tokenizer, tasks, [0, 1], LENGTHS, limit=3)
+    evaluate_tasks(model, tokenizer, tasks, [0, 1], LENGTHS)
+    assert counts == [["out0", "out1", "out2"], ["out5", "out6"], [f"out{k}" for k in range(5)], ["out5", "out6"]]
+
+
+def test_evaluate_tasks_uses_the_tasks_metric(model, tokenizer, inputs):
+    same = [Example(e.input, (p,)) for e, p in zip(inputs, one_by_one(model, tokenizer, inputs, [1] * 12), strict=True)]
+    tasks = [Task("right", "ACC", [], [], same), Task("wrong", "Rouge-L", [], [], inputs)]
+    scores = evaluate_tasks(model, tokenizer, tasks, [1, 1], LENGTHS)
+    assert scores == {"right": 100.0, "wrong": 0.0}
+
+
+# --- Comparison -------------------------------------------------------------------------------------------------------
+
+TRAIN = dict(
+    method="mhr", dataset="strings", split="0", instructions=False, backbone="tiny", adapter="lora", layers="", rank=2,
+    skills=8, heads=8, routing="gumbel", steps=100, batch_size=64, lr=1e-3, lr_z=1e-2, seed=0, output_dir="x",
+)  # fmt: skip
+ADAPT = dict(
+    checkpoint="", variant="z", tasks="all", split="0", shots=32, steps=100, lr=1e-3, lr_z=1e-2, seed=0, output_dir="x"
+)
+
+
+def run_folder(path: Path, config: dict, **result) -> str:
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    if result:
+        (path / "result.json").write_text(json.dumps({"seconds": 12.4, "parameters": {"adapters": 1000}} | result))
+    return str(path)
+
+
+def body(table: str) -> list[str]:
+    return table.split("\n")[1:]
+
+
+def test_compare_takes_seeds_together(tmp_path):
+    folders = [
+        run_folder(tmp_path / f"r{seed}", TRAIN | {"seed": seed, "output_dir": f"r{seed}"}, mean=value, seconds=value)
+        for seed, value in enumerate((50.0, 60.0, 64.0))
+    ]
+    (line,) = body(compare(tuple(folders)))
+    # mean 58, squared deviations 64 + 4 + 36 = 104, sample standard deviation sqrt(52) = 7.2
+    assert line.split() == ["mhr", "h=8", "r=2", "strings", "1,000", "3", "58.0", "+-", "7.2", "58"]
+
+
+def test_compare_of_one_run_has_no_deviation(tmp_path):
+    (line,) = body(compare((run_folder(tmp_path / "r", TRAIN | {"method": "lora"}, mean=51.26),)))
+    assert line.split() == ["lora", "r=2", "strings", "1,000", "1", "51.3", "12"]
+
+
+def test_compare_of_adaptations_names_base_and_variant(tmp_path):
+    base = [run_folder(tmp_path / f"b{k}", TRAIN | {"seed": k, "method": "poly"}, mean=1.0) for k in (0, 1)]
+    folders = [
+        run_folder(
+            tmp_path / f"a{k}{split}",
+            ADAPT | {"checkpoint": base[k], "seed": k, "split": split},
+            mean=20.0 + 10 * k,
+            mean_before=5.0 + k,
+            parameters={"adapters": 0, "routing": 336},
+        )  # fmt: skip
+        for k in (0, 1)
+        for split in ("0", "1")
+    ]
+    (line,) = body(compare(tuple(folders)))
+    assert re.split(r"  +", line) == ["poly r=2, z on all", "strings", "336", "4", "5.5 +- 0.6", "25.0 +- 5.8", "12"]
+
+
+DIFFERENT = [
+    dict(method="poly"), dict(heads=4), dict(rank=1), dict(instructions=True), dict(adapter="ia3"), dict(skills=4),
+    dict(routing="sigmoid"), dict(steps=200), dict(lr=1e-2), dict(backbone="other"), dict(dataset="crossfit"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", DIFFERENT, ids=lambda change: next(iter(change)))
+def test_compare_keeps_different_runs_apart(tmp_path, change):
+    """`compare` promises a line for each group of runs that differ in seed and split only."""
+    one = run_folder(tmp_path / "one", TRAIN, mean=10.0)
+    other = run_folder(tmp_path / "other", TRAIN | change | {"seed": 1}, mean=90.0)
+    lines = body(compare((one, other)))
+    assert len(lines) == 2 and "50.0" not in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    "change", [dict(variant="mu"), dict(tasks="dev"), dict(shots=8), dict(steps=5), dict(lr_z=1.0)],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_compare_keeps_different_adaptations_apart(tmp_path, change):
+    base = run_folder(tmp_path / "base", TRAIN)
+    one = run_folder(tmp_path / "one", ADAPT | {"checkpoint": base}, mean=10.0, mean_before=1.0)
+    other = run_folder(tmp_path / "other", ADAPT | change | {"checkpoint": base, "seed": 1}, mean=90.0, mean_before=1.0)
+    lines = body(compare((one, other)))
+    assert len(lines) == 2 and "50.0" not in "".join(lines)
+
+
+def test_compare_is_aligned(tmp_path):
+    base = run_folder(tmp_path / "base", TRAIN, mean=3.0, seconds=12345.0)
+    lora = run_folder(
+        tmp_path / "lora", TRAIN | {"method": "lora", "instructions": True}, mean=100.0,
+        parameters={"adapters": 123_456_789, "routing": 0},
+    )  # fmt: skip
+    z = run_folder(tmp_path / "z", ADAPT | {"checkpoint": base}, mean=7.0, mean_before=33.3, seconds=1.0)
+    lines = compare((base, lora, z)).split("\n")
+    assert len(lines) == 4
+    assert len({len(line) for line in lines}) == 1  # the last column is flush right
+    assert len({line.index("data set" if k == 0 else "strings") for k, line in enumerate(lines)}) == 1
+    cells = lambda end: [line[:end].split()[-1] for line in lines]  # noqa: E731
+    assert cells(lines[0].index("trained") + len("trained")) == ["trained", "123,456,789", "1,000", "1,000"]
+    assert cells(lines[0].index("score") + len("score")) == ["score", "100.0", "3.0", "7.0"]
+    assert lines[3][: lines[0].index("before") + len("before")].endswith("  33.3")
+    assert lines[1][: lines[0].index("before") + len("before")].endswith("  1  " + " " * len("before"))
+
+
+def test_compare_without_scores(tmp_path):
+    """--eval-examples 0: a run without a score is still a line."""
+    (line,) = body(compare((run_folder(tmp_path / "r", TRAIN, loss=1.0),)))
+    assert line.split() == ["mhr", "h=8", "r=2", "strings", "1,000", "1", "12"]
+
+
+def test_compare_names_unfinished_folders(tmp_path):
+    done = run_folder(tmp_path / "done", TRAIN, mean=10.0)
+    unfinished = run_folder(tmp_path / "unfinished", TRAIN)
+    table = compare((unfinished, done, str(tmp_path / "nothing")))
+    assert len(body(table)) == 2
+    assert table.split("\n")[-1] == f"without result.json: {unfinished}, {tmp_path / 'nothing'}"
+    assert compare((unfinished,)).split("\n")[0].startswith("run")
+
+
+@pytest.mark.parametrize("file", ["config.json", "result.json"])
+def test_compare_names_broken_files(tmp_path, file):
+    folder = run_folder(tmp_path / "r", TRAIN, mean=10.0)
+    (tmp_path / "r" / file).write_text('{"method": ')
+    with pytest.raises(UserError, match=file):
+        compare((folder,))
+
+
+def test_compare_of_an_adaptation_whose_checkpoint_is_gone(tmp_path):
+    folder = run_folder(tmp_path / "r", ADAPT | {"checkpoint": str(tmp_path / "gone")}, mean=10.0)
+    with pytest.raises(UserError, match="gone"):
+        compare((folder,))
+
+
+def test_command_without_arguments_says_what_to_give():
+    with pytest.raises(UserError, match="--checkpoint .*--compare"):
+        evaluate.main({})

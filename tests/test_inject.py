@@ -1,0 +1,1057 @@
+"""inject.py in real Hugging Face models: tiny random T5, BART, Llama and GPT-2, every method with every adapter."""
+
+import copy
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5ForConditionalGeneration
+from transformers import BartConfig, BartForConditionalGeneration, T5Config
+
+import inject as inject_module
+from ia3 import IA3, IA3Linear
+from inject import (
+    LIKE_LLAMA, LIKE_T5, adapted_layers, adapter_parameters, add_tasks, default_layers, fingerprint, freeze, inject,
+    load_adapters, merge, routers, save_adapters, task_ids, unmerge,
+)  # fmt: skip
+from lora import LoRA, LoRALinear
+from mhr import MHRRouter
+from models import (
+    CLASSES, HEADS, IDS, NAMES, RANK, ROUTED, SINGLE, SKILLS, TASKS, VOCAB, adapted, backbone, difference, gradients,
+    inputs, layer_maker, logits, randomise, row,
+)  # fmt: skip
+from poly import PolyLinear, PolyRouter
+
+ROOT = Path(inject_module.__file__).parent
+CLOSE = 1e-5  # largest difference, relative to the largest value, that float32 may make
+
+models = pytest.mark.parametrize("name", NAMES)
+every_method = pytest.mark.parametrize("method, adapter", SINGLE + ROUTED)
+routed = pytest.mark.parametrize("method, adapter", ROUTED)
+
+
+class Two(nn.Module):
+    """The smallest model with two layers to adapt: 8 -> 12 -> 8 features."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)))
+
+
+def two(method="poly", adapter="lora", fresh=False, **options) -> Two:
+    """An adapted `Two`, by default with adapters and logits far from their initial values."""
+    torch.manual_seed(0)
+    model = Two()
+    freeze(model)
+    inject(model, layer_maker(method, adapter, **options), "a|b")
+    if not fresh:
+        randomise(model)
+    return model.eval()
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same_state(model: nn.Module, before: dict[str, torch.Tensor]):
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        assert after[name].dtype == value.dtype and torch.equal(after[name], value), name
+
+
+# --- A model with adapters is the same model --------------------------------------------------------------------------
+
+
+@models
+@every_method
+@pytest.mark.parametrize("ids", [IDS, [2]], ids=["mixed", "one-task"])
+@torch.no_grad()
+def test_a_fresh_adapter_changes_no_bit(name, method, adapter, ids):
+    batch = inputs(name)
+    expected = backbone(name)(**batch).logits
+    assert torch.equal(logits(adapted(name, method, adapter, fresh=True), batch, ids), expected)
+    assert difference(logits(adapted(name, method, adapter), batch, ids), expected) > 0.05  # trained ones do
+
+
+@models
+@routed
+def test_a_mixed_batch_equals_one_example_at_a_time(name, method, adapter):
+    model, batch = adapted(name, method, adapter), inputs(name)
+    together = logits(model, batch, IDS)
+    apart = torch.cat([logits(model, row(batch, k), [IDS[k]]) for k in range(4)])
+    assert difference(together, apart) < CLOSE
+    assert difference(logits(model, batch, IDS[::-1]), apart) > 0.05  # the order of ids matters
+
+    together = gradients(model, batch, IDS)
+    singles = [gradients(model, row(batch, k), [IDS[k]]) for k in range(4)]
+    assert any(key.endswith(".router.Z") for key in together)
+    for key, g in together.items():
+        assert g.abs().max() > 0, key
+        assert difference(g, sum(single[key] for single in singles) / 4) < 5 * CLOSE, key  # the loss is the mean
+
+
+@pytest.mark.parametrize("method", ["poly", "mhr"])
+def test_one_skill_per_task_and_rank_above_one_keep_examples_apart(method):
+    """Facts, trap 6: invisible with a batch of one, or with rank 1."""
+    model, batch = adapted("t5", method, "lora", rank=4, tasks=4, skills=4), inputs("t5")
+    for router in routers(model):
+        eye = torch.eye(4) * 100 - 50
+        router.Z.data.copy_(eye if method == "poly" else eye[:, None].expand_as(router.Z))
+    apart = torch.cat([logits(model, row(batch, k), [3 - k]) for k in range(4)])
+    assert difference(logits(model, batch, [3, 2, 1, 0]), apart) < CLOSE
+    alone = adapted("t5", "lora", "lora", rank=4)  # and each is that skill's own LoRA
+    for name, layer in adapted_layers(alone).items():
+        for key, p in layer.params.items():
+            p.data.copy_(model.get_submodule(name).inventory[key][2])
+    assert difference(logits(alone, row(batch, 1), [0]), apart[1:2]) < CLOSE
+
+
+@given(st.lists(st.integers(0, TASKS - 1), min_size=1, max_size=6), st.integers(1, 3), st.sampled_from(ROUTED))
+@settings(max_examples=60, deadline=None)
+@torch.no_grad()
+def test_any_ids_and_any_repeat(ids, repeat, kind):
+    """Rows k * repeat .. (k + 1) * repeat - 1 belong to the k-th id, whatever ids are equal."""
+    model = two(*kind)
+    x = torch.randn(len(ids) * repeat, 3, 8)
+    with task_ids(ids):
+        together = model(x)
+    for k, task in enumerate(t for t in ids for _ in range(repeat)):
+        with task_ids([task]):
+            assert torch.allclose(model(x[k : k + 1])[0], together[k], atol=1e-5)
+
+
+# --- Generation and choices: the number of rows changes between encoder and decoder -----------------------------------
+
+GENERATION = {
+    "greedy": dict(),
+    "beams": dict(num_beams=4),
+    "beams, 3 returned": dict(num_beams=4, num_return_sequences=3),
+    "3 samples": dict(do_sample=True, top_k=1, num_return_sequences=3),  # top_k=1: sampling without chance
+}
+
+
+def generate(model, batch, ids, **options):
+    mask = batch["attention_mask"]
+    options = dict(do_sample=False, max_new_tokens=6, min_new_tokens=6) | options
+    with task_ids(ids):
+        return model.generate(input_ids=batch["input_ids"], attention_mask=mask, **options)
+
+
+@models
+@routed
+@pytest.mark.parametrize("mode", GENERATION)
+def test_generation_on_a_mixed_batch_equals_one_example_at_a_time(name, method, adapter, mode):
+    model, batch, options = adapted(name, method, adapter), inputs(name), GENERATION[mode]
+    apart = torch.cat([generate(model, row(batch, k), [IDS[k]], **options) for k in range(4)])
+    for _ in range(2):  # twice: nothing of the first call may be left
+        assert torch.equal(generate(model, batch, IDS, **options), apart)
+    assert not torch.equal(generate(model, batch, IDS[::-1], **options), apart)  # tasks do differ
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+@routed
+@torch.no_grad()
+def test_choices_scored_on_one_encoding_equal_each_pair_alone(name, method, adapter):
+    """Encoder on b = 4 inputs, its states repeated for c = 3 choices each, decoder on 12 rows; ids stay 4."""
+    model, batch, c = adapted(name, method, adapter), inputs(name), 3
+    choices = torch.randint(3, VOCAB, (4, c, 5), generator=torch.Generator().manual_seed(2))
+    for _ in range(2):
+        with task_ids(IDS):
+            states = model.get_encoder()(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+            together = model(
+                encoder_outputs=(states.repeat_interleave(c, 0),),
+                attention_mask=batch["attention_mask"].repeat_interleave(c, 0),
+                labels=choices.flatten(0, 1),
+            ).logits.unflatten(0, (4, c))
+        for k in range(4):
+            for j in range(c):
+                alone = logits(model, row(batch, k) | {"labels": choices[k, j : j + 1]}, [IDS[k]])
+                assert difference(together[k, j], alone[0]) < CLOSE
+
+
+# --- Gradient checkpointing: the layers run again during backward -----------------------------------------------------
+
+
+@models
+@routed
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("routing", ["sigmoid", "gumbel"])
+def test_gradient_checkpointing_changes_no_gradient(name, method, adapter, reentrant, routing):
+    model, batch = adapted(name, method, adapter, routing=routing).train(), inputs(name)
+    calls = []
+    for router in routers(model):
+        router.register_forward_hook(lambda *_: calls.append(1))
+    torch.manual_seed(7)
+    expected, once = gradients(model, batch, IDS), len(calls)
+    torch.manual_seed(8)
+    moved = any(not torch.equal(g, expected[key]) for key, g in gradients(model, batch, IDS).items())
+    assert moved == (routing == "gumbel")  # the noise is there, and only there
+
+    if reentrant:
+        model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    for _ in range(2):
+        calls.clear()
+        torch.manual_seed(7)
+        got = gradients(model, batch, IDS)
+        assert len(calls) == 2 * once  # every layer did run twice
+        assert got.keys() == expected.keys()
+        for key, g in got.items():
+            assert difference(g, expected[key]) < CLOSE, key
+
+
+def test_backward_outside_the_context_is_an_error_with_checkpointing():
+    model, batch = adapted("t5", "poly", "lora").train(), inputs("t5")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with task_ids(IDS):
+        loss = model(**batch, use_cache=False).loss
+    with pytest.raises(RuntimeError, match="with task_ids"):
+        loss.backward()
+
+
+# --- Merging ----------------------------------------------------------------------------------------------------------
+
+
+@models
+@every_method
+def test_merged_equals_routed_and_unmerge_restores_every_bit(name, method, adapter):
+    model, batch = adapted(name, method, adapter), inputs(name)
+    plain_keys = backbone(name).state_dict().keys()
+    before, outputs = snapshot(model), logits(model, batch, IDS)
+    originals = adapted_layers(model)
+    weights = {key: layer.linear.weight for key, layer in originals.items()}
+    merged = []
+    for task in range(TASKS if (method, adapter) in ROUTED else 1):
+        expected = logits(model, batch, [task])
+        layers = merge(model, task)
+        assert not adapted_layers(model) and not adapter_parameters(model) and not routers(model)
+        assert model.state_dict().keys() == plain_keys
+        assert {type(model.get_submodule(key)).__name__ for key in layers} <= {"Linear", "Conv1D"}
+        with torch.no_grad():
+            merged.append(model(**batch).logits)  # a plain model: no task ids
+        assert difference(merged[-1], expected) < CLOSE
+        unmerge(model, layers)
+        assert_same_state(model, before)
+        assert adapted_layers(model) == originals
+        assert all(layer.linear.weight is weights[key] for key, layer in originals.items())
+        assert torch.equal(logits(model, batch, IDS), outputs)
+    assert all(difference(x, y) > 0.05 for x, y in zip(merged, merged[1:], strict=False))  # each task its own
+
+
+@models
+@every_method
+def test_a_merged_model_is_an_ordinary_model_that_can_be_saved_and_loaded(name, method, adapter, tmp_path):
+    model, batch = adapted(name, method, adapter), inputs(name)
+    merge(model, 0)
+    shapes = {key: value.shape for key, value in backbone(name).state_dict().items()}
+    assert {key: value.shape for key, value in model.state_dict().items()} == shapes
+    model.save_pretrained(tmp_path)
+    loaded = CLASSES[name].from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+@routed
+def test_merging_draws_no_noise(method, adapter):
+    model, batch = adapted("t5", method, adapter), inputs("t5")
+    expected = logits(model, batch, [1])
+    model.train()
+    merge(model, 1)
+    with torch.no_grad():
+        assert difference(model(**batch).logits, expected) < CLOSE
+
+
+@pytest.mark.parametrize("task", [-1, -TASKS, TASKS, 99])
+@pytest.mark.parametrize("method", ["poly", "mhr"])
+def test_merging_an_unknown_task_is_an_error(method, task):
+    model = two(method)
+    before = snapshot(model)
+    with pytest.raises(IndexError, match=rf"task id {task} is out of range.* 0 .. {TASKS - 1}"):
+        merge(model, task)
+    assert_same_state(model, before)
+
+
+def test_merging_twice_or_nothing_is_an_error():
+    model = two()
+    merge(model, 0)
+    with pytest.raises(ValueError, match="nothing to merge"):
+        merge(model, 0)
+    with pytest.raises(ValueError, match="nothing to merge"):
+        merge(Two(), 0)
+
+
+# --- Saving and loading -----------------------------------------------------------------------------------------------
+
+
+@models
+@every_method
+def test_save_and_load_bit_for_bit(name, method, adapter, tmp_path):
+    path, batch = tmp_path / "adapter.safetensors", inputs(name)
+    model = adapted(name, method, adapter)
+    save_adapters(model, str(path))
+    assert os.listdir(tmp_path) == ["adapter.safetensors"]  # no .tmp left
+    with safe_open(path, "pt") as file:
+        saved = {key: file.get_tensor(key) for key in file.keys()}
+        assert file.metadata() == {"backbone": fingerprint(model)}
+    assert saved.keys() == adapter_parameters(model).keys() and saved
+    assert not any(key.startswith("linear.") or ".linear." in key or key.endswith(".weight") for key in saved)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sum(value.numel() for value in saved.values()) == trained
+    assert all(value.dtype == torch.float32 for value in saved.values())
+
+    other = adapted(name, method, adapter, seed=1, fresh=True)
+    expected = logits(model, batch, IDS)
+    assert not torch.equal(logits(other, batch, IDS), expected)
+    load_adapters(other, str(path))
+    assert torch.equal(logits(other, batch, IDS), expected)
+    assert_same_state(other, snapshot(model))
+    assert other.state_dict().keys() == model.state_dict().keys()
+    trainable = lambda m: [key for key, p in m.named_parameters() if p.requires_grad]  # noqa: E731
+    assert trainable(other) == trainable(model)
+
+
+@routed
+def test_the_file_decides_the_number_of_tasks(method, adapter, tmp_path):
+    path, batch = str(tmp_path / "x"), inputs("t5")
+    model, other = adapted("t5", method, adapter), adapted("t5", method, adapter, tasks=1)
+    save_adapters(model, path)
+    load_adapters(other, path)
+    assert [r.tasks for r in routers(other)] == [TASKS] * len(routers(model))
+    assert torch.equal(logits(other, batch, IDS), logits(model, batch, IDS))
+
+
+def test_a_shared_router_is_saved_once_and_stays_shared(tmp_path):
+    path = str(tmp_path / "x")
+    model, other = (adapted("t5", "poly", "lora", seed=s, router=PolyRouter(TASKS, SKILLS)) for s in (0, 1))
+    save_adapters(model, path)
+    with safe_open(path, "pt") as file:
+        assert [key for key in file.keys() if key.endswith("Z")] == ["encoder.block.0.layer.0.SelfAttention.q.router.Z"]
+    load_adapters(other, path)
+    assert len(routers(other)) == 1
+    assert torch.equal(logits(other, inputs("t5"), IDS), logits(model, inputs("t5"), IDS))
+    with pytest.raises(ValueError, match="only in the model: it was saved with other adapter settings"):
+        load_adapters(adapted("t5", "poly", "lora"), path)  # one router a layer
+
+
+SAVED = dict(method="mhr", adapter="lora")
+REFUSED = {
+    "rank": SAVED | dict(rank=RANK + 1),
+    "heads": SAVED | dict(heads=2),
+    "skills": SAVED | dict(skills=SKILLS + 1),
+    "adapter": SAVED | dict(adapter="ia3"),
+    "adapter, same layers": SAVED | dict(adapter="ia3", layers=default_layers("t5", "lora")),
+    "method poly": SAVED | dict(method="poly"),
+    "method lora": SAVED | dict(method="lora"),
+    "fewer layers": SAVED | dict(layers=r".*\.q"),
+}
+
+
+@pytest.mark.parametrize("setting", REFUSED)
+def test_a_file_of_other_adapters_is_refused(setting, tmp_path):
+    path = str(tmp_path / "saved")
+    save_adapters(adapted("t5", **SAVED), path)
+    model = adapted("t5", **REFUSED[setting])
+    before, objects = snapshot(model), list(model.parameters())
+    with pytest.raises(ValueError) as error:
+        load_adapters(model, path)
+    message = str(error.value)
+    name = re.match(rf"{re.escape(path)}: (\S+) is ", message)[1]
+    assert name in adapter_parameters(model) or name in adapter_parameters(adapted("t5", **SAVED))
+    assert "\n" not in message and len(message) < 300
+    assert_same_state(model, before)
+    assert all(p is q for p, q in zip(model.parameters(), objects, strict=True))
+
+
+def test_other_shapes_are_named_in_the_message(tmp_path):
+    path = str(tmp_path / "saved")
+    save_adapters(two("poly", rank=4), path)
+    with pytest.raises(ValueError, match=r"inventory.A is \(3, 8, 4\) of torch.float32, the model has \(3, 8, 2\) of"):
+        load_adapters(two("poly", rank=2), path)
+    half = two("poly", rank=4).to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"of torch.float32, the model has .* of torch.bfloat16"):
+        load_adapters(half, path)
+
+
+@models
+def test_another_backbone_is_refused(name, tmp_path):
+    path = str(tmp_path / "saved")
+    save_adapters(adapted(name, "poly", "lora"), path)
+    other = backbone(name, seed=1)
+    freeze(other)
+    inject(other, layer_maker("poly", "lora"), default_layers(name, "lora"))
+    before = snapshot(other)
+    with pytest.raises(ValueError, match="another backbone"):
+        load_adapters(other, path)
+    assert_same_state(other, before)
+    with pytest.raises(ValueError, match="only in the file"):
+        load_adapters(backbone(name), path)  # the right one, but nothing was injected
+
+
+def test_overwriting_is_atomic(tmp_path, monkeypatch):
+    path = tmp_path / "adapter.safetensors"
+    first, second = two("poly"), two("poly")
+    randomise(second)
+    save_adapters(first, str(path))
+    old = path.read_bytes()
+
+    def fails_half_way(tensors, filename, metadata):
+        Path(filename).write_bytes(b"half")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inject_module, "save_file", fails_half_way)
+        with pytest.raises(OSError, match="disk full"):
+            save_adapters(second, str(path))
+    assert path.read_bytes() == old
+    save_adapters(second, str(path))
+    assert path.read_bytes() != old and os.listdir(tmp_path) == [path.name]
+    load_adapters(first, str(path))
+    assert_same_state(first, snapshot(second))
+
+
+# --- Fingerprint ------------------------------------------------------------------------------------------------------
+
+
+@models
+@every_method
+def test_fingerprint_sees_the_backbone_and_not_the_adapters(name, method, adapter):
+    bare = fingerprint(backbone(name))
+    assert re.fullmatch(r"[0-9a-f]{16}", bare)
+    model = adapted(name, method, adapter)
+    assert fingerprint(model) == bare
+    randomise(model)
+    add_tasks(model, 2)
+    assert fingerprint(model) == bare
+    assert fingerprint(copy.deepcopy(model)) == bare
+    layers = merge(model, 0)
+    assert fingerprint(model) != bare  # other weights
+    unmerge(model, layers)
+    assert fingerprint(model) == bare
+
+
+@models
+def test_fingerprint_does_not_depend_on_precision(name):
+    assert fingerprint(backbone(name).to(torch.bfloat16)) == fingerprint(backbone(name))
+    half = adapted(name, "poly", "lora").to(torch.bfloat16)
+    assert fingerprint(half) == fingerprint(backbone(name))
+    assert fingerprint(half.float()) == fingerprint(backbone(name))  # rounded, as if loaded from a bfloat16 file
+
+
+@models
+def test_fingerprint_differs_for_other_weights(name):
+    assert fingerprint(backbone(name, seed=1)) != fingerprint(backbone(name))
+    bare = fingerprint(backbone(name))
+    model = backbone(name)
+    for key, p in model.named_parameters():  # the first value of any parameter is enough
+        value = p.data.view(-1)[0].clone()
+        p.data.view(-1)[0] += 1
+        assert fingerprint(model) != bare, key
+        p.data.view(-1)[0] = value
+    assert fingerprint(model) == bare
+
+
+def test_fingerprint_is_the_same_when_a_layer_is_called_linear():
+    model = nn.ModuleDict({"block": nn.ModuleDict({"linear": nn.Linear(4, 4)})})
+    before = fingerprint(model)
+    inject(model, layer_maker("lora", "lora"), r"block\.linear")
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("adapter", ["lora", "ia3"])
+def test_adapters_of_a_float32_model_fit_the_same_model_in_bfloat16(adapter, tmp_path):
+    path = str(tmp_path / "x")
+    model = adapted("t5", "mhr", adapter)
+    save_adapters(model, path)
+    half = backbone("t5").to(torch.bfloat16)
+    inject(half, layer_maker("mhr", adapter), default_layers("t5", adapter))
+    load_adapters(half, path)
+    own = adapter_parameters(half)
+    assert all(torch.equal(p, own[key]) for key, p in adapter_parameters(model).items())
+
+
+# --- More tasks -------------------------------------------------------------------------------------------------------
+
+
+@models
+@routed
+def test_added_tasks_leave_the_old_ones_alone(name, method, adapter):
+    model, batch = adapted(name, method, adapter), inputs(name)
+    outputs, rows = logits(model, batch, IDS), [r.Z.detach().clone() for r in routers(model)]
+    add_tasks(model, 2)
+    assert all(r.tasks == TASKS + 2 and torch.equal(r.Z[:TASKS], Z) for r, Z in zip(routers(model), rows, strict=True))
+    assert all(0 < r.Z[TASKS:].abs().max() <= 1e-3 for r in routers(model))
+    assert torch.equal(logits(model, batch, IDS), outputs)
+    assert difference(logits(model, batch, [TASKS] * 4), outputs) > 0.05  # the new task exists
+
+    optimizer = torch.optim.Adam([r.Z for r in routers(model)], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        with task_ids([TASKS] * 4):
+            model(**batch).loss.backward()
+        for r in routers(model):
+            assert r.Z.grad[TASKS].abs().max() > 0
+            assert not r.Z.grad[:TASKS].any() and not r.Z.grad[TASKS + 1 :].any()  # zero, to the bit
+        optimizer.step()
+    for r, Z in zip(routers(model), rows, strict=True):
+        assert torch.equal(r.Z[:TASKS], Z) and r.Z[TASKS].abs().max() > 0.1
+    assert torch.equal(logits(model, batch, IDS), outputs)
+
+
+@models
+@routed
+def test_tasks_absent_from_the_batch_get_no_gradient(name, method, adapter):
+    grads = gradients(adapted(name, method, adapter), inputs(name), IDS)
+    for key in (key for key in grads if key.endswith(".Z")):
+        assert not grads[key][2].any()
+        assert all(grads[key][task].abs().max() > 0 for task in IDS)
+
+
+@pytest.mark.parametrize("method", ["poly", "mhr"])
+def test_tasks_can_be_replaced_and_a_shared_router_grows_once(method):
+    router = PolyRouter(TASKS, SKILLS) if method == "poly" else MHRRouter(TASKS, SKILLS, HEADS)
+    model = two(method, router=router)
+    old = router.Z.detach().clone()
+    add_tasks(model, 2)
+    assert router.tasks == TASKS + 2
+    add_tasks(model, 3, keep=False)
+    assert router.tasks == 3 and router.Z.shape[1:] == old.shape[1:]
+    assert router.Z.abs().max() <= 1e-3 < old.abs().max()
+
+
+# --- What is trained --------------------------------------------------------------------------------------------------
+
+
+def step(model, batch, ids, lr=0.01):
+    """One optimiser step on everything trainable; the values from before it."""
+    before = snapshot(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    with task_ids(ids):
+        model(**batch).loss.backward()
+    optimizer.step()
+    return before
+
+
+@models
+@every_method
+def test_frozen_but_for_the_adapters(name, method, adapter):
+    model = adapted(name, method, adapter)
+    own = adapter_parameters(model)
+    trainable = {key for key, p in model.named_parameters() if p.requires_grad}
+    assert trainable == own.keys()
+    before = step(model, inputs(name), IDS)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]) == (key not in own), key
+    bare = backbone(name).state_dict()  # and what did not change is the backbone, every tensor of it
+    frozen = {key.replace(".linear.", "."): v for key, v in model.state_dict().items() if key not in own}
+    assert frozen.keys() == bare.keys()
+    for key, value in frozen.items():
+        turned = name == "gpt2" and f"{key.removesuffix('.weight')}.linear.weight" in model.state_dict()
+        assert torch.equal(value.T if turned else value, bare[key]), key
+
+
+@models
+@routed
+def test_z_only_changes_nothing_but_z(name, method, adapter):
+    import adapt  # here: it needs every other file
+
+    model = adapted(name, method, adapter)
+    adapt.prepare(model, "z", adapter)
+    trainable = {key for key, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {f"{layer}.router.Z" for layer in adapted_layers(model)}
+    before = step(model, inputs(name), [0])
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]) == (not key.endswith(".router.Z")), key
+
+
+# --- Task ids ---------------------------------------------------------------------------------------------------------
+
+
+def test_contexts_nest_and_are_restored_after_leaving_and_after_an_error():
+    model, x = two(), torch.randn(1, 3, 8)
+    outputs = []
+    for task in range(3):
+        with task_ids([task]):
+            outputs.append(model(x))
+    assert not torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[1], outputs[2])
+    with task_ids([0]):
+        with task_ids([1]):
+            with task_ids([2]):
+                assert torch.equal(model(x), outputs[2])
+            assert torch.equal(model(x), outputs[1])
+            with pytest.raises(KeyError), task_ids([2]):
+                raise KeyError
+            assert torch.equal(model(x), outputs[1])
+            with pytest.raises(ValueError), task_ids([-1]):
+                pass
+            assert torch.equal(model(x), outputs[1])
+        assert torch.equal(model(x), outputs[0])
+    with pytest.raises(RuntimeError):
+        model(x)
+
+
+BAD_IDS = {
+    "floats": [0.0, 1.0],
+    "float tensor": torch.tensor([1.0]),
+    "bools": [True, False],
+    "bool tensor": torch.tensor([True]),
+    "negative": [0, -1],
+    "negative tensor": torch.tensor([-1]),
+    "2-D": [[0, 1]],
+    "2-D tensor": torch.zeros(2, 2, dtype=torch.long),
+    "0-D": torch.tensor(0),
+    "a number": 3,
+    "empty": [],
+    "empty tensor": torch.zeros(0, dtype=torch.long),
+    "words": ["a"],
+}
+
+
+@pytest.mark.parametrize("ids", BAD_IDS.values(), ids=BAD_IDS)
+def test_ids_that_are_none(ids):
+    with pytest.raises(ValueError), task_ids(ids):
+        pytest.fail("the context was entered")
+    assert not inject_module._contexts
+
+
+@models
+@routed
+def test_missing_wrong_and_unknown_ids_are_errors(name, method, adapter):
+    model, batch = adapted(name, method, adapter), inputs(name)
+    with pytest.raises(RuntimeError, match="with task_ids"):
+        model(**batch)
+    with pytest.raises(ValueError, match="3 task ids for a batch of 4 rows"):
+        logits(model, batch, [0, 1, 2])
+    with pytest.raises(ValueError, match="5 task ids for a batch of 4 rows"):
+        logits(model, batch, [0, 1, 2, 3, 4])
+    with pytest.raises(IndexError, match=rf"task id {TASKS} is out of range.* 0 .. {TASKS - 1}"):
+        logits(model, batch, [0, 1, TASKS, 2])
+    with pytest.raises(IndexError):
+        logits(model, batch, [TASKS])
+    assert logits(model, batch, [TASKS - 1]).isfinite().all()  # the last one is known
+
+
+def test_all_kinds_of_integers_are_accepted():
+    model, x = two(), torch.randn(4, 3, 8)
+    kinds = [IDS, tuple(IDS), torch.tensor(IDS).numpy()]
+    kinds += [torch.tensor(IDS, dtype=kind) for kind in (torch.int64, torch.int32, torch.int16, torch.uint8)]
+    outputs = []
+    for ids in kinds:
+        with task_ids(ids):
+            outputs.append(model(x))
+    assert all(torch.equal(y, outputs[0]) for y in outputs)
+
+
+def test_adapters_without_a_router_need_no_ids():
+    for method, adapter in SINGLE:
+        model, x = two(method, adapter), torch.randn(4, 3, 8)
+        bare = model(x)
+        with task_ids([99, 0]):
+            assert torch.equal(model(x), bare)
+
+
+def test_a_layer_called_with_ids_of_its_own_needs_no_context():
+    model, x = two(), torch.randn(2, 3, 8)
+    with task_ids([3, 1]):
+        expected = model.a(x)
+    ids = torch.tensor([3, 1])
+    assert torch.allclose(model.a(x, ids), expected, atol=1e-6)
+    with task_ids([0, 0]):  # they go before the context's
+        assert torch.allclose(model.a(x, tasks=ids), expected, atol=1e-6)
+
+
+@models
+@routed
+def test_forward_backward_and_generation_write_no_state(name, method, adapter):
+    """Neither the ids, nor the context, nor any attribute of an adapted layer."""
+
+    def state():
+        modules = {m for layer in adapted_layers(model).values() for m in layer.modules()}
+        held = [v for m in modules for v in [m, *m._parameters.values(), *m._buffers.values(), *m._modules.values()]]
+        hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) + len(m._backward_hooks) for m in modules]
+        return {(id(m), key, id(v)) for m in modules for key, v in vars(m).items()}, set(map(id, held)), sum(hooks)
+
+    model, batch, ids = adapted(name, method, adapter), inputs(name), torch.tensor(IDS)
+    with task_ids(ids):
+        context = [t.clone() if torch.is_tensor(t) else t for t in inject_module._contexts[-1]]
+        before, values = state(), snapshot(model)
+        model(**batch).loss.backward()
+        model.generate(input_ids=batch["input_ids"], num_beams=2, num_return_sequences=2, max_new_tokens=3)
+        assert state() == before and before[2] == len(adapted_layers(model))
+        assert_same_state(model, values)
+        assert len(inject_module._contexts) == 1
+        for now, then in zip(inject_module._contexts[-1], context, strict=True):
+            assert torch.equal(torch.as_tensor(now), torch.as_tensor(then))
+    assert ids.tolist() == IDS and not inject_module._contexts
+
+
+# --- Injection --------------------------------------------------------------------------------------------------------
+
+
+def expected_names(name: str, adapter: str) -> set[str]:
+    """The layers to adapt in the tiny models, spelled out."""
+    lora = adapter == "lora"
+    if name == "t5":
+        attention, forward = ("q", "k", "v", "o") if lora else ("k", "v"), ("wi_0", "wi_1", "wo") if lora else ("wo",)
+        sub = {"encoder": [("SelfAttention", attention), ("DenseReluDense", forward)]}
+        sub["decoder"] = [("SelfAttention", attention), ("EncDecAttention", attention), ("DenseReluDense", forward)]
+        return {
+            f"{coder}.block.{n}.layer.{k}.{module}.{linear}"
+            for coder in sub
+            for n in (0, 1)
+            for k, (module, linears) in enumerate(sub[coder])
+            for linear in linears
+        }
+    if name == "bart":
+        if lora:
+            linears = {c: [f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")] for c in ("encoder", "decoder")}
+        else:
+            linears = {"encoder": ["self_attn.k_proj", "self_attn.v_proj", "fc2"]}
+            linears["decoder"] = linears["encoder"] + ["encoder_attn.k_proj", "encoder_attn.v_proj"]
+        return {f"model.{coder}.layers.{n}.{x}" for coder in linears for n in (0, 1) for x in linears[coder]}
+    if name == "llama":
+        attention, forward = ("q", "k", "v", "o") if lora else ("k", "v"), ("gate", "up", "down") if lora else ("down",)
+        linears = [f"self_attn.{x}_proj" for x in attention] + [f"mlp.{x}_proj" for x in forward]
+        return {f"model.layers.{n}.{x}" for n in (0, 1) for x in linears}
+    linears = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"] if lora else ["attn.c_attn", "mlp.c_proj"]
+    return {f"transformer.h.{n}.{x}" for n in (0, 1) for x in linears}
+
+
+@models
+@every_method
+def test_the_default_layers_are_replaced_and_no_others(name, method, adapter):
+    model = backbone(name)
+    order = [key for key, _ in model.named_modules()]
+    old = {key: model.get_submodule(key) for key in expected_names(name, adapter)}
+    replaced = inject(model, layer_maker(method, adapter), default_layers(model.config.model_type, adapter))
+    assert set(replaced) == expected_names(name, adapter) and len(replaced) == len(set(replaced))
+    assert replaced == [key for key in order if key in old]  # model order
+    assert list(adapted_layers(model)) == replaced
+    assert len(routers(model)) == (len(replaced) if (method, adapter) in ROUTED else 0)
+    for key in replaced:
+        layer, linear = model.get_submodule(key), old[key]
+        assert isinstance(layer.linear, nn.Linear)
+        if name != "gpt2":
+            assert layer.linear is linear and layer.weight is linear.weight
+        else:  # a Conv1D became a linear layer on the same memory
+            assert layer.weight.shape == linear.weight.T.shape and torch.equal(layer.weight, linear.weight.T)
+            assert layer.weight.data_ptr() == linear.weight.data_ptr() and layer.bias is linear.bias
+        assert (layer.out_features, layer.in_features) == tuple(layer.weight.shape)
+        if adapter == "ia3":
+            scaled_at_input = key.endswith((".wo", ".fc2", ".down_proj", ".mlp.c_proj"))
+            assert layer.adapter.side == ("in" if scaled_at_input else "out")
+
+
+@pytest.mark.parametrize("family", LIKE_T5 + LIKE_LLAMA)
+def test_the_default_layers_of_related_families(family):
+    """LoRA: every linear layer but the lm_head. (IA)^3: keys, values, and the second feed-forward layer."""
+    config = AutoConfig.for_model(family)
+    for setting in ("num_hidden_layers", "num_layers", "num_decoder_layers"):
+        if hasattr(config, setting):
+            setattr(config, setting, 1)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    linears = [key for key, m in model.named_modules() if isinstance(m, nn.Linear) and key != "lm_head"]
+    assert [key for key in linears if not re.fullmatch(default_layers(family, "lora"), key)] == []
+    scaled = [key for key in linears if re.fullmatch(default_layers(family, "ia3"), key)]
+    assert scaled == [key for key in linears if key.endswith((".k", ".v", ".wo", "k_proj", "v_proj", "down_proj"))]
+
+
+def test_an_unknown_family_has_no_default():
+    for adapter in ("lora", "ia3"):
+        with pytest.raises(ValueError, match="no default layers for model type 'bert'"):
+            default_layers("bert", adapter)
+
+
+BAD_PATTERNS = {"nothing": (r".*\.query", "no layer's name matches"), "a part": (r"SelfAttention", "no layer's")}
+BAD_PATTERNS |= {
+    "a beginning": (r"encoder\.block\.0\.layer\.0\.Self", "no layer's name matches"),
+    "an embedding": (r"shared", "layer shared is a Embedding, only linear"),
+    "a linear and a norm": (r".*\.(q|layer_norm)", "layer_norm is a T5LayerNorm, only linear"),
+    "everything": (r".*", "only linear layers can be adapted"),
+}
+
+
+@pytest.mark.parametrize("pattern, message", BAD_PATTERNS.values(), ids=BAD_PATTERNS)
+def test_a_pattern_that_does_not_fit_is_refused(pattern, message):
+    model = backbone("t5")
+    modules, before = dict(model.named_modules()), snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        inject(model, layer_maker("poly", "lora"), pattern)
+    assert dict(model.named_modules()) == modules
+    assert_same_state(model, before)
+
+
+@routed
+@pytest.mark.parametrize("training", [False, True])
+def test_injected_layers_are_in_the_mode_of_the_model(method, adapter, training):
+    """from_pretrained returns a model in evaluation mode: there must be no noise until somebody calls .train()."""
+    model = backbone("t5").train(training)
+    inject(model, layer_maker(method, adapter), default_layers("t5", adapter))
+    randomise(model)
+    assert {m.training for m in model.modules()} == {training}
+    outputs = [logits(model, inputs("t5"), IDS) for _ in range(2)]
+    assert torch.equal(*outputs) == (not training)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_unmerged_layers_are_in_the_mode_of_the_model(training):
+    model = two().train(not training)
+    layers = merge(model, 0)
+    model.train(training)  # while merged
+    unmerge(model, layers)
+    assert {m.training for m in model.modules()} == {training}
+
+
+@models
+def test_injecting_twice_is_refused(name):
+    model = adapted(name, "poly", "lora")
+    modules = dict(model.named_modules())
+    for pattern in (default_layers(name, "lora"), r".*lm_head"):
+        with pytest.raises(ValueError, match="already has adapters"):
+            inject(model, layer_maker("lora", "lora"), pattern)
+    assert dict(model.named_modules()) == modules
+
+
+BAD_HEADS = [  # heads 32 divide the first layer of each model's order but not this one
+    ("t5", "lora", 5, "encoder.block.0.layer.0.SelfAttention.q", 32, 48),
+    ("llama", "lora", 32, "model.layers.0.self_attn.k_proj", 32, 16),
+    ("gpt2", "lora", 64, "transformer.h.0.attn.c_attn", 32, 96),
+    ("llama", "ia3", 64, "model.layers.0.self_attn.k_proj", 32, 16),
+]
+
+
+@pytest.mark.parametrize("name, adapter, heads, layer, i, o", BAD_HEADS)
+def test_heads_that_do_not_divide_a_layer_are_refused(name, adapter, heads, layer, i, o):
+    model = backbone(name)
+    modules, before = dict(model.named_modules()), snapshot(model)
+    message = f"layer {layer}: {heads} heads do not divide a layer of {i} inputs and {o} outputs"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        inject(model, layer_maker("mhr", adapter, heads=heads), default_layers(name, adapter))
+    assert dict(model.named_modules()) == modules
+    assert_same_state(model, before)
+
+
+# --- The papers' parameter counts (facts.md section 2) ----------------------------------------------------------------
+
+LIGHT = r".*\.(SelfAttention|EncDecAttention|DenseReluDense)\.(k|v|wi_1)"
+CROSS = r".*\.(self_attn|encoder_attn)\.(q|k|v|out)_proj"
+POLY, MHR = dict(tasks=1, skills=8, rank=1), dict(tasks=1, skills=8, rank=1, heads=64)
+T5_XL = dict(d_model=2048, d_kv=64, num_heads=32, d_ff=5120)
+T5_XXL = dict(d_model=4096, d_kv=64, num_heads=64, d_ff=10240)
+COUNTS = [  # backbone, method, adapter, settings, layers, N, parameters of adapters, of Z
+    (T5_XL, "lora", "lora", dict(rank=1), None, 432, 2_211_840, 0),
+    (T5_XL, "lora", "lora", dict(rank=16), None, 432, 35_389_440, 0),
+    (T5_XL, "ia3", "ia3", {}, None, 192, 540_672, 0),
+    (T5_XL, "ia3", "ia3", {}, LIGHT, 192, 540_672, 0),  # the authors' place of the third vector
+    (T5_XXL, "ia3", "ia3", {}, None, 192, 1_081_344, 0),
+    (T5_XL, "poly", "lora", POLY, None, 432, 17_694_720, 3_456),
+    (T5_XL, "mhr", "lora", MHR, None, 432, 17_694_720, 221_184),
+    (T5_XXL, "mhr", "lora", MHR, None, 432, 35_389_440, 221_184),
+    (T5_XL, "poly", "lora", POLY | dict(tasks=313), None, 432, 17_694_720, 1_081_728),
+    (T5_XL, "mhr", "lora", MHR | dict(tasks=313), None, 432, 17_694_720, 69_230_592),
+    (T5_XL, "lora", "lora", dict(rank=1), LIGHT, 192, 933_888, 0),
+    (T5_XL, "lora", "lora", dict(rank=16), LIGHT, 192, 14_942_208, 0),
+    (T5_XL, "poly", "lora", POLY, LIGHT, 192, 7_471_104, 1_536),
+    (T5_XL, "mhr", "lora", MHR | dict(heads=32), LIGHT, 192, 7_471_104, 49_152),
+    (T5_XL, "mhr", "lora", MHR, LIGHT, 192, 7_471_104, 98_304),
+    ("bart", "lora", "lora", dict(rank=16), None, 96, 3_145_728, 0),
+    ("bart", "lora", "lora", dict(rank=16), CROSS, 144, 4_718_592, 0),
+]
+
+
+@pytest.mark.parametrize("sizes, method, adapter, options, layers, n, adapters, z", COUNTS)
+def test_parameter_counts_of_the_papers(sizes, method, adapter, options, layers, n, adapters, z):
+    with torch.device("meta"):
+        if sizes == "bart":  # facebook/bart-large is the default configuration
+            model = BartForConditionalGeneration(BartConfig())
+        else:
+            gated = dict(num_layers=24, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+            model = T5ForConditionalGeneration(T5Config(vocab_size=32128, **sizes, **gated))
+    freeze(model)
+    kind = model.config.model_type
+    assert len(inject(model, layer_maker(method, adapter, **options), layers or default_layers(kind, adapter))) == n
+    routing = sum(p.numel() for router in routers(model) for p in router.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert (trained - routing, routing) == (adapters, z)
+    assert sum(p.numel() for p in adapter_parameters(model).values()) == trained
+
+
+# --- Particular models ------------------------------------------------------------------------------------------------
+
+
+def test_scaling_the_input_of_wo_equals_scaling_the_output_of_wi_1():
+    """(IA)^3 on T5: our place of the feed-forward vector and the authors'."""
+    ours, theirs, batch = backbone("t5"), backbone("t5"), inputs("t5")
+    inject(ours, lambda name, linear: IA3Linear(linear, IA3("in")), r".*\.wo")
+    inject(theirs, lambda name, linear: IA3Linear(linear, IA3("out")), r".*\.wi_1")
+    randomise(ours)
+    for x, y in zip(adapted_layers(ours).values(), adapted_layers(theirs).values(), strict=True):
+        y.params["v"].data.copy_(x.params["v"])
+    with torch.no_grad():
+        expected = theirs(**batch).logits
+        assert difference(ours(**batch).logits, expected) < CLOSE
+        assert difference(backbone("t5")(**batch).logits, expected) > 0.05
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_t5_in_half_precision_with_wo_in_float32(method, adapter, dtype, tmp_path):
+    """Trap 8: T5 reads `self.wo.weight` in its forward, to turn its input into the type of that weight."""
+    assert "wo" in T5ForConditionalGeneration._keep_in_fp32_modules
+    expected = logits(adapted("t5", method, adapter), inputs("t5"), IDS)
+    backbone("t5").save_pretrained(tmp_path)
+    model = T5ForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype)
+    for key, module in model.named_modules():
+        if key.endswith(".wo"):
+            module.float()  # transformers does so itself for some half types
+    freeze(model)
+    torch.manual_seed(0)
+    inject(model, layer_maker(method, adapter), default_layers("t5", adapter))
+    randomise(model)
+    model.eval()
+    kinds = {key: p.dtype for key, p in model.named_parameters() if not p.requires_grad}
+    assert all(kind == (torch.float32 if ".wo." in key else dtype) for key, kind in kinds.items())
+    assert {torch.float32, dtype} == set(kinds.values())
+    y = logits(model, inputs("t5"), IDS)
+    assert y.dtype == dtype
+    assert difference(y.float(), expected) < (0.03 if dtype == torch.float16 else 0.2)  # other tasks: about 1
+    own = adapter_parameters(model)
+    grads = gradients(model, inputs("t5"), IDS)
+    assert grads.keys() == own.keys() and all(p.dtype == torch.float32 for p in own.values())
+    assert all(g.dtype == torch.float32 and g.isfinite().all() and g.any() for g in grads.values())
+
+
+@every_method
+def test_merging_in_bfloat16_rounds_once(method, adapter):
+    model = backbone("llama").to(torch.bfloat16)
+    inject(model, layer_maker(method, adapter), default_layers("llama", adapter))
+    randomise(model)
+    exact = copy.deepcopy(model).float()
+    merge(model, 0), merge(exact, 0)
+    for key, value in model.state_dict().items():
+        assert value.dtype == torch.bfloat16
+        assert torch.equal(value, exact.state_dict()[key].to(torch.bfloat16)), key
+
+
+# --- Copies -----------------------------------------------------------------------------------------------------------
+
+
+@models
+@routed
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_copies_keep_working_and_are_independent(name, method, adapter, duplicate):
+    model, batch = adapted(name, method, adapter), inputs(name)
+    expected = logits(model, batch, IDS)
+    twin = duplicate(model)
+    assert torch.equal(logits(twin, batch, IDS), expected)
+    with pytest.raises(RuntimeError, match="with task_ids"):
+        twin(**batch)
+    randomise(twin)
+    assert difference(logits(twin, batch, IDS), expected) > 0.05
+    assert torch.equal(logits(model, batch, IDS), expected)
+
+
+@pytest.mark.parametrize("duplicate", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("method", ["poly", "mhr"])
+def test_a_shared_router_is_one_z_with_the_sum_of_gradients(method, duplicate):
+    router = PolyRouter(TASKS, SKILLS) if method == "poly" else MHRRouter(TASKS, SKILLS, HEADS)
+    apart = two(method)
+    apart.b.router.Z.data.copy_(apart.a.router.Z)
+    shared = two(method, router=router)
+    for mine, other in zip(adapted_layers(shared).values(), adapted_layers(apart).values(), strict=True):
+        mine.load_state_dict(other.state_dict())
+    shared = duplicate(shared)
+    assert shared.a.router is shared.b.router and len(routers(shared)) == 1
+    assert [key for key in adapter_parameters(shared) if key.endswith("Z")] == ["a.router.Z"]
+    x = torch.randn(4, 3, 8)
+    with task_ids(IDS):
+        assert torch.equal(shared(x), apart(x))
+        shared(x).square().sum().backward()
+        apart(x).square().sum().backward()
+    one, other = apart.a.router.Z.grad, apart.b.router.Z.grad
+    assert one.abs().max() > 0 and other.abs().max() > 0
+    assert difference(shared.a.router.Z.grad, one + other) < CLOSE
+
+
+COPIED = """
+import sys, torch
+from torch import nn
+from inject import adapted_layers, freeze, inject, load_adapters, merge, save_adapters, task_ids, unmerge
+from lora import LoRA
+from poly import PolyLinear, PolyRouter
+
+def build():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+    freeze(model)
+    inject(model, lambda name, linear: PolyLinear(linear, LoRA(rank=2), PolyRouter(3, 2)), "0|2")
+    return model
+
+model, x = build(), torch.randn(4, 5, 6)
+optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+with task_ids([0, 1, 2, 0]):
+    before = model(x).square().sum()
+    before.backward()
+    optimizer.step()
+    model.eval()
+    assert model(x).square().sum() < before
+    save_adapters(model, "adapter.safetensors")
+    other = build().eval()
+    load_adapters(other, "adapter.safetensors")
+    assert torch.equal(other(x), model(x))
+with task_ids([1]):
+    y = model(x)
+layers = merge(model, 1)
+assert torch.allclose(model(x), y, atol=1e-5) and not adapted_layers(model)
+unmerge(model, layers)
+assert {"transformers", "mhr", "ia3", "train", "data"}.isdisjoint(sys.modules)
+print(sys.modules["inject"].__file__, sys.modules["poly"].__file__, sys.modules["lora"].__file__, sep="\\n")
+"""
+
+
+def test_three_files_alone_are_enough(tmp_path):
+    for file in ("inject.py", "poly.py", "lora.py"):
+        shutil.copy(ROOT / file, tmp_path)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    run = [sys.executable, "-c", COPIED]
+    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert {Path(line).resolve().parent for line in done.stdout.split()} == {tmp_path.resolve()}
+
+
+def test_the_example_of_the_docstring(tmp_path):
+    """The commands at the top of inject.py, on a T5 with the sizes of the tests."""
+    model, batch, path = backbone("t5"), inputs("t5"), str(tmp_path / "adapter.safetensors")
+    scope = dict(vars(inject_module)) | dict(PolyLinear=PolyLinear, LoRA=LoRA, PolyRouter=PolyRouter)
+    lines = [line[4:] for line in inject_module.__doc__.splitlines() if line.startswith("    ")]
+    assert len(lines) == 6
+    code = "\n".join(lines).replace('"adapter.safetensors"', repr(path))
+    exec(code, scope | dict(model=model, batch=batch))
+    assert os.path.exists(path) and len(adapted_layers(model)) == 36
+    assert all(p.grad is not None for p in adapter_parameters(model).values())
+
+
+def test_a_layer_with_one_adapter_takes_given_parameters():
+    """What mu needs: an injected single adapter with the values of another."""
+    source, model, x = two("lora"), Two(), torch.randn(2, 3, 8)
+    model.load_state_dict({key.replace(".linear", ""): v for key, v in source.state_dict().items() if "linear" in key})
+    given = {key: dict(layer.params) for key, layer in adapted_layers(source).items()}
+    inject(model, lambda name, linear: LoRALinear(linear, LoRA(RANK), given[name]), "a|b")
+    assert torch.equal(model(x), source(x))

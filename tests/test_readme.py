@@ -1,0 +1,83 @@
+"""The README is a claim: what it names exists, its commands parse, its code runs, and the gate calls its test line."""
+
+import dataclasses
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import adapt
+import config
+import evaluate
+import train
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+RECIPES = {"train.py": config.PRETRAINING, "adapt.py": config.FEW_SHOT, "evaluate.py": {}}
+CONFIGS = {"train.py": train.Config, "adapt.py": adapt.Config, "evaluate.py": evaluate.Config}
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Every `python SCRIPT.py FLAGS` of the README, also inside && chains, as (script, flags)."""
+    texts = [README, (ROOT / "assets" / "tiny" / "README.md").read_text()]
+    texts += [path.read_text() for path in (ROOT / "results").glob("*.md")]
+    found = [m for text in texts for m in re.findall(r"python ((?:train|adapt|evaluate)\.py)([^&`\n]*)", text)]
+    return [(script, re.sub(r"\$\w+", "0", flags).split()) for script, flags in found]
+
+
+@pytest.mark.parametrize("script, flags", commands())
+def test_every_command_of_the_documents_parses(script, flags):
+    flags = [flag.replace("runs/*", "runs/a") for flag in flags]
+    known = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(CONFIGS[script])}
+    assert {flag for flag in flags if flag.startswith("--")} - {"--help"} <= known
+    if "--help" not in flags and "--method" not in flags:
+        config.explicit_flags(CONFIGS[script], RECIPES[script], flags)
+
+
+def test_the_main_command_is_the_recipes_own():
+    """The README's first command uses defaults: its output folder is the one that its second command reads."""
+    cfg = train.make_config(method="mhr", heads=8, dataset="strings")
+    assert f"adapt.py --checkpoint {cfg.output_dir}" in README
+
+
+def test_everything_in_the_tables_exists():
+    for name in re.findall(r"^\| `([\w./]+)` \|", README, re.M):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"`(test_\w+\.py)`", README):
+        assert (ROOT / "tests" / name).exists(), name
+    for module, attribute in re.findall(r"`(lora|ia3|poly|mhr|inject|data|train|adapt|evaluate)\.(\w+)`", README):
+        if attribute != "py":
+            assert hasattr(importlib.import_module(module), attribute), f"{module}.{attribute}"
+
+
+def test_every_module_is_in_the_file_table():
+    listed = set(re.findall(r"^\| `([\w./]+)` \|", README, re.M))
+    assert {path.name for path in ROOT.glob("*.py")} <= listed
+
+
+def test_the_code_block_runs(tmp_path, monkeypatch):
+    """The README's Python block, with a small T5 as `model` and a random batch."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    monkeypatch.chdir(tmp_path)
+    small = T5Config(
+        vocab_size=99, d_model=32, d_kv=8, num_heads=4, d_ff=64, num_layers=1, feed_forward_proj="gated-gelu",
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    ids = torch.randint(1, 99, (4, 5))
+    scope = {"model": T5ForConditionalGeneration(small), "batch": {"input_ids": ids, "labels": ids}}
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(block, scope)
+    assert (tmp_path / "adapter.safetensors").stat().st_size > 0
+
+
+def test_short_enough_to_be_read():
+    assert len(README.splitlines()) < 200
+
+
+def test_the_gate_calls_the_test_line():
+    lines = [line.strip() for line in README.splitlines() if re.match(r" *pip install .*pytest", line)]
+    assert len(lines) == 1
+    assert 'eval "$line"' in (ROOT / ".ci" / "run").read_text()  # .ci/run reads the line from the README itself
