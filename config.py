@@ -26,8 +26,9 @@ PRETRAINING = {
         weight_decay=0.0, warmup=0.06, clip=1.0, max_input=64, max_output=32, eval_examples=100,
     ),
     "crossfit": dict(
-        backbone="facebook/bart-large", rank=16, skills=8, routing="gumbel", steps=0, epochs=30, batch_size=32,
-        lr=1e-3, lr_z=1e-2, weight_decay=0.0, warmup=0.06, clip=1.0, max_input=512, max_output=64, eval_examples=0,
+        split="100", backbone="facebook/bart-large", rank=16, skills=8, routing="gumbel", steps=0, epochs=30,
+        batch_size=32, lr=1e-3, lr_z=1e-2, weight_decay=0.0, warmup=0.06, clip=1.0, max_input=512, max_output=64,
+        eval_examples=0,
     ),
     ("strings", "full"): dict(lr=1e-3),
     ("crossfit", "full"): dict(lr=3e-5),

@@ -130,7 +130,7 @@ def _string_task(skills: tuple[str, ...], split: int, instructions: bool, *sizes
     def examples(texts):
         return [Example(prefix + text, (compose(skills, text),)) for text in texts]
 
-    return Task(name, "EM", examples(seen[:train]), examples(seen[train:]), examples(held_out), skills)
+    return Task(name, "exact", examples(seen[:train]), examples(seen[train:]), examples(held_out), skills)
 
 
 def _distinct_strings(rng: random.Random, count: int, without: frozenset[str]) -> list[str]:

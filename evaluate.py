@@ -44,9 +44,10 @@ from data import Example, Task, collate
 from inject import task_ids
 
 # --- Metrics ----------------------------------------------------------------------------------------------------------
-# CrossFit's seven metrics. Each takes predictions (strings) and references (one tuple of strings per example) and
-# returns a number times 100. Predictions and references are stripped of surrounding white space first. Deviation:
-# Rouge-L is computed by rouge-score, the scorer of SuperNI, where CrossFit calls the older "rouge" package.
+# CrossFit's seven metrics, and plain equality for strings. Each takes predictions (strings), references (one tuple of
+# strings per example), and returns a number times 100. Predictions and references are stripped of surrounding white
+# space first. Deviation: Rouge-L is computed by rouge-score, the scorer of SuperNI, where CrossFit calls the older
+# "rouge" package.
 
 
 def _normal(text: str) -> list[str]:
@@ -91,6 +92,7 @@ def _pearson(predictions, references) -> float:
 
 _rouge = RougeScorer(["rougeL"], use_stemmer=True)
 METRICS = {
+    "exact": _best(lambda p, r: float(p == r)),  # strings: there, case is part of the answer
     "EM": _best(lambda p, r: float(_normal(p) == _normal(r))),
     "ACC": _best(lambda p, r: float(p.lower() == r.lower())),
     "QA-F1": _best(_token_f1),

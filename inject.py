@@ -22,7 +22,7 @@ import re
 from contextlib import contextmanager
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -43,8 +43,8 @@ IA3_LAYERS = {
     "gpt2": r".*\.attn\.c_attn|.*\.mlp\.c_proj",
 }
 IA3_INPUT_SIDE = ("wo", "fc2", "down_proj", "mlp.c_proj")  # layers whose input, not output, is scaled
-LIKE_T5 = ("mt5", "umt5", "longt5")
-LIKE_LLAMA = ("mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "smollm3", "olmo", "olmo2")
+LIKE_T5 = ("mt5", "umt5")  # the same module names
+LIKE_LLAMA = ("mistral", "qwen2", "qwen3", "gemma", "gemma2", "smollm3", "olmo", "olmo2")
 
 
 def default_layers(model_type: str, adapter: str) -> str:
@@ -71,9 +71,13 @@ def task_ids(ids):
     ids (n,): a list or tensor of integers >= 0. Contexts nest; leaving one restores the one around it.
     Raises ValueError if ids are not integers, negative, or not a flat list of at least one.
     """
-    ids = torch.as_tensor(ids)
-    if ids.dim() != 1 or len(ids) == 0 or ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        raise ValueError(f"task ids must be a flat list of integers, not {tuple(ids.shape)} of {ids.dtype}")
+    try:
+        ids = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"task ids must be a flat list of integers, not {ids!r}") from None
+    integers = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if ids.dim() != 1 or len(ids) == 0 or not integers:
+        raise ValueError(f"task ids must be a flat list of integers, not {_kind(ids)}")
     tasks, rows = torch.unique(ids.long(), return_inverse=True)  # once per batch, not once per layer
     if tasks[0] < 0:
         raise ValueError(f"task ids must not be negative, got {int(tasks[0])}")
@@ -131,16 +135,31 @@ def inject(model: nn.Module, make_layer, pattern: str) -> list[str]:
     for name, layer in made:
         if hasattr(layer, "router"):
             layer.register_forward_pre_hook(_give_task_ids, with_kwargs=True)
-        model.set_submodule(name, layer)
+        _put(model, name, layer)
     return [name for name, _ in made]
+
+
+def _put(model: nn.Module, name: str, layer: nn.Module):
+    """Replace a layer by another, in the same mode: a model in evaluation mode stays so in all its layers."""
+    layer.train(model.get_submodule(name).training)
+    model.set_submodule(name, layer)
 
 
 def _as_linear(conv: nn.Module) -> nn.Linear:
     """A Conv1D of the GPT-2 kind as a linear layer: the transposed weight is a view of the same memory."""
-    linear = nn.Linear(*conv.weight.shape, device="meta")
+    linear = nn.Linear(*conv.weight.shape, device="meta").train(conv.training)
     linear.weight = nn.Parameter(conv.weight.data.T, requires_grad=conv.weight.requires_grad)
     linear.bias = conv.bias
+    linear.conv1d = type(conv)  # for `merge`, which must give the model back the kind of layer that it had
     return linear
+
+
+def _as_conv1d(linear: nn.Linear, conv1d: type) -> nn.Module:
+    """The way back: a linear layer as a Conv1D."""
+    conv = conv1d(linear.out_features, linear.in_features)
+    conv.weight = nn.Parameter(linear.weight.data.T.contiguous(), requires_grad=False)
+    conv.bias = linear.bias
+    return conv
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -164,7 +183,10 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def add_tasks(model: nn.Module, count: int, keep: bool = True):
-    """Every router gets `count` fresh tasks: after the old ones, which stay bit for bit, or in their place."""
+    """Every router gets `count` fresh tasks: after the old ones, which stay bit for bit, or in their place.
+
+    Z is then a new parameter: make the optimiser afterwards.
+    """
     for router in routers(model):
         router.add_tasks(count, keep)
 
@@ -188,33 +210,38 @@ def merge(model: nn.Module, task: int) -> dict[str, nn.Module]:
             raise IndexError(f"task id {task} is out of range: this model knows tasks 0 .. {known - 1}")
     plain = {name: layer.merged(task) for name, layer in layers.items()}
     for name, linear in plain.items():
-        model.set_submodule(name, linear)
+        conv1d = getattr(layers[name].linear, "conv1d", None)
+        _put(model, name, _as_conv1d(linear, conv1d) if conv1d else linear)
     return layers
 
 
 def unmerge(model: nn.Module, layers: dict[str, nn.Module]):
     """Undo `merge`: put the layers that it returned back."""
     for name, layer in layers.items():
-        model.set_submodule(name, layer)
+        _put(model, name, layer)
 
 
 # --- Saving and loading -----------------------------------------------------------------------------------------------
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short hash of the backbone: name, shape and 64 evenly spaced values of each of its parameters.
+    """A short hash of the backbone: name, shape and up to 64 evenly spaced values of each of its parameters.
 
     Adapters do not enter, so it is the same before and after injection. Values are rounded to bfloat16 first, so a
     backbone loaded in bfloat16 or float32 is the same backbone.
     """
     digest = hashlib.sha256()
-    added = adapter_parameters(model).keys()
+    layers, added = adapted_layers(model), adapter_parameters(model)
     for name, p in model.named_parameters():
-        if name not in added:
-            p = p.detach() if p.is_contiguous() else p.detach().T  # a Conv1D that `inject` turned: turn it back
-            values = p.flatten()[:: max(1, p.numel() // 64)].to("cpu", torch.bfloat16)
-            digest.update(f"{name.replace('.linear.', '.')} {tuple(p.shape)}".encode())
-            digest.update(values.view(torch.uint8).numpy().tobytes())
+        if name in added:
+            continue
+        owner, _, leaf = name.rpartition(".")
+        if owner.removesuffix(".linear") in layers:  # the name that the parameter had before injection
+            name = f"{owner.removesuffix('.linear')}.{leaf}"
+        p = p.detach() if p.is_contiguous() else p.detach().T  # a Conv1D that `inject` turned: turn it back
+        values = p.flatten()[:: -(-p.numel() // 64) or 1].to("cpu", torch.bfloat16).contiguous()
+        digest.update(f"{name} {tuple(p.shape)}".encode())
+        digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -222,8 +249,11 @@ def save_adapters(model: nn.Module, path: str):
     """Write adapters and routers, and nothing of the backbone but its fingerprint, to a safetensors file.
 
     Written under a temporary name and renamed, so an older file of that name is never half overwritten.
+    Raises ValueError if there are no adapters.
     """
     tensors = {name: p.detach().contiguous().cpu() for name, p in adapter_parameters(model).items()}
+    if not tensors:
+        raise ValueError("nothing to save: this model has no adapters (a merged one must be unmerged first)")
     temporary = f"{path}.tmp"
     save_file(tensors, temporary, metadata={"backbone": fingerprint(model)})
     os.replace(temporary, path)
@@ -233,11 +263,16 @@ def save_adapters(model: nn.Module, path: str):
 def load_adapters(model: nn.Module, path: str):
     """Read a file of `save_adapters` into a model with the same adapters injected, bit for bit.
 
-    Routers take the file's number of tasks. Raises ValueError, with the model unchanged, if the file belongs to
-    another backbone or other adapters, naming the first difference.
+    Routers take the file's number of tasks; their Z is then a new parameter: make the optimiser afterwards.
+    Raises ValueError, with the model unchanged, if the file is damaged or belongs to another backbone or other
+    adapters, naming the first difference.
     """
-    with safe_open(str(path), framework="pt") as file:
-        backbone, saved = (file.metadata() or {}).get("backbone"), {name: file.get_tensor(name) for name in file.keys()}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            backbone = (file.metadata() or {}).get("backbone")
+            saved = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from None
     if backbone != fingerprint(model):
         raise ValueError(f"{path} was trained on another backbone: load the model that it was trained on")
     own = adapter_parameters(model)

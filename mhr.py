@@ -59,7 +59,7 @@ def soft_partition(z: Tensor, routing: str, sample: bool) -> Tensor:
     noisy = sample and routing != "sigmoid"
     on = relaxed_bernoulli(z) if noisy else torch.sigmoid(z)  # how much each skill is on
     if routing == "straight-through":
-        on = (on > 0.5).to(on.dtype) + on - on.detach()
+        on = on + ((on > 0.5).to(on.dtype) - on).detach()  # the value of the second term, the gradient of the first
         return on / on.sum(-1, keepdim=True).clamp(min=1)  # the count of active skills, or 1 if there is none
     return on / (on.sum(-1, keepdim=True) + EPS)
 
@@ -102,7 +102,7 @@ class MHRRouter(nn.Module):
     def add_tasks(self, count: int, keep: bool = True):
         """Give Z `count` fresh rows: after the old ones, which stay bit for bit, or (keep=False) in their place."""
         fresh = self.fresh(count).to(self.Z)
-        self.Z = nn.Parameter(torch.cat([self.Z, fresh]) if keep else fresh)
+        self.Z = nn.Parameter(torch.cat([self.Z, fresh]) if keep else fresh, requires_grad=self.Z.requires_grad)
 
 
 class MHRLinear(nn.Module):
@@ -122,11 +122,9 @@ class MHRLinear(nn.Module):
         skills = [adapter.init(linear) for _ in range(router.skills)]  # independent draws: skills start different
         self.inventory = nn.ParameterDict({name: torch.stack([p[name] for p in skills]) for name in skills[0]})
         for name, axis in adapter.feature_axis.items():
-            if skills[0][name].shape[axis] % router.heads:
-                raise ValueError(
-                    f"{router.heads} heads do not divide a layer of {linear.in_features} inputs and "
-                    f"{linear.out_features} outputs: choose a number of heads that divides both"
-                )
+            if (size := skills[0][name].shape[axis]) % router.heads:
+                layer = f"a layer of {linear.in_features} inputs and {linear.out_features} outputs"
+                raise ValueError(f"{router.heads} heads do not divide {size}, the features of {name}, in {layer}")
 
     # T5 reads `self.wo.weight` inside its own forward: an adapted layer still answers like a linear one.
     weight = property(lambda self: self.linear.weight)

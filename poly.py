@@ -63,7 +63,7 @@ def soft_partition(z: Tensor, routing: str, sample: bool) -> Tensor:
     noisy = sample and routing != "sigmoid"
     on = relaxed_bernoulli(z) if noisy else torch.sigmoid(z)  # how much each skill is on
     if routing == "straight-through":
-        on = (on > 0.5).to(on.dtype) + on - on.detach()
+        on = on + ((on > 0.5).to(on.dtype) - on).detach()  # the value of the second term, the gradient of the first
         return on / on.sum(-1, keepdim=True).clamp(min=1)  # the count of active skills, or 1 if there is none
     return on / (on.sum(-1, keepdim=True) + EPS)
 
@@ -105,7 +105,7 @@ class PolyRouter(nn.Module):
     def add_tasks(self, count: int, keep: bool = True):
         """Give Z `count` fresh rows: after the old ones, which stay bit for bit, or (keep=False) in their place."""
         fresh = self.fresh(count).to(self.Z)
-        self.Z = nn.Parameter(torch.cat([self.Z, fresh]) if keep else fresh)
+        self.Z = nn.Parameter(torch.cat([self.Z, fresh]) if keep else fresh, requires_grad=self.Z.requires_grad)
 
 
 class PolyLinear(nn.Module):
