@@ -15,7 +15,7 @@ Writes to the run folder: config.json, TASK.safetensors for each task, log.jsonl
 from dataclasses import dataclass
 
 from config import (
-    FEW_SHOT, UserError, check_positive, describe, exit_on_user_error, explicit_flags, flag, new_run_folder,
+    FEW_SHOT, UserError, check_ranges, describe, exit_on_user_error, explicit_flags, flag, new_run_folder,
     read_config, recipe, write_json,
 )  # fmt: skip
 
@@ -77,11 +77,15 @@ def load_run(folder: Path, base: train.Config, tasks: int):
     if base.method == "full":
         return train.build_model(dataclasses.replace(base, backbone=str(saved)), tasks)
     model, tokenizer = train.build_model(base, tasks)
-    try:
-        load_adapters(model, str(saved))
-    except ValueError as error:
-        raise UserError(f"--checkpoint {folder}: {error}") from None
+    _load(model, saved)
     return model, tokenizer
+
+
+def _load(model: nn.Module, path: Path):
+    try:
+        load_adapters(model, str(path))
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def average_skills(model: nn.Module, adapter: str):
@@ -113,7 +117,7 @@ def prepare(model: nn.Module, variant: str, adapter: str):
 
 @torch.no_grad()
 def dev_loss(model, tokenizer, task: data.Task, lengths, batch_size: int) -> float:
-    """The mean loss per example over the task's dev examples, in evaluation mode (no noise)."""
+    """The loss on the task's dev examples in evaluation mode (no noise), averaged over batches by their examples."""
     model.eval()
     items = [data.Item(0, e.input, e.outputs[0]) for e in task.dev]
     total = 0.0
@@ -166,9 +170,12 @@ def adapt_task(model, tokenizer, task: data.Task, lengths, cfg, log) -> dict:
 
 
 def choose_tasks(benchmark: data.Benchmark, names: str) -> list[data.Task]:
-    """--tasks to tasks. Raises UserError for a name that is neither a dev nor a test task."""
+    """--tasks to tasks. Raises UserError for a name that is neither a dev nor a test task, or if there are none."""
     if names in ("all", "dev"):
-        return benchmark.test if names == "all" else benchmark.dev
+        tasks = benchmark.test if names == "all" else benchmark.dev
+        if not tasks:
+            raise UserError(f"--tasks {names}: this data set has no {'test' if names == 'all' else 'dev'} tasks here")
+        return tasks
     known = {task.name: task for task in benchmark.dev + benchmark.test}
     for name in names.split(","):
         if name not in known:
@@ -178,10 +185,13 @@ def choose_tasks(benchmark: data.Benchmark, names: str) -> list[data.Task]:
 
 def adapt(cfg: Config) -> dict:
     """Adapt to each chosen task from the same start and write the run folder; returns what result.json holds."""
-    check_positive(cfg, "steps", "batch_size", "lr", "lr_z", "eval_every", "patience")
+    check_ranges(cfg)
     base = train_config(cfg)
     benchmark = data.load(base.dataset, base.data_dir, cfg.split, base.instructions)
     tasks = choose_tasks(benchmark, cfg.tasks)
+    for task in tasks:
+        if not (task.train and task.dev and task.test):
+            raise UserError(f"task {task.name} needs train, dev and test examples to be adapted to and scored")
     torch.manual_seed(cfg.seed)
     model, tokenizer = load_run(Path(cfg.checkpoint), base, tasks=len(benchmark.train))
     prepare(model, cfg.variant, base.adapter)
@@ -231,8 +241,6 @@ def train_config(cfg: Config) -> train.Config:
 
 def few_shot(task: data.Task, cfg: Config) -> data.Task:
     """The task with --shots of its train examples (0: all), drawn by the seed: official files are sorted by label."""
-    if not task.train or not task.dev:
-        raise UserError(f"task {task.name} has no train or no dev examples to adapt with")
     drawn = random.Random(cfg.seed).sample(task.train, min(cfg.shots or len(task.train), len(task.train)))
     return dataclasses.replace(task, train=drawn)
 
@@ -258,7 +266,7 @@ def load_adapted(cfg: Config, folder: Path):
         elif not (path := folder / f"{task.name}.safetensors").is_file():
             raise UserError(f"{path} does not exist: the run in {folder} has not finished")
         else:
-            load_adapters(model, str(path))
+            _load(model, path)
         yield task, model, tokenizer, (base.max_input, base.max_output)
 
 

@@ -10,6 +10,7 @@ Each script has one dataclass `Config`, whose fields are its flags. The defaults
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -35,8 +36,8 @@ PRETRAINING = {
 }  # fmt: skip
 FEW_SHOT = {
     "strings": dict(
-        shots=32, split="0", steps=200, batch_size=32, lr=3e-3, lr_z=5e-1, weight_decay=0.0, warmup=0.06, clip=1.0,
-        eval_every=20, patience=5,
+        shots=32, split="0", steps=100, batch_size=32, lr=3e-3, lr_z=5e-1, weight_decay=0.0, warmup=0.06, clip=1.0,
+        eval_every=10, patience=5,
     ),
     "crossfit": dict(
         shots=0, split="100", steps=1000, batch_size=8, lr=1e-3, lr_z=1e-2, weight_decay=0.01, warmup=0.1, clip=1.0,
@@ -66,7 +67,11 @@ def explicit_flags(Config: type, recipes: dict, argv: list[str] | None = None) -
     """The flags given on the command line, by field name; misuse ends the program with one sentence and code 2."""
     parser = _Parser(description=(Config.__doc__ or "").strip(), allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(Config):
-        by_dataset = [f"{r[field.name]} ({d})" for d, r in recipes.items() if field.name in r and isinstance(d, str)]
+        by_dataset = [
+            f"{r[field.name]} ({d if isinstance(d, str) else ', '.join(d)})"
+            for d, r in recipes.items()
+            if field.name in r
+        ]
         default = ", ".join(by_dataset) or (field.default if field.default != "" else "none")
         options = dict(help=f"{field.metadata['help']} [default: {default}]".replace("%", "%%"))
         if field.type is bool:
@@ -86,11 +91,22 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
 
 
-def check_positive(cfg, *names: str):
-    """Raise UserError unless each of these fields is above zero."""
-    for name in names:
-        if getattr(cfg, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(cfg, name)}")
+ABOVE_ZERO = (
+    "rank skills heads batch_size lr lr_z clip max_input max_output log_every eval_every patience beams".split()
+)
+NOT_NEGATIVE = "steps epochs weight_decay warmup eval_examples test_examples shots seed".split()
+
+
+def check_ranges(cfg):
+    """Raise UserError for a number outside its range (or not a number), naming its flag."""
+    for name, value in dataclasses.asdict(cfg).items():
+        flag = f"--{name.replace('_', '-')}"
+        if name in ABOVE_ZERO and not 0 < value < math.inf:
+            raise UserError(f"{flag} must be above 0, not {value}")
+        if name in NOT_NEGATIVE and not 0 <= value < 2**63:
+            raise UserError(f"{flag} must not be negative or huge, not {value}")
+        if name == "warmup" and value > 1:
+            raise UserError(f"{flag} is a share of the steps and must not be above 1, not {value}")
 
 
 def describe(cfg) -> str:
@@ -135,8 +151,10 @@ def read_json(path: Path) -> dict:
     """Read a JSON file of a run folder. Raises UserError if it is missing or broken."""
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: give a folder that train.py or adapt.py made") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno} is not valid JSON: {error.msg}") from None
 
@@ -144,6 +162,8 @@ def read_json(path: Path) -> dict:
 def read_config(Config: type, path: Path):
     """Rebuild a script's Config from a run's config.json. Raises UserError if the fields are not the Config's."""
     content, names = read_json(path), {field.name for field in dataclasses.fields(Config)}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold the settings of a run")
     if odd := names.symmetric_difference(content):
         raise UserError(f"{path}: field {sorted(odd)[0]!r} is missing or unknown: this run is of another version")
     return Config(**content)

@@ -7,9 +7,12 @@ python evaluate.py --compare runs/*                  one table over run folders,
 """
 
 import string
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
-from config import UserError, check_positive, exit_on_user_error, explicit_flags, flag, read_config, read_json
+from config import (
+    FEW_SHOT, PRETRAINING, UserError, check_ranges, exit_on_user_error, explicit_flags, flag, read_config, read_json,
+    recipe,
+)  # fmt: skip
 
 
 @dataclass
@@ -22,12 +25,13 @@ class Config:
     data_dir: str = flag("", "folder of the benchmark's files, if it has moved since training")
     batch_size: int = flag(64, "examples per batch")
     beams: int = flag(1, "beams of beam search; 1 is greedy")
-    device: str = flag("cpu", "cpu or cuda")
+    device: str = flag("cpu", "cpu or cuda", ("cpu", "cuda"))
 
 
 if __name__ == "__main__":  # read the flags before the slow imports, so that --help and mistakes answer at once
     FLAGS = explicit_flags(Config, {})
 
+import math
 import re
 import statistics
 from collections import Counter, defaultdict
@@ -86,7 +90,7 @@ def _pearson(predictions, references) -> float:
         guess, gold = [float(p) for p in predictions], [float(rs[0]) for rs in references]
     except ValueError:
         return 0.0
-    defined = len(gold) > 1 and len(set(guess)) > 1 and len(set(gold)) > 1
+    defined = len(set(guess)) > 1 and len(set(gold)) > 1 and all(map(math.isfinite, guess))
     return 100 * float(pearsonr(gold, guess).statistic) if defined else 0.0
 
 
@@ -145,8 +149,12 @@ def evaluate_tasks(
     """Score each task on its test examples (the first `limit`; 0: all), tasks[k] under task id ids[k].
 
     Returns {task name: score}. Examples of different tasks share batches: each still gets its own task's adapter.
+    Raises UserError for a task without test examples.
     """
     chosen = [task.test[: limit or None] for task in tasks]
+    for task in tasks:
+        if not task.test:
+            raise UserError(f"task {task.name} has no test examples to score")
     rows = [task_id for task_id, examples in zip(ids, chosen, strict=True) for _ in examples]
     flat = [example for examples in chosen for example in examples]
     predictions = iter(generate(model, tokenizer, flat, rows, lengths, batch_size, beams))
@@ -169,7 +177,7 @@ def evaluate(cfg: Config) -> dict[str, float]:
     import adapt  # here: adapt.py and train.py import this file
     import train
 
-    check_positive(cfg, "batch_size", "beams")
+    check_ranges(cfg)
     folder = Path(cfg.checkpoint)
     if "checkpoint" in read_json(folder / "config.json"):
         if cfg.zero_shot:
@@ -191,7 +199,7 @@ def _score_pretrained(cfg: Config, folder: Path, adapt, train) -> dict[str, floa
     model, tokenizer = adapt.load_run(folder, base, len(benchmark.train))
     tasks, ids = benchmark.train, list(range(len(benchmark.train)))
     if cfg.zero_shot:
-        tasks, ids = benchmark.test, [0] * len(benchmark.test)
+        tasks, ids = adapt.choose_tasks(benchmark, "all"), [0] * len(benchmark.test)
         adapt.prepare(model, "all", base.adapter)
     lengths = base.max_input, base.max_output
     return evaluate_tasks(model, tokenizer, tasks, ids, lengths, 0, cfg.batch_size, cfg.beams)
@@ -207,37 +215,62 @@ def _score_adapted(cfg: Config, folder: Path, adapt) -> dict[str, float]:
     return scores
 
 
+SAME_RUN = ("seed", "split", "checkpoint", "output_dir", "data_dir", "device", "log_every")  # may differ in a group
+
+
 def compare(folders: tuple[str, ...]) -> str:
     """One aligned table over finished run folders: a line for each group of runs that differ in seed and split only.
 
-    Columns: what ran, trained parameters (per task, for an adaptation), runs, mean score +- standard deviation over
-    the runs, before and after adaptation. Folders without result.json are named below the table.
+    Columns: what ran, data set, trained parameters (per task, for an adaptation), runs, score before adaptation and
+    score (mean over tasks, then mean +- standard deviation over runs), seconds. What is not the recipe's is in the
+    first column. Folders without result.json are named below the table.
     """
     groups, unfinished = defaultdict(list), []
     for folder in map(Path, folders):
         if not (folder / "result.json").is_file():
             unfinished.append(str(folder))
             continue
-        config, result = read_json(folder / "config.json"), read_json(folder / "result.json")
-        base = read_json(Path(config["checkpoint"]) / "config.json") if "checkpoint" in config else config
-        groups[_label(base, config)].append((base["dataset"], result))
+        try:
+            label, dataset = _label(folder)
+            result = read_json(folder / "result.json")
+            trained = sum(result["parameters"].values())
+            groups[label, dataset, trained].append([result.get(k) for k in ("mean_before", "mean", "seconds")])
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"--compare {folder} is no run folder of this version") from None
     lines = [("run", "data set", "trained", "runs", "before", "score", "seconds")]
-    for label, runs in sorted(groups.items()):
-        results = [result for _, result in runs]
-        trained = sum(results[0]["parameters"].values())
-        seconds = statistics.fmean(result["seconds"] for result in results)
-        columns = [_mean_std([r[k] for r in results if k in r]) for k in ("mean_before", "mean")]
-        lines.append((label, runs[0][0], f"{trained:,}", str(len(runs)), *columns, f"{seconds:.0f}"))
-    table = _aligned(lines)
-    return table + (f"\nwithout result.json: {', '.join(unfinished)}" if unfinished else "")
+    for (label, dataset, trained), runs in sorted(groups.items()):
+        before, after, seconds = ([v for v in column if v is not None] for column in zip(*runs, strict=True))
+        columns = _mean_std(before), _mean_std(after), f"{statistics.fmean(seconds):.0f}"
+        lines.append((label, dataset, f"{trained:,}", str(len(runs)), *columns))
+    return _aligned(lines) + (f"\nwithout result.json: {', '.join(unfinished)}" if unfinished else "")
 
 
-def _label(base: dict, config: dict) -> str:
-    """What ran, without its seed: method with its heads and rank, then the variant of an adaptation."""
-    method = base["method"] + (f" h={base['heads']}" if base["method"] == "mhr" else "")
-    size = "" if base["method"] == "full" or base["adapter"] == "ia3" else f" r={base['rank']}"
-    words = " instructed" if base["instructions"] else ""
-    return f"{method}{size}{words}" + (f", {config['variant']} on {config['tasks']}" if config is not base else "")
+def _label(folder: Path) -> tuple[str, str]:
+    """(what ran, data set): method, heads, rank, variant, then every setting that is not the recipe's."""
+    import adapt  # here: adapt.py and train.py import this file
+    import train
+
+    config = read_json(folder / "config.json")
+    adapted = "checkpoint" in config
+    base = read_json(Path(config["checkpoint"]) / "config.json") if adapted else config
+    method, dataset = base["method"], base["dataset"]
+    words = [method]
+    words += [f"h={base['heads']}"] if method == "mhr" else []
+    words += [f"r={base['rank']}"] if method != "full" and base["adapter"] == "lora" else []
+    words += [f"-> {config['variant']}"] if adapted else []
+    shown = {"method", "dataset", "heads", "rank", "variant", *SAME_RUN}
+    words += _changed(
+        base,
+        asdict(train.Config(adapter=base["adapter"] if method == "ia3" else "lora"))
+        | recipe(PRETRAINING, dataset, method),
+        shown,
+    )
+    words += _changed(config, asdict(adapt.Config()) | recipe(FEW_SHOT, dataset, method), shown) if adapted else []
+    return " ".join(words), dataset
+
+
+def _changed(config: dict, recipe: dict, shown: set[str]) -> list[str]:
+    return [f"{k}={v}" for k, v in config.items() if k not in shown and v != recipe[k]]
 
 
 def _mean_std(values: list[float]) -> str:

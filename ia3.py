@@ -61,7 +61,7 @@ class IA3:
         return y * scale.to(y.dtype)
 
     def merge(self, weight: Tensor, bias: Tensor | None, v: Tensor):
-        """The plain weight (o, i) and bias (o,) that do the same. New tensors."""
+        """The weight (o, i), a new tensor, and bias (o,) that do the same."""
         scale = 1 + v  # float32: a bfloat16 weight is rounded once, at the end
         if self.side == "in":
             return (weight * scale).to(weight.dtype), bias

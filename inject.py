@@ -119,7 +119,10 @@ def inject(model: nn.Module, make_layer, pattern: str) -> list[str]:
     """
     if adapted_layers(model):
         raise ValueError("this model already has adapters")
-    found = [(name, module) for name, module in model.named_modules() if re.fullmatch(pattern, name)]
+    try:
+        found = [(name, module) for name, module in model.named_modules() if re.fullmatch(pattern, name)]
+    except re.error as error:
+        raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from None
     if not found:
         raise ValueError(f"no layer's name matches the pattern {pattern!r}")
     made = []

@@ -72,7 +72,7 @@ class LoRA:
         return linear(x) + (self.alpha / self.rank) * (x @ A) @ B
 
     def merge(self, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor):
-        """The plain weight (o, i) and bias (o,) that do the same: W0 + (alpha / r) (A B)^T. New tensors."""
+        """The weight (o, i), a new tensor, and bias (o,) that do the same: W0 + (alpha / r) (A B)^T."""
         delta = (self.alpha / self.rank) * (A @ B).T  # float32: a bfloat16 weight is rounded once, at the end
         return (weight + delta).to(weight.dtype), bias
 

@@ -47,9 +47,9 @@ def relaxed_bernoulli(z: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def soft_partition(z: Tensor, routing: str, sample: bool) -> Tensor:
-    """Logits (..., s) to weights (..., s) over the skills: non-negative, each row summing to 1.
+    """Logits (..., s) to weights (..., s) over the skills: non-negative, each row summing to 1 (up to EPS).
 
-    routing "gumbel":            training samples a relaxed Bernoulli; evaluation takes its mean, sigmoid(z).
+    routing "gumbel":            training samples a relaxed Bernoulli; evaluation takes sigmoid(z), its probability.
     routing "sigmoid":           sigmoid(z) always: no noise (the MHR authors' configuration for T0).
     routing "straight-through":  0 or 1 in the forward pass (the relaxed sample, in evaluation sigmoid(z), rounded),
                                  the gradient of the value before rounding in the backward pass. If no skill is on,
@@ -135,15 +135,15 @@ class MHRLinear(nn.Module):
     def mix(self, w: Tensor) -> dict[str, Tensor]:
         """Weights (u, h, s) to one adapter per distinct task: {name: (u, ...)}, head by head the sum of w_hs Phi_s[h].
 
-        For LoRA: A (s, i, r) is cut into (s, h, d, r), mixed to (u, h, d, r), concatenated to (u, i, r);
-        B (s, r, o) is turned to (s, o, r), cut into (s, h, e, r), mixed, concatenated and turned back to (u, r, o).
+        For LoRA: A (s, i, r) is cut into (s, h, d, r), mixed to (u, h, d, r) and concatenated to (u, i, r);
+        B (s, r, o) is cut into (s, r, h, e), mixed to (u, r, h, e) and concatenated to (u, r, o).
         """
         mixed = {}
         for name, p in self.inventory.items():
             axis = self.adapter.feature_axis[name] + 1  # + 1: the inventory has s in front
-            p = p.movedim(axis, 1)
-            heads = p.unflatten(1, (self.router.heads, -1))
-            mixed[name] = torch.einsum("uhs,sh...->uh...", w, heads).flatten(1, 2).movedim(1, axis)
+            blocks = p.unflatten(axis, (self.router.heads, -1))
+            before, after = "abc"[: axis - 1], "def"[: p.dim() - axis]  # the other axes: A has h d e, B has a h d
+            mixed[name] = torch.einsum(f"uhs,s{before}h{after}->u{before}h{after}", w, blocks).flatten(axis, axis + 1)
         return mixed
 
     def forward(self, x: Tensor, tasks: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -156,7 +156,7 @@ class MHRLinear(nn.Module):
         nowhere. Raises ValueError if n does not divide b.
         """
         n = len(tasks) if rows is None else len(rows)
-        if x.shape[0] % n:
+        if n == 0 or x.shape[0] % n:
             raise ValueError(f"{n} task ids for a batch of {x.shape[0]} rows: expected one per example")
         params = self.mix(self.router(tasks))
         if len(tasks) == 1:  # one task in the whole batch: plain matmuls

@@ -23,8 +23,9 @@ Shape key, the same in every file:
     y = layer(x, torch.tensor([3, 3, 0, 7]))                  # x (4, l, i): the task of each example
 
 Deviations:
-* One relaxed Bernoulli sample per task, layer and forward pass, as eq. 2 is indexed (i = task, j = skill). The
-  authors' code and PEFT draw one per example, so two examples of a task in one batch get different adapters.
+* One relaxed Bernoulli sample per entry of `tasks`, and `inject.task_ids` passes each distinct task once: so one per
+  task, layer and forward pass, as eq. 2 is indexed (i = task, j = skill). The authors' code and PEFT draw one per
+  example, so two examples of a task in one batch get different adapters.
 * The row sum gets EPS = 1e-12 added, as in the authors' code, so a row of zeros gives weights of zero, not NaN.
 * PEFT and the authors' code accept a negative task id and use the last task's row. Here it is an error.
 
@@ -51,9 +52,9 @@ def relaxed_bernoulli(z: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def soft_partition(z: Tensor, routing: str, sample: bool) -> Tensor:
-    """Logits (..., s) to weights (..., s) over the skills: non-negative, each row summing to 1.
+    """Logits (..., s) to weights (..., s) over the skills: non-negative, each row summing to 1 (up to EPS).
 
-    routing "gumbel":            training samples a relaxed Bernoulli; evaluation takes its mean, sigmoid(z).
+    routing "gumbel":            training samples a relaxed Bernoulli; evaluation takes sigmoid(z), its probability.
     routing "sigmoid":           sigmoid(z) always: no noise (the MHR authors' configuration for T0).
     routing "straight-through":  0 or 1 in the forward pass (the relaxed sample, in evaluation sigmoid(z), rounded),
                                  the gradient of the value before rounding in the backward pass. If no skill is on,
@@ -144,7 +145,7 @@ class PolyLinear(nn.Module):
         nowhere. Raises ValueError if n does not divide b.
         """
         n = len(tasks) if rows is None else len(rows)
-        if x.shape[0] % n:
+        if n == 0 or x.shape[0] % n:
             raise ValueError(f"{n} task ids for a batch of {x.shape[0]} rows: expected one per example")
         params = self.mix(self.router(tasks))
         if len(tasks) == 1:  # one task in the whole batch: plain matmuls

@@ -10,7 +10,7 @@ folder backbone/ instead), log.jsonl (one line a logged step) and result.json.
 from dataclasses import dataclass
 
 from config import (
-    PRETRAINING, UserError, check_positive, describe, exit_on_user_error, explicit_flags, flag, new_run_folder, recipe,
+    PRETRAINING, UserError, check_ranges, describe, exit_on_user_error, explicit_flags, flag, new_run_folder, recipe,
     write_json,
 )  # fmt: skip
 
@@ -65,6 +65,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 from transformers import (
@@ -105,7 +106,7 @@ def load_backbone(name: str, device: str):
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model = auto.from_pretrained(source, dtype=torch.float32, **options)
         return model.to(device), AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"--backbone {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
 
 
@@ -185,12 +186,14 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 def train(cfg: Config) -> dict:
     """Pre-train as cfg says and write the run folder; returns what result.json holds."""
-    check_positive(cfg, "batch_size", "rank", "skills", "heads", "lr", "lr_z", "max_input", "max_output", "log_every")
+    check_ranges(cfg)
     benchmark = data.load(cfg.dataset, cfg.data_dir, cfg.split, cfg.instructions)
     examples = sum(len(task.train) for task in benchmark.train)
     steps = cfg.steps or cfg.epochs * -(-examples // cfg.batch_size)
-    if steps <= 0:
-        raise UserError("nothing to train: give --steps or --epochs above 0")
+    if steps == 0 or examples == 0:
+        raise UserError(f"nothing to train: {examples} examples, and --steps or --epochs must be above 0")
+    if cfg.eval_examples and (empty := [task.name for task in benchmark.train if not task.test]):
+        raise UserError(f"--eval-examples {cfg.eval_examples}: task {empty[0]} has no test examples")
     torch.manual_seed(cfg.seed)
     model, tokenizer = build_model(cfg, tasks=len(benchmark.train))
     if cfg.checkpointing:
