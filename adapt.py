@@ -174,7 +174,7 @@ def choose_tasks(benchmark: data.Benchmark, names: str) -> list[data.Task]:
     if names in ("all", "dev"):
         tasks = benchmark.test if names == "all" else benchmark.dev
         if not tasks:
-            raise UserError(f"--tasks {names}: this data set has no {'test' if names == 'all' else 'dev'} tasks here")
+            raise UserError(f"--tasks {names}: there are no held-out {'test' if names == 'all' else 'dev'} tasks here")
         return tasks
     known = {task.name: task for task in benchmark.dev + benchmark.test}
     for name in names.split(","):
@@ -186,6 +186,8 @@ def choose_tasks(benchmark: data.Benchmark, names: str) -> list[data.Task]:
 def adapt(cfg: Config) -> dict:
     """Adapt to each chosen task from the same start and write the run folder; returns what result.json holds."""
     check_ranges(cfg)
+    if cfg.steps == 0:
+        raise UserError("--steps must be above 0, not 0")
     base = train_config(cfg)
     benchmark = data.load(base.dataset, base.data_dir, cfg.split, base.instructions)
     tasks = choose_tasks(benchmark, cfg.tasks)

@@ -148,22 +148,23 @@ def write_json(path: Path, content: dict):
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON file of a run folder. Raises UserError if it is missing or broken."""
+    """Read a JSON object from a file. Raises UserError if the file is missing or broken."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno} is not valid JSON: {error.msg}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object: give a file that was not changed by hand")
+    return content
 
 
 def read_config(Config: type, path: Path):
     """Rebuild a script's Config from a run's config.json. Raises UserError if the fields are not the Config's."""
     content, names = read_json(path), {field.name for field in dataclasses.fields(Config)}
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold the settings of a run")
     if odd := names.symmetric_difference(content):
         raise UserError(f"{path}: field {sorted(odd)[0]!r} is missing or unknown: this run is of another version")
     return Config(**content)

@@ -10,6 +10,7 @@ A benchmark is three lists of tasks: `train` (multi-task pre-training), `dev` (f
 Nothing here knows about models, but for `collate`, which turns a batch of texts into tensors.
 """
 
+import functools
 import itertools
 import random
 from collections.abc import Iterator
@@ -100,6 +101,7 @@ def compose(skills: tuple[str, ...], text: str) -> str:
     return text
 
 
+@functools.cache  # a second call costs nothing; benchmarks are only read
 def strings(split: int = 0, instructions: bool = False) -> Benchmark:
     """The embedded benchmark: all 84 sets of two or three operations, 64 train, 8 dev and 12 test tasks.
 
@@ -113,6 +115,7 @@ def strings(split: int = 0, instructions: bool = False) -> Benchmark:
     return Benchmark(train, dev=other[:8], test=other[8:])
 
 
+@functools.cache
 def strings_single(split: int = 0) -> Benchmark:
     """The eight single operations, with instructions: 40,000 train, 100 dev and 100 test examples each."""
     train = [_string_task((name,), split, True, 40_000, 100, 100) for name in OPERATIONS]
@@ -209,7 +212,7 @@ def _partition(path: Path) -> dict[str, list[str]]:
     """A partition file: {"train": names, "dev": names, "test": names}. A name is a folder's, never a path."""
     parts = read_json(path)
     for part in ("train", "dev", "test"):
-        names = parts.get(part) if isinstance(parts, dict) else None
+        names = parts.get(part)
         if not isinstance(names, list) or not all(isinstance(n, str) and Path(n).name == n for n in names):
             raise UserError(f'{path}: expected "{part}" with a list of task names')
     return parts

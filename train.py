@@ -143,7 +143,8 @@ def build_model(cfg: Config, tasks: int):
     try:
         inject(model, make_layer, cfg.layers or default_layers(model.config.model_type, cfg.adapter))
     except ValueError as error:
-        raise UserError(f"--method {cfg.method} with --backbone {cfg.backbone}: {error}") from None
+        layers = f" --layers {cfg.layers}" if cfg.layers else ""
+        raise UserError(f"--method {cfg.method} --backbone {cfg.backbone}{layers}: {error}") from None
     return model.to(cfg.device), tokenizer
 
 
@@ -190,8 +191,10 @@ def train(cfg: Config) -> dict:
     benchmark = data.load(cfg.dataset, cfg.data_dir, cfg.split, cfg.instructions)
     examples = sum(len(task.train) for task in benchmark.train)
     steps = cfg.steps or cfg.epochs * -(-examples // cfg.batch_size)
-    if steps == 0 or examples == 0:
-        raise UserError(f"nothing to train: {examples} examples, and --steps or --epochs must be above 0")
+    if examples == 0:
+        raise UserError(f"--data-dir {cfg.data_dir}: the training tasks have no examples")
+    if steps == 0:
+        raise UserError("nothing to train: give --steps or --epochs above 0")
     if cfg.eval_examples and (empty := [task.name for task in benchmark.train if not task.test]):
         raise UserError(f"--eval-examples {cfg.eval_examples}: task {empty[0]} has no test examples")
     torch.manual_seed(cfg.seed)

@@ -94,8 +94,10 @@ def folder(tmp_path_factory) -> Path:
 def backbones(folder) -> list[str]:
     """Two random backbones of the tiny architecture, saved as Hugging Face folders."""
     for seed in (0, 1):
-        torch.manual_seed(seed)
-        train.tiny_from_scratch().save_pretrained(folder / f"backbone{seed}")
+        model = train.tiny_from_scratch()
+        with torch.no_grad():
+            model.shared.weight += seed  # tiny_from_scratch has the same weights every time
+        model.save_pretrained(folder / f"backbone{seed}")
         ByT5Tokenizer().save_pretrained(folder / f"backbone{seed}")
     return [str(folder / "backbone0"), str(folder / "backbone1")]
 
@@ -181,7 +183,8 @@ def test_help_is_fast_and_complete(script):
         flag = "--" + field.name.replace("_", "-")
         (entry,) = [" ".join(e.split()) for e in entries if re.match(rf"{flag}[ ,\n]", e)]
         assert " ".join(field.metadata["help"].split()) in entry
-        defaults = {d: r[field.name] for d, r in recipes.items() if field.name in r and isinstance(d, str)}
+        names = {d: d if isinstance(d, str) else ", ".join(d) for d in recipes}
+        defaults = {names[d]: r[field.name] for d, r in recipes.items() if field.name in r}
         shown = [f"{value} ({dataset})" for dataset, value in defaults.items()] or [
             "none" if field.default == "" else str(field.default)
         ]
@@ -589,8 +592,6 @@ def test_few_shot_draws_by_the_seed():
     assert sorted(draw(0)) == sorted(draw(99)) == sorted(task.train)
     whole = adapt.few_shot(task, adapt.Config(shots=5))
     assert whole.dev == task.dev and whole.test == task.test
-    with pytest.raises(UserError, match="no dev"):
-        adapt.few_shot(dataclasses.replace(task, dev=[]), adapt.Config())
 
 
 def test_choosing_tasks():
@@ -762,8 +763,8 @@ def command(script: str, argv: list[str], capsys) -> str:
     """Run a script's command line in this process. It must end with code 2 and one sentence, which is returned."""
     module, recipes = SCRIPTS[script]
     capsys.readouterr()
-    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("no answer in 20 seconds"))
-    signal.alarm(20)
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("no answer in 120 seconds"))
+    signal.alarm(120)
     try:
         with pytest.raises(SystemExit) as end:
             config.exit_on_user_error(module.main, config.explicit_flags(module.Config, recipes, argv))

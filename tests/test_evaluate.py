@@ -1,5 +1,6 @@
 """Metrics against hand-computed values and independent oracles; generation; the comparison of runs."""
 
+import dataclasses
 import json
 import math
 import random
@@ -17,8 +18,10 @@ from scipy.stats import pearsonr
 from sklearn.metrics import f1_score, matthews_corrcoef
 from transformers import ByT5Tokenizer, T5Config, T5ForConditionalGeneration
 
+import adapt
 import evaluate
-from config import UserError
+import train
+from config import FEW_SHOT, UserError
 from data import Example, Task
 from evaluate import METRICS, compare, evaluate_tasks, generate, mean, score
 from inject import LORA_LAYERS, adapter_parameters, inject, routers, task_ids
@@ -363,13 +366,8 @@ def test_evaluate_tasks_uses_the_tasks_metric(model, tokenizer, inputs):
 
 # --- Comparison -------------------------------------------------------------------------------------------------------
 
-TRAIN = dict(
-    method="mhr", dataset="strings", split="0", instructions=False, backbone="tiny", adapter="lora", layers="", rank=2,
-    skills=8, heads=8, routing="gumbel", steps=100, batch_size=64, lr=1e-3, lr_z=1e-2, seed=0, output_dir="x",
-)  # fmt: skip
-ADAPT = dict(
-    checkpoint="", variant="z", tasks="all", split="0", shots=32, steps=100, lr=1e-3, lr_z=1e-2, seed=0, output_dir="x"
-)
+TRAIN = dataclasses.asdict(train.make_config(method="mhr", dataset="strings", output_dir="x"))
+ADAPT = dataclasses.asdict(adapt.Config(**FEW_SHOT["strings"], variant="z", output_dir="x"))
 
 
 def run_folder(path: Path, config: dict, **result) -> str:
@@ -413,7 +411,7 @@ def test_compare_of_adaptations_names_base_and_variant(tmp_path):
         for split in ("0", "1")
     ]
     (line,) = body(compare(tuple(folders)))
-    assert re.split(r"  +", line) == ["poly r=2, z on all", "strings", "336", "4", "5.5 +- 0.6", "25.0 +- 5.8", "12"]
+    assert re.split(r"  +", line) == ["poly r=2 -> z", "strings", "336", "4", "5.5 +- 0.6", "25.0 +- 5.8", "12"]
 
 
 DIFFERENT = [

@@ -583,14 +583,8 @@ def straight_through_case(module, active, sample):
     return w[rows], expected[rows], got[rows], want[rows]
 
 
-ONE_ACTIVE = pytest.mark.xfail(
-    strict=True,
-    reason="soft_partition: hard + on - on.detach() is 1 or 1 - 6e-8, and clamp(min=1) then cuts the gradient",
-)
-
-
 @pytest.mark.parametrize("sample", [True, False])
-@pytest.mark.parametrize("active", [0, pytest.param(1, marks=ONE_ACTIVE), 2, 3])
+@pytest.mark.parametrize("active", [0, 1, 2, 3])
 @each_file
 def test_straight_through(module, active, sample):
     """Forward: 0 or 1, divided by the number of skills that are on; none on gives zero weights. Backward: the gradient
