@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 # A run's defaults: what its data set says, then what its (data set, method) says. Sources: the papers' appendices and
-# the MHR authors' configuration files; "strings" is ours, tuned on its dev compositions (see README).
+# the MHR authors' configuration files; "strings" is ours, tuned on its dev compositions (results/strings.md).
 PRETRAINING = {
     "strings": dict(
         backbone="tiny", rank=2, skills=8, routing="gumbel", steps=1500, epochs=0, batch_size=64, lr=5e-3, lr_z=1e-1,

@@ -290,6 +290,7 @@ def _aligned(lines: list[tuple[str, ...]]) -> str:
 
 
 def main(flags: dict):
+    """Score one run, or compare several. Raises UserError if neither is asked for."""
     cfg = Config(**flags)
     if cfg.compare:
         print(compare(tuple(cfg.compare)))
