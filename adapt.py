@@ -3,13 +3,15 @@
     python adapt.py --checkpoint runs/NAME --variant all --tasks all
 
 Every task starts from the same checkpoint, learns from a few examples (--shots), stops early by the loss on its own
-dev examples, and is scored on its test examples before and after. What is trained (MHR paper section 3):
+dev examples (t0: by the score, as the papers), and is scored on its test examples before and after. With several
+--split values all of it is done once for each: other few-shot examples of the same tasks. What is trained (MHR paper
+section 3):
 
-    all   the skills and the new task's Z            (methods lora, ia3: the one adapter; full: the whole backbone)
+    all   the skills and the new task's Z            (methods lora, ia3, mu: the one adapter; full: the whole backbone)
     z     only the new task's Z: MHR-z, Poly-z
     mu    the average of the skills, as ONE adapter without routing: MHR-mu, Poly-mu
 
-Writes to the run folder: config.json, TASK.safetensors for each task, log.jsonl and result.json.
+Writes to the run folder: config.json, SPLIT/TASK.safetensors for each task, log.jsonl and result.json.
 """
 
 from dataclasses import dataclass
@@ -28,29 +30,38 @@ class Config:
     variant: str = flag("all", "what is trained", ("all", "z", "mu"))
     tasks: str = flag("all", "all (test tasks), dev (dev tasks), or names joined by commas")
     data_dir: str = flag("", "folder of the benchmark's files, if it has moved since pre-training")
-    split: str = flag("0", "which few-shot examples: strings any number, crossfit 100, 13, 21, 42 or 87")
+    split: tuple = flag(
+        ("0",), "which few-shot examples: any number; t0 and crossfit: of their files' seeds. Several: each in turn"
+    )
     shots: int = flag(0, "train examples of a task to use; 0: all that the split has")
     steps: int = flag(1000, "optimiser steps per task")
     batch_size: int = flag(8, "examples per step")
+    micro_batch: int = flag(0, "examples at a time, to save memory: gradients of a step add up; 0: all")
+    optimizer: str = flag("adamw", "adamw, or adafactor with these learning rates as they are", ("adamw", "adafactor"))
     lr: float = flag(1e-3, "learning rate of adapters (or of the backbone, method full)")
     lr_z: float = flag(1e-1, "learning rate of Z")
     weight_decay: float = flag(0.0, "of adapters; Z is never decayed")
     warmup: float = flag(0.06, "share of steps with rising learning rate; it then falls to 0")
     clip: float = flag(1.0, "largest gradient norm")
-    eval_every: int = flag(100, "steps between two looks at the dev loss")
-    patience: int = flag(3, "looks without a lower dev loss before stopping")
-    test_examples: int = flag(0, "test examples per task to score; 0: all")
+    choice_losses: bool = flag(False, "add T-Few's two losses over the answer choices to the language-model loss")
+    keep: str = flag("loss", "keep the values with the best dev loss, or dev score", ("loss", "score"))
+    eval_every: int = flag(100, "steps between two looks at the dev examples")
+    patience: int = flag(3, "looks without a better value before stopping")
+    test_examples: int = flag(0, "test examples per task to score (with --keep score: dev examples too); 0: all")
+    eval_batch: int = flag(64, "examples per batch when scoring")
     seed: int = flag(0, "seed of initial values, order and noise")
     output_dir: str = flag("", "run folder; none: CHECKPOINT-VARIANT")
-    device: str = flag("cpu", "cpu or cuda", ("cpu", "cuda"))
+    device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one", ("auto", "cpu", "cuda"))
 
 
 if __name__ == "__main__":  # Read the flags before the slow imports, so that --help and mistakes answer at once
     FLAGS = explicit_flags(Config, FEW_SHOT)
 
 import dataclasses
+import functools
 import json
 import random
+import statistics
 import time
 from pathlib import Path
 
@@ -60,39 +71,12 @@ from tqdm import tqdm
 
 import data
 import train
-from evaluate import evaluate_tasks, mean
-from inject import adapted_layers, add_tasks, load_adapters, routers, save_adapters, task_ids
+from choices import choice_log_probs, t_few_loss
+from evaluate import all_scores, by_group, evaluate_tasks, main_scores, mean
+from inject import add_tasks, routers, save_adapters, task_ids
+from backbone import average_skills, build_model, load_adapter_file, load_run
 
-# --- Starting points --------------------------------------------------------------------------------------------------
-
-
-def load_run(folder: Path, base: train.Config, tasks: int):
-    """A pre-trained run as it was saved: (model, tokenizer). base: its Config. tasks: rows of Z to build first.
-
-    Raises UserError if the run has not finished, or its file does not fit the backbone.
-    """
-    saved = folder / ("backbone" if base.method == "full" else "adapter.safetensors")
-    if not saved.exists():
-        raise UserError(f"--checkpoint {folder} has no {saved.name}: its training has not finished")
-    if base.method == "full":
-        return train.build_model(dataclasses.replace(base, backbone=str(saved)), tasks)
-    model, tokenizer = train.build_model(base, tasks)
-    _load(model, saved)
-    return model, tokenizer
-
-
-def _load(model: nn.Module, path: Path):
-    try:
-        load_adapters(model, str(path))
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def average_skills(model: nn.Module, adapter: str):
-    """mu: replace every routed layer by one with a single adapter, the average of its skills. Routing is gone."""
-    for name, layer in adapted_layers(model).items():
-        if hasattr(layer, "router"):
-            model.set_submodule(name, train.SINGLE[adapter](layer.linear, layer.adapter, layer.average_skills()))
+# --- The starting point -----------------------------------------------------------------------------------------------
 
 
 def prepare(model: nn.Module, variant: str, adapter: str):
@@ -115,55 +99,74 @@ def prepare(model: nn.Module, variant: str, adapter: str):
 # --- One task ---------------------------------------------------------------------------------------------------------
 
 
+def loss_of_choices(model, tokenizer, items: list[data.Item], max_input: int, max_output: int) -> torch.Tensor:
+    """T-Few's loss (`choices.t_few_loss`) of a batch: a scalar. Raises UserError for an example without choices."""
+    examples = [item.example for item in items]
+    if not all(e.choices for e in examples):
+        raise UserError("--choice-losses needs examples with answer choices: use --no-choice-losses here")
+    labels = torch.tensor([e.label for e in examples], device=model.device)
+    return t_few_loss(*choice_log_probs(model, tokenizer, examples, max_input, max_output), labels)
+
+
 @torch.no_grad()
 def dev_loss(model, tokenizer, task: data.Task, lengths, batch_size: int) -> float:
     """The loss on the task's dev examples in evaluation mode (no noise), averaged over batches by their examples."""
     model.eval()
-    items = [data.Item(0, e.input, e.outputs[0]) for e in task.dev]
+    items = [data.Item(0, e, e.outputs[0]) for e in task.dev]
     total = 0.0
-    for batch in data.by_length(items, batch_size, window=len(items)):
+    for batch in data.by_length(items, batch_size):
         with task_ids([0] * len(batch)):
             total += train.batch_loss(model, tokenizer, batch, *lengths).item() * len(batch)
     model.train()
     return total / len(items)
 
 
-def adapt_task(model, tokenizer, task: data.Task, lengths, cfg, log) -> dict:
-    """Train what is trainable on one task, keep the values with the lowest dev loss.
+def dev_value(model, tokenizer, task: data.Task, lengths, cfg) -> float:
+    """What early stopping makes small: the dev loss, or with --keep score minus the dev score."""
+    if cfg.keep == "loss":
+        return dev_loss(model, tokenizer, task, lengths, cfg.batch_size)
+    on_dev = dataclasses.replace(task, test=task.dev)
+    return -evaluate_tasks(model, tokenizer, [on_dev], [0], lengths, cfg.test_examples, cfg.eval_batch)[task.name]
 
-    lengths: (max_input, max_output). Returns {"stopped": last step, "best_step": step of the values kept, "dev_loss"}.
 
-    The same loop as `train.train_steps`, with a look at the dev loss every cfg.eval_every steps, the first one before
-    training, so that a task that only gets worse keeps its starting values.
+def adapt_task(model, tokenizer, task: data.Task, lengths, cfg, log, split: str = "") -> dict:
+    """Train what is trainable on one task, keep the values with the best dev value.
+
+    lengths: (max_input, max_output). Returns {"stopped": last step, "best_step": step of the values kept, "dev_loss"}
+    (with --keep score: "dev_score").
+
+    The same loop as `train.train_steps`, with a look at the dev examples every cfg.eval_every steps, the first one
+    before training, so that a task that only gets worse keeps its starting values.
     """
-    optimizer = train.make_optimizer(model, cfg.lr, cfg.lr_z, cfg.weight_decay)
+    optimizer = train.make_optimizer(model, cfg)
     rate = lambda step: train.warmup_then_decay(step, cfg.steps, cfg.warmup)  # noqa: E731
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     batches = data.batches([task], cfg.batch_size, cfg.seed)
-    best_loss = dev_loss(model, tokenizer, task, lengths, cfg.batch_size)
+    loss_of = loss_of_choices if cfg.choice_losses else train.batch_loss
+    loss_of = functools.partial(loss_of, model, tokenizer, max_input=lengths[0], max_output=lengths[1])
+    best_value = dev_value(model, tokenizer, task, lengths, cfg)
     best_step, best = 0, [p.detach().clone() for p in trainable]
+    key, sign = ("dev_loss", 1) if cfg.keep == "loss" else ("dev_score", -1)
     for step in range(1, cfg.steps + 1):
-        items = next(batches)
-        with task_ids([0] * len(items)):
-            loss = train.batch_loss(model, tokenizer, items, *lengths)
-            loss.backward()
+        loss = train.backward_in_parts(loss_of, next(batches), cfg.micro_batch)
         nn.utils.clip_grad_norm_(trainable, cfg.clip)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
         if step % cfg.eval_every == 0 or step == cfg.steps:
-            now = dev_loss(model, tokenizer, task, lengths, cfg.batch_size)
-            log.write(json.dumps({"task": task.name, "step": step, "loss": loss.item(), "dev_loss": now}) + "\n")
+            now = dev_value(model, tokenizer, task, lengths, cfg)
+            line = {"split": split, "task": task.name, "step": step, "loss": loss, key: sign * now}
+            log.write(json.dumps(line) + "\n")
             log.flush()
-            if now < best_loss:
-                best_loss, best_step, best = now, step, [p.detach().clone() for p in trainable]
+            if now < best_value:
+                best_value, best_step, best = now, step, [p.detach().clone() for p in trainable]
             elif step - best_step >= cfg.patience * cfg.eval_every:
                 break
     with torch.no_grad():
         for p, value in zip(trainable, best, strict=True):
             p.copy_(value)
-    return {"stopped": step, "best_step": best_step, "dev_loss": best_loss}
+    return {"stopped": step, "best_step": best_step, key: sign * best_value}
 
 
 # --- All tasks --------------------------------------------------------------------------------------------------------
@@ -183,52 +186,109 @@ def choose_tasks(benchmark: data.Benchmark, names: str) -> list[data.Task]:
     return [known[name] for name in names.split(",")]
 
 
+def tasks_to_adapt(base: train.Config, split: str, cfg: Config) -> list[data.Task]:
+    """The chosen tasks of one split with their few-shot examples; those that lack examples are named and left out.
+
+    Raises UserError if none is left.
+    """
+    tasks = choose_tasks(train.load_tasks(base, split, ("dev", "test")), cfg.tasks)
+    lacking = [task.name for task in tasks if not (task.train and task.dev and task.test)]
+    if lacking:
+        print(f"left out, for they lack train, dev or test examples in split {split}: {', '.join(lacking)}")
+    if len(lacking) == len(tasks):
+        raise UserError(f"--tasks {cfg.tasks}: no task has train, dev and test examples to be adapted to and scored")
+    return [few_shot(task, cfg) for task in tasks if task.name not in lacking]
+
+
+def few_shot(task: data.Task, cfg: Config) -> data.Task:
+    """The task with --shots of its train examples (0: all), drawn by the seed: official files are sorted by label."""
+    drawn = random.Random(cfg.seed).sample(task.train, min(cfg.shots or len(task.train), len(task.train)))
+    return dataclasses.replace(task, train=drawn)
+
+
 def adapt(cfg: Config) -> dict:
     """Adapt to each chosen task from the same start and write the run folder; returns what result.json holds."""
     check_ranges(cfg)
     if cfg.steps == 0:
         raise UserError("--steps must be above 0, not 0")
     base = train_config(cfg)
-    benchmark = data.load(base.dataset, base.data_dir, cfg.split, base.instructions)
-    tasks = choose_tasks(benchmark, cfg.tasks)
-    for task in tasks:
-        if not (task.train and task.dev and task.test):
-            raise UserError(f"task {task.name} needs train, dev and test examples to be adapted to and scored")
+    splits = {split: tasks_to_adapt(base, split, cfg) for split in cfg.split}
     torch.manual_seed(cfg.seed)
-    model, tokenizer = load_run(Path(cfg.checkpoint), base, tasks=len(benchmark.train))
+    model, tokenizer = load_run(Path(cfg.checkpoint), base)
     prepare(model, cfg.variant, base.adapter)
     folder = new_run_folder(cfg.output_dir)
     write_json(folder / "config.json", dataclasses.asdict(cfg))
     print(describe(cfg))
     counts = train.count_parameters(model)
-    print(f"{len(tasks)} tasks; trainable for each:", *(f"{k} {n:,}" for k, n in counts.items()))
+    number = len(next(iter(splits.values())))
+    print(f"{number} tasks in {len(splits)} splits; trainable for each:", *(f"{k} {n:,}" for k, n in counts.items()))
 
-    begin, lengths = time.monotonic(), (base.max_input, base.max_output)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    start = [p.detach().clone() for p in trainable]  # every task starts here
-    before = evaluate_tasks(model, tokenizer, tasks, [0] * len(tasks), lengths, cfg.test_examples)
-    after, stops = {}, {}
+    begin, results = time.monotonic(), {}
+    start = [p.detach().clone() for p in model.parameters() if p.requires_grad]  # every task starts here
     with open(folder / "log.jsonl", "a") as log:
-        for task in (bar := tqdm(tasks, desc=f"adapt {cfg.variant}", unit="task", disable=None)):
-            with torch.no_grad():
-                for p, value in zip(trainable, start, strict=True):
-                    p.copy_(value)
-            torch.manual_seed(cfg.seed)  # a task's result does not depend on the tasks before it
-            stops[task.name] = adapt_task(model, tokenizer, few_shot(task, cfg), lengths, cfg, log)
-            after |= evaluate_tasks(model, tokenizer, [task], [0], lengths, cfg.test_examples)
-            save_task(model, tokenizer, base, folder, task.name)
-            bar.set_postfix(task=task.name, before=f"{before[task.name]:.1f}", after=f"{after[task.name]:.1f}")
-            if bar.disable:
-                print(f"{task.name:40} before {before[task.name]:5.1f}  after {after[task.name]:5.1f}", flush=True)
-    result = {
-        "mean_before": mean(before), "mean": mean(after), "seconds": round(time.monotonic() - begin, 1),
-        "parameters": counts, "before": before, "tasks": after, "metrics": {t.name: t.metric for t in tasks},
-        "stops": stops,
+        for split, tasks in splits.items():
+            results[split] = adapt_split(model, tokenizer, tasks, start, split, base, cfg, folder, log)
+    metrics = {task.name: task.metric for tasks in splits.values() for task in tasks}
+    result = summary(results) | {
+        "seconds": round(time.monotonic() - begin, 1), "parameters": counts, "metrics": metrics,
     }  # fmt: skip
     write_json(folder / "result.json", result)
-    print(f"mean score of {len(tasks)} held-out tasks: before adaptation {result['mean_before']:.1f}, ", end="")
-    print(f"after {result['mean']:.1f} ({result['seconds']:.0f} s, saved in {folder})")
+    over = f", mean of {len(splits)} splits (std {result['std']:.1f}, median {result['median']:.1f})"
+    print(f"mean score of {number} held-out tasks: before adaptation {result['mean_before']:.1f}, after", end=" ")
+    print(f"{result['mean']:.1f}{over if len(splits) > 1 else ''} ({result['seconds']:.0f} s, saved in {folder})")
     return result
+
+
+def adapt_split(model, tokenizer, tasks, start, split: str, base, cfg: Config, folder: Path, log) -> dict:
+    """Adapt to the tasks of one split, each from the values `start`, and save each.
+
+    Returns {"before", "tasks": {task: main score}, "groups": {group: mean}, "metrics": {task: {metric: score}},
+    "stops"}.
+    """
+    lengths = base.max_input, base.max_output
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    _set(trainable, start)
+    before = evaluate_tasks(model, tokenizer, tasks, [0] * len(tasks), lengths, cfg.test_examples, cfg.eval_batch)
+    after, stops = {}, {}  # {task: {metric: score}}, {task: when it stopped}
+    (folder / split).mkdir(exist_ok=True)
+    for task in (bar := tqdm(tasks, desc=f"adapt {cfg.variant}, split {split}", unit="task", disable=None)):
+        _set(trainable, start)
+        torch.manual_seed(cfg.seed)  # a task's result does not depend on the tasks before it
+        stops[task.name] = adapt_task(model, tokenizer, task, lengths, cfg, log, split)
+        after |= all_scores(model, tokenizer, [task], [0], lengths, cfg.test_examples, cfg.eval_batch)
+        save_task(model, tokenizer, base, folder / split, task.name)
+        then, now = before[task.name], main_scores(after)[task.name]
+        bar.set_postfix(task=task.name, before=f"{then:.1f}", after=f"{now:.1f}")
+        if bar.disable:
+            print(f"{task.name:40} before {then:5.1f}  after {now:5.1f}", flush=True)
+    tasks_after = main_scores(after)
+    groups = by_group(tasks_after, tasks)
+    return {"before": before, "tasks": tasks_after, "groups": groups, "metrics": after, "stops": stops}
+
+
+@torch.no_grad()
+def _set(parameters: list[nn.Parameter], values: list[torch.Tensor]):
+    for p, value in zip(parameters, values, strict=True):
+        p.copy_(value)
+
+
+def summary(results: dict[str, dict]) -> dict:
+    """Scores over splits. results: {split: what `adapt_split` returns}.
+
+    mean_before, mean: over tasks, then over splits; std, median: of the splits' means (std of one split is 0);
+    before, tasks: {task: mean over the splits that have it}; splits: the results themselves.
+    """
+
+    def by_task(key: str) -> dict[str, float]:
+        names = dict.fromkeys(name for result in results.values() for name in result[key])
+        return {n: statistics.fmean(r[key][n] for r in results.values() if n in r[key]) for n in names}
+
+    means = [mean(result["tasks"]) for result in results.values()]
+    return {
+        "mean_before": statistics.fmean(mean(result["before"]) for result in results.values()),
+        "mean": statistics.fmean(means), "std": statistics.stdev(means) if len(means) > 1 else 0.0,
+        "median": statistics.median(means), "before": by_task("before"), "tasks": by_task("tasks"), "splits": results,
+    }  # fmt: skip
 
 
 def train_config(cfg: Config) -> train.Config:
@@ -238,13 +298,7 @@ def train_config(cfg: Config) -> train.Config:
     base = read_config(train.Config, Path(cfg.checkpoint) / "config.json")
     if cfg.variant != "all" and base.method not in ("poly", "mhr"):
         raise UserError(f"--variant {cfg.variant} needs a run of method poly or mhr, {cfg.checkpoint} is {base.method}")
-    return dataclasses.replace(base, data_dir=cfg.data_dir or base.data_dir, device=cfg.device)
-
-
-def few_shot(task: data.Task, cfg: Config) -> data.Task:
-    """The task with --shots of its train examples (0: all), drawn by the seed: official files are sorted by label."""
-    drawn = random.Random(cfg.seed).sample(task.train, min(cfg.shots or len(task.train), len(task.train)))
-    return dataclasses.replace(task, train=drawn)
+    return dataclasses.replace(base, data_dir=cfg.data_dir or base.data_dir, device=train.pick_device(cfg.device))
 
 
 def save_task(model, tokenizer, base: train.Config, folder: Path, name: str):
@@ -257,19 +311,21 @@ def save_task(model, tokenizer, base: train.Config, folder: Path, name: str):
 
 
 def load_adapted(cfg: Config, folder: Path):
-    """For each task of a finished adaptation run: (task, model, tokenizer, lengths), with the adapter saved for it."""
+    """For each split and task of a finished adaptation run: (split, task, model, tokenizer, lengths), with the adapter
+    saved for it."""
     base = train_config(cfg)
-    benchmark = data.load(base.dataset, base.data_dir, cfg.split, base.instructions)
-    model, tokenizer = load_run(Path(cfg.checkpoint), base, tasks=len(benchmark.train))
+    model, tokenizer = load_run(Path(cfg.checkpoint), base)
     prepare(model, cfg.variant, base.adapter)
-    for task in choose_tasks(benchmark, cfg.tasks):
-        if base.method == "full":
-            model, tokenizer = train.build_model(dataclasses.replace(base, backbone=str(folder / task.name)), 1)
-        elif not (path := folder / f"{task.name}.safetensors").is_file():
-            raise UserError(f"{path} does not exist: the run in {folder} has not finished")
-        else:
-            _load(model, path)
-        yield task, model, tokenizer, (base.max_input, base.max_output)
+    for split in cfg.split:
+        for task in tasks_to_adapt(base, split, cfg):
+            if base.method == "full":
+                saved = str(folder / split / task.name)
+                model, tokenizer = build_model(dataclasses.replace(base, backbone=saved), 1)
+            elif not (path := folder / split / f"{task.name}.safetensors").is_file():
+                raise UserError(f"{path} does not exist: the run in {folder} has not finished")
+            else:
+                load_adapter_file(model, path)
+            yield split, task, model, tokenizer, (base.max_input, base.max_output)
 
 
 def make_config(**flags) -> Config:
@@ -277,6 +333,10 @@ def make_config(**flags) -> Config:
     start = Config(**flags)
     base = train_config(start)
     cfg = Config(**recipe(FEW_SHOT, base.dataset, base.method) | flags)
+    if base.dataset == "t0" and cfg.shots:
+        raise UserError("--shots does not fit t0, whose few-shot files fix the examples: leave it out")
+    if len(set(cfg.split)) < len(cfg.split):
+        raise UserError(f"--split {' '.join(cfg.split)} names a split twice")
     if not cfg.output_dir:
         cfg.output_dir = f"{cfg.checkpoint.rstrip('/')}-{cfg.variant}"
     return cfg

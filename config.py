@@ -16,32 +16,56 @@ import sys
 from pathlib import Path
 
 # A run's defaults: what its data set says, then what its (data set, method) says. Sources: the papers' appendices and
-# the MHR authors' configuration files; "strings" is ours, tuned on its dev compositions (results/strings.md).
+# the MHR authors' configuration files (README, "Recipes"); "strings" is ours, tuned on its dev compositions
+# (results/strings.md). Warm-up is a share of the steps, here 1,500 of SuperNI's 25,000.
 PRETRAINING = {
     "strings": dict(
-        backbone="tiny", rank=2, skills=8, routing="gumbel", steps=1500, epochs=0, batch_size=64, lr=5e-3, lr_z=1e-1,
-        weight_decay=0.0, warmup=0.06, clip=1.0, max_input=64, max_output=32, eval_examples=20,
+        backbone="tiny", rank=2, skills=8, routing="gumbel", steps=1500, epochs=0, batch_size=64, optimizer="adamw",
+        lr=5e-3, lr_z=1e-1, weight_decay=0.0, warmup=0.06, clip=1.0, max_input=64, max_output=32, precision="fp32",
+        eval_examples=20,
     ),
     "strings-single": dict(
-        backbone="scratch", rank=2, skills=8, routing="gumbel", steps=6000, epochs=0, batch_size=64, lr=1e-3, lr_z=5e-2,
-        weight_decay=0.0, warmup=0.06, clip=1.0, max_input=64, max_output=32, eval_examples=100,
+        backbone="scratch", rank=2, skills=8, routing="gumbel", steps=6000, epochs=0, batch_size=64, optimizer="adamw",
+        lr=1e-3, lr_z=5e-2, weight_decay=0.0, warmup=0.06, clip=1.0, max_input=64, max_output=32, precision="fp32",
+        eval_examples=100,
+    ),
+    "t0": dict(
+        backbone="google/t5-xl-lm-adapt", rank=1, skills=8, routing="sigmoid", steps=100_000, epochs=0,
+        batch_size=16, optimizer="adafactor", lr=1e-3, lr_z=1e-1, weight_decay=0.0, warmup=0.06, clip=1.0,
+        max_input=256, max_output=256, precision="bf16", eval_examples=0,
+    ),
+    "superni": dict(
+        backbone="google/t5-xl-lm-adapt", layers="light", rank=1, skills=8, routing="sigmoid", steps=25_000, epochs=0,
+        batch_size=8, optimizer="adamw", lr=1e-3, lr_z=1e-1, weight_decay=0.01, warmup=0.06, clip=0.1, max_input=1024,
+        max_output=128, precision="bf16", eval_examples=0,
     ),
     "crossfit": dict(
-        split="100", backbone="facebook/bart-large", rank=16, skills=8, routing="gumbel", steps=0, epochs=30,
-        batch_size=32, lr=1e-3, lr_z=1e-2, weight_decay=0.0, warmup=0.06, clip=1.0, max_input=512, max_output=64,
-        eval_examples=0,
+        split="100", backbone="facebook/bart-large", layers="self-attention", rank=16, skills=8, routing="gumbel",
+        steps=0, epochs=30, batch_size=32, optimizer="adamw", lr=1e-3, lr_z=1e-2, weight_decay=0.0, warmup=0.06,
+        clip=1.0, max_input=512, max_output=64, precision="fp32", eval_examples=0,
     ),
     ("strings", "full"): dict(lr=1e-3),
+    ("t0", "full"): dict(lr=1e-4),
+    ("superni", "full"): dict(lr=5e-5),
     ("crossfit", "full"): dict(lr=3e-5),
 }  # fmt: skip
 FEW_SHOT = {
     "strings": dict(
-        shots=32, split="0", steps=100, batch_size=32, lr=3e-3, lr_z=5e-1, weight_decay=0.0, warmup=0.06, clip=1.0,
-        eval_every=10, patience=5,
+        shots=32, split=("0",), steps=100, batch_size=32, optimizer="adamw", lr=3e-3, lr_z=5e-1, weight_decay=0.0,
+        warmup=0.06, clip=1.0, choice_losses=False, keep="loss", eval_every=10, patience=5,
+    ),
+    "t0": dict(
+        shots=0, split=("42", "1024", "0"), steps=1000, batch_size=8, optimizer="adafactor", lr=3e-3, lr_z=1e-1,
+        weight_decay=0.0, warmup=0.06, clip=1.0, choice_losses=True, keep="score", eval_every=200, patience=5,
+    ),
+    "superni": dict(
+        shots=0, split=("13", "42", "58"), steps=1000, batch_size=8, optimizer="adamw", lr=1e-3, lr_z=1e-1,
+        weight_decay=0.01, warmup=0.06, clip=0.1, choice_losses=False, keep="loss", eval_every=100, patience=3,
     ),
     "crossfit": dict(
-        shots=0, split="100", steps=1000, batch_size=8, lr=1e-3, lr_z=1e-2, weight_decay=0.01, warmup=0.1, clip=1.0,
-        eval_every=100, patience=3,
+        shots=0, split=("100", "13", "21", "42", "87"), steps=1000, batch_size=8, optimizer="adamw", lr=1e-3,
+        lr_z=1e-2, weight_decay=0.01, warmup=0.1, clip=1.0, choice_losses=False, keep="loss", eval_every=100,
+        patience=3,
     ),
 }  # fmt: skip
 

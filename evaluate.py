@@ -1,12 +1,12 @@
-"""Evaluation: generate, score by each task's own metric, compare runs.
+"""Evaluation: generate or choose, score by each task's own metric, compare runs.
 
 python evaluate.py --checkpoint runs/NAME            score a run again (a pre-training run: its training tasks'
                                                      test examples; an adaptation run: its adapted tasks)
 python evaluate.py --checkpoint runs/NAME --zero-shot   a pre-training run on the held-out tasks, as it is
+python evaluate.py --checkpoint runs/NAME --constant    the held-out tasks' most frequent training answer, no model
 python evaluate.py --compare runs/*                  one table over run folders, seeds as mean +- std
 """
 
-import string
 from dataclasses import asdict, dataclass, replace
 
 from config import (
@@ -21,147 +21,132 @@ class Config:
 
     checkpoint: str = flag("", "run folder of train.py or adapt.py to score")
     zero_shot: bool = flag(False, "score a pre-training run on the held-out tasks without adaptation")
+    constant: bool = flag(False, "score the answer that is most frequent in training on each held-out task")
     compare: tuple = flag((), "run folders to compare in one table, instead of scoring")
     data_dir: str = flag("", "folder of the benchmark's files, if it has moved since training")
+    test_examples: int = flag(0, "test examples per task to score; 0: all")
     batch_size: int = flag(64, "examples per batch")
     beams: int = flag(1, "beams of beam search; 1 is greedy")
-    device: str = flag("cpu", "cpu or cuda", ("cpu", "cuda"))
+    device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one", ("auto", "cpu", "cuda"))
 
 
 if __name__ == "__main__":  # read the flags before the slow imports, so that --help and mistakes answer at once
     FLAGS = explicit_flags(Config, {})
 
-import math
-import re
 import statistics
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import torch
-from rouge_score.rouge_scorer import RougeScorer
-from scipy.stats import pearsonr
-from sklearn.metrics import f1_score, matthews_corrcoef
 from tqdm import tqdm
 
-import data
+from choices import choose
 from data import Example, Task, collate
 from inject import task_ids
+from metrics import score
 
-# --- Metrics ----------------------------------------------------------------------------------------------------------
-# CrossFit's seven metrics, and plain equality for strings. Each takes predictions (strings), references (one tuple of
-# strings per example), and returns a number times 100. Predictions and references are stripped of surrounding white
-# space first. Deviation: Rouge-L is computed by rouge-score, the scorer of SuperNI, where CrossFit calls the older
-# "rouge" package.
-
-
-def _normal(text: str) -> list[str]:
-    """SQuAD's normalisation: lower case, no punctuation, no articles, split at white space."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
-
-
-def _token_f1(prediction: str, reference: str) -> float:
-    p, r = _normal(prediction), _normal(reference)
-    common = sum((Counter(p) & Counter(r)).values())
-    return 2 * common / (len(p) + len(r)) if common else 0.0
-
-
-def _best(score):
-    """A metric that averages over examples the best score over an example's references."""
-    return lambda predictions, references: (
-        100 * statistics.fmean(max(score(p, r) for r in rs) for p, rs in zip(predictions, references, strict=True))
-    )
-
-
-def _classification_f1(predictions, references) -> float:
-    """Macro F1 over the strings of first references and predictions: a word that is no label is a class of its own."""
-    return 100 * float(f1_score([rs[0] for rs in references], predictions, average="macro", zero_division=0))
-
-
-def _matthews(predictions, references) -> float:
-    """Matthews correlation of "acceptable" against everything else (CoLA)."""
-    gold, guess = [rs[0] == "acceptable" for rs in references], [p == "acceptable" for p in predictions]
-    return 100 * float(matthews_corrcoef(gold, guess))
-
-
-def _pearson(predictions, references) -> float:
-    """Pearson correlation of outputs read as numbers; 0 where it is not defined (no number, or all the same)."""
-    try:
-        guess, gold = [float(p) for p in predictions], [float(rs[0]) for rs in references]
-    except ValueError:
-        return 0.0
-    defined = len(set(guess)) > 1 and len(set(gold)) > 1 and all(map(math.isfinite, guess))
-    return 100 * float(pearsonr(gold, guess).statistic) if defined else 0.0
-
-
-_rouge = RougeScorer(["rougeL"], use_stemmer=True)
-METRICS = {
-    "exact": _best(lambda p, r: float(p == r)),  # strings: there, case is part of the answer
-    "EM": _best(lambda p, r: float(_normal(p) == _normal(r))),
-    "ACC": _best(lambda p, r: float(p.lower() == r.lower())),
-    "QA-F1": _best(_token_f1),
-    "Rouge-L": _best(lambda p, r: _rouge.score(r, p)["rougeL"].fmeasure),
-    "Classification-F1": _classification_f1,
-    "Matthew-Correlation": _matthews,
-    "Pearson-Correlation": _pearson,
-}
-
-
-def score(metric: str, predictions: list[str], examples: list[Example]) -> float:
-    """Score predictions by a key of METRICS, times 100. Raises ValueError if there are no examples."""
-    if not examples:
-        raise ValueError("nothing to score: no examples")
-    references = [tuple(output.strip() for output in e.outputs) for e in examples]
-    return METRICS[metric]([p.strip() for p in predictions], references)
-
-
-# --- Generation -------------------------------------------------------------------------------------------------------
+# --- Predictions ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def generate(model, tokenizer, examples: list[Example], ids: list[int], lengths, batch_size: int, beams: int = 1):
-    """The model's outputs for these examples, a list of strings in their order. Greedy, or beam search.
+def predict(
+    model, tokenizer, examples: list[Example], ids: list[int], lengths, batch_size: int, beams: int = 1,
+    by_choice: bool = False,
+) -> list[str]:  # fmt: skip
+    """The model's outputs for these examples, in their order: generated (greedily, or by beam search), or chosen.
 
-    ids: the task id of each example. lengths: (max_input, max_output) in tokens. The longest inputs go first, so that
-    a batch holds like lengths.
+    ids: the task id of each example. lengths: (max_input, max_output) in tokens. by_choice: the best of each example's
+    choices, by `choices.choose`. The longest inputs go first, so that a batch holds like lengths.
     """
     was_training = model.training
     model.eval()
     order = sorted(range(len(examples)), key=lambda k: -len(examples[k].input))
-    encoder_decoder, (max_input, max_output) = model.config.is_encoder_decoder, lengths
-    predictions = [""] * len(examples)
-    for start in tqdm(range(0, len(order), batch_size), desc="generate", unit="batch", disable=None, leave=False):
+    outputs, name = [""] * len(examples), "choose" if by_choice else "generate"
+    for start in tqdm(range(0, len(order), batch_size), desc=name, unit="batch", disable=None, leave=False):
         rows = order[start : start + batch_size]
-        batch = collate([examples[k].input for k in rows], None, tokenizer, encoder_decoder, max_input, max_output)
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        batch = [examples[k] for k in rows]
         with task_ids([ids[k] for k in rows]):
-            out = model.generate(**batch, max_new_tokens=max_output, num_beams=beams, do_sample=False)
-        out = out if encoder_decoder else out[:, batch["input_ids"].shape[1] :]
-        for k, text in zip(rows, tokenizer.batch_decode(out, skip_special_tokens=True), strict=True):
-            predictions[k] = text
+            if by_choice:
+                chosen = choose(model, tokenizer, batch, *lengths)
+                texts = [example.choices[k] for example, k in zip(batch, chosen, strict=True)]
+            else:
+                texts = generate(model, tokenizer, batch, *lengths, beams)
+        for k, text in zip(rows, texts, strict=True):
+            outputs[k] = text
     model.train(was_training)
-    return predictions
+    return outputs
 
 
-def evaluate_tasks(
+def generate(model, tokenizer, examples: list[Example], max_input: int, max_output: int, beams: int = 1) -> list[str]:
+    """The outputs of one batch, within a `task_ids` context of its examples."""
+    encoder_decoder = model.config.is_encoder_decoder
+    batch = collate(examples, None, tokenizer, encoder_decoder, max_input, max_output)
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    out = model.generate(**batch, max_new_tokens=max_output, num_beams=beams, do_sample=False)
+    out = out if encoder_decoder else out[:, batch["input_ids"].shape[1] :]
+    return tokenizer.batch_decode(out, skip_special_tokens=True)
+
+
+def all_scores(
     model, tokenizer, tasks: list[Task], ids: list[int], lengths, limit: int = 0, batch_size: int = 64, beams: int = 1
-) -> dict[str, float]:
+) -> dict[str, dict[str, float]]:
     """Score each task on its test examples (the first `limit`; 0: all), tasks[k] under task id ids[k].
 
-    Returns {task name: score}. Examples of different tasks share batches: each still gets its own task's adapter.
-    Raises UserError for a task without test examples.
+    Returns {task name: {metric: score}}, the task's main metric first. Examples of different tasks share batches: each
+    still gets its own task's adapter. Raises UserError for a task without test examples.
     """
-    chosen = [task.test[: limit or None] for task in tasks]
+    chosen = {}
     for task in tasks:
         if not task.test:
             raise UserError(f"task {task.name} has no test examples to score")
-    rows = [task_id for task_id, examples in zip(ids, chosen, strict=True) for _ in examples]
-    flat = [example for examples in chosen for example in examples]
-    predictions = iter(generate(model, tokenizer, flat, rows, lengths, batch_size, beams))
-    return {
-        task.name: score(task.metric, [next(predictions) for _ in examples], examples)
-        for task, examples in zip(tasks, chosen, strict=True)
-    }
+        chosen[task.name] = task.test[: limit or None]
+    scores = {}
+    for by_choice in (False, True):
+        kind = [(k, task) for k, task in zip(ids, tasks, strict=True) if (task.metric == "Rank-ACC") == by_choice]
+        flat = [example for _, task in kind for example in chosen[task.name]]
+        rows = [k for k, task in kind for _ in chosen[task.name]]
+        outputs = iter(predict(model, tokenizer, flat, rows, lengths, batch_size, beams, by_choice))
+        for _, task in kind:
+            examples = chosen[task.name]
+            predictions = [next(outputs) for _ in examples]
+            scores[task.name] = {m: score(m, predictions, examples) for m in (task.metric, *task.also)}
+    return {task.name: scores[task.name] for task in tasks}
+
+
+def evaluate_tasks(*args, **kwargs) -> dict[str, float]:
+    """`all_scores`, main metrics only: {task name: score}."""
+    return main_scores(all_scores(*args, **kwargs))
+
+
+def main_scores(scores: dict[str, dict[str, float]]) -> dict[str, float]:
+    """What `all_scores` gives, main metrics only: {task name: score}."""
+    return {name: next(iter(values.values())) for name, values in scores.items()}
+
+
+def constant_scores(tasks: list[Task], limit: int = 0) -> dict[str, dict[str, float]]:
+    """What a task's most frequent training answer scores on its test examples: a floor for any model.
+
+    Where the task is scored by choosing, the answer is the place in the list of choices that is most often right.
+    """
+    scores = {}
+    for task in tasks:
+        test = task.test[: limit or None]
+        if task.metric == "Rank-ACC":
+            label = statistics.mode(e.label for e in task.train)
+            predictions = [e.choices[min(label, len(e.choices) - 1)] for e in test]
+        else:
+            predictions = [statistics.mode(e.outputs[0] for e in task.train)] * len(test)
+        scores[task.name] = {m: score(m, predictions, test) for m in (task.metric, *task.also)}
+    return scores
+
+
+def by_group(scores: dict[str, float], tasks: list[Task]) -> dict[str, float]:
+    """The mean score of each group of tasks (SuperNI's categories, T0's data sets): {group: mean}."""
+    groups = defaultdict(list)
+    for task in tasks:
+        if task.group:
+            groups[task.group].append(scores[task.name])
+    return {group: statistics.fmean(values) for group, values in sorted(groups.items())}
 
 
 def mean(scores: dict[str, float]) -> float:
@@ -173,46 +158,80 @@ def mean(scores: dict[str, float]) -> float:
 
 
 def evaluate(cfg: Config) -> dict[str, float]:
-    """Score a run folder of train.py or adapt.py and print one line a task; returns {task name: score}."""
+    """Score a run folder of train.py or adapt.py and print one line a task; returns {task name: main score}."""
     import adapt  # here: adapt.py and train.py import this file
-    import train
 
     check_ranges(cfg)
     folder = Path(cfg.checkpoint)
-    if "checkpoint" in read_json(folder / "config.json"):
-        if cfg.zero_shot:
-            raise UserError("--zero-shot needs a run folder of train.py, this one is of adapt.py")
-        scores = _score_adapted(cfg, folder, adapt)
-    else:
-        scores = _score_pretrained(cfg, folder, adapt, train)
-    width = max(len(name) for name in scores)
-    for name, value in scores.items():
-        print(f"{name:{width}}  {value:5.1f}")
-    print(f"{'mean':{width}}  {mean(scores):5.1f}")
-    return scores
+    adapted = "checkpoint" in read_json(folder / "config.json")
+    if adapted and (cfg.zero_shot or cfg.constant):
+        flag = "--zero-shot" if cfg.zero_shot else "--constant"
+        raise UserError(f"{flag} needs a run folder of train.py, this one is of adapt.py")
+    score_run = _score_adapted if adapted else _score_held_out if cfg.zero_shot or cfg.constant else _score_pretrained
+    scores, tasks = score_run(cfg, folder, adapt)
+    print_scores(scores, by_group(main_scores(scores), tasks))
+    return main_scores(scores)
 
 
-def _score_pretrained(cfg: Config, folder: Path, adapt, train) -> dict[str, float]:
-    """The training tasks under their own rows of Z, or (zero-shot) the held-out ones under a fresh row."""
-    base = adapt.train_config(adapt.Config(checkpoint=str(folder), data_dir=cfg.data_dir, device=cfg.device))
-    benchmark = data.load(base.dataset, base.data_dir, base.split, base.instructions)
-    model, tokenizer = adapt.load_run(folder, base, len(benchmark.train))
-    tasks, ids = benchmark.train, list(range(len(benchmark.train)))
-    if cfg.zero_shot:
-        tasks, ids = adapt.choose_tasks(benchmark, "all"), [0] * len(benchmark.test)
-        adapt.prepare(model, "all", base.adapter)
-    lengths = base.max_input, base.max_output
-    return evaluate_tasks(model, tokenizer, tasks, ids, lengths, 0, cfg.batch_size, cfg.beams)
+def print_scores(scores: dict[str, dict[str, float]], groups: dict[str, float]):
+    """One aligned line a task, with its metrics, then the means of groups where tasks have any, then the mean."""
+    lines = [(name, "  ".join(f"{m} {v:.1f}" for m, v in values.items())) for name, values in scores.items()]
+    lines += [(f"[{group}]", f"{value:.1f}") for group, value in groups.items()]
+    names = dict.fromkeys(m for values in scores.values() for m in values)
+    means = {m: statistics.fmean(v[m] for v in scores.values() if m in v) for m in names}
+    lines.append(("mean of main metrics", f"{mean(main_scores(scores)):.1f}"))
+    if any(len(values) > 1 for values in scores.values()):
+        lines += [(f"mean {m}", f"{value:.1f}") for m, value in means.items()]
+    width = max(len(name) for name, _ in lines)
+    for name, text in lines:
+        print(f"{name:{width}}  {text}")
 
 
-def _score_adapted(cfg: Config, folder: Path, adapt) -> dict[str, float]:
-    """Every task of an adaptation run with the adapter that was saved for it."""
+def _run_config(cfg: Config, folder: Path, adapt):
+    return adapt.train_config(adapt.Config(checkpoint=str(folder), data_dir=cfg.data_dir, device=cfg.device))
+
+
+def _score_pretrained(cfg: Config, folder: Path, adapt):
+    """The training tasks under their own rows of Z: (scores, tasks)."""
+    base = _run_config(cfg, folder, adapt)
+    tasks = adapt.train.load_tasks(base, base.split, ("train",)).train
+    ids = [t for t, task in enumerate(tasks) if task.test]
+    if not ids:
+        raise UserError(f"--checkpoint {folder}: its training tasks have no test examples")
+    model, tokenizer = adapt.load_run(folder, base)
+    tasks, lengths = [tasks[t] for t in ids], (base.max_input, base.max_output)
+    return all_scores(model, tokenizer, tasks, ids, lengths, cfg.test_examples, cfg.batch_size, cfg.beams), tasks
+
+
+def _score_held_out(cfg: Config, folder: Path, adapt):
+    """The held-out tasks, under a fresh row of Z or by their most frequent answer: (scores, tasks)."""
+    base = _run_config(cfg, folder, adapt)
+    split = recipe(FEW_SHOT, base.dataset, base.method).get("split", "0")[0]  # only t0's test examples depend on it
+    tasks = adapt.choose_tasks(adapt.train.load_tasks(base, split, ("test",)), "all")
+    if cfg.constant:
+        tasks = [task for task in tasks if task.train]
+        return constant_scores(tasks, cfg.test_examples), tasks
+    model, tokenizer = adapt.load_run(folder, base)
+    adapt.prepare(model, "all", base.adapter)
+    ids, lengths = [0] * len(tasks), (base.max_input, base.max_output)
+    return all_scores(model, tokenizer, tasks, ids, lengths, cfg.test_examples, cfg.batch_size, cfg.beams), tasks
+
+
+def _score_adapted(cfg: Config, folder: Path, adapt):
+    """Every task of an adaptation run with the adapter that was saved for it, averaged over splits: (scores, tasks)."""
     run = read_config(adapt.Config, folder / "config.json")
     run = replace(run, data_dir=cfg.data_dir or run.data_dir, device=cfg.device)
-    scores = {}
-    for task, model, tokenizer, lengths in adapt.load_adapted(run, folder):
-        scores |= evaluate_tasks(model, tokenizer, [task], [0], lengths, run.test_examples, cfg.batch_size, cfg.beams)
-    return scores
+    limit = cfg.test_examples or run.test_examples
+    found, tasks = defaultdict(list), {}
+    for _, task, model, tokenizer, lengths in adapt.load_adapted(run, folder):
+        scores = all_scores(model, tokenizer, [task], [0], lengths, limit, cfg.batch_size, cfg.beams)
+        found[task.name].append(scores[task.name])
+        tasks[task.name] = task
+    means = {
+        name: {m: statistics.fmean(values[m] for values in several) for m in several[0]}
+        for name, several in found.items()
+    }
+    return means, list(tasks.values())
 
 
 SAME_RUN = ("seed", "split", "checkpoint", "output_dir", "data_dir", "device", "log_every")  # may differ in a group

@@ -43,20 +43,44 @@ IA3_LAYERS = {
     "gpt2": r".*\.attn\.c_attn|.*\.mlp\.c_proj",
 }
 IA3_INPUT_SIDE = ("wo", "fc2", "down_proj", "mlp.c_proj")  # layers whose input, not output, is scaled
+# Other sets that the papers use, by name. "light": keys, values and one linear of the feed-forward layer (MHR appendix,
+# "k|v|wi_1"). "attention": q, k, v and o of all attention. "self-attention": the same without cross-attention.
+LIGHT_LAYERS = {
+    "t5": r".*\.(SelfAttention|EncDecAttention)\.(k|v)|.*\.DenseReluDense\.(wi|wi_1)",
+    "bart": r".*_attn\.(k|v)_proj|.*\.fc1",
+    "llama": r".*\.self_attn\.(k|v)_proj|.*\.mlp\.up_proj",
+    "gpt2": r".*\.attn\.c_attn|.*\.mlp\.c_fc",
+}
+ATTENTION_LAYERS = {
+    "t5": r".*\.(SelfAttention|EncDecAttention)\.(q|k|v|o)",
+    "bart": r".*_attn\.(q|k|v|out)_proj",
+    "llama": r".*\.self_attn\.(q|k|v|o)_proj",
+    "gpt2": r".*\.attn\.(c_attn|c_proj)",
+}
+SELF_ATTENTION_LAYERS = ATTENTION_LAYERS | {
+    "t5": r".*\.SelfAttention\.(q|k|v|o)",
+    "bart": r".*\.self_attn\.(q|k|v|out)_proj",
+}
+LAYER_SETS = {
+    "lora": LORA_LAYERS,
+    "ia3": IA3_LAYERS,
+    "light": LIGHT_LAYERS,
+    "attention": ATTENTION_LAYERS,
+    "self-attention": SELF_ATTENTION_LAYERS,
+}
 LIKE_T5 = ("mt5", "umt5")  # the same module names
 LIKE_LLAMA = ("mistral", "qwen2", "qwen3", "gemma", "gemma2", "smollm3", "olmo", "olmo2")
 
 
-def default_layers(model_type: str, adapter: str) -> str:
-    """The pattern of layers that `adapter` ("lora" or "ia3") changes in a model of `model_type` (config.model_type).
+def named_layers(name: str, model_type: str) -> str:
+    """The pattern of a named set of layers (a key of LAYER_SETS) in a model of `model_type` (config.model_type).
 
-    Raises ValueError for a model type without a default.
+    "lora" and "ia3" are what these adapters change by default. Raises ValueError for an unknown model type.
     """
     family = "t5" if model_type in LIKE_T5 else "llama" if model_type in LIKE_LLAMA else model_type
-    layers = IA3_LAYERS if adapter == "ia3" else LORA_LAYERS
-    if family not in layers:
+    if family not in LAYER_SETS[name]:
         raise ValueError(f"no default layers for model type {model_type!r}: give a pattern of layer names")
-    return layers[family]
+    return LAYER_SETS[name][family]
 
 
 # --- Task ids ---------------------------------------------------------------------------------------------------------

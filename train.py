@@ -1,7 +1,9 @@
 """Multi-task pre-training: one model, many tasks, an adapter that each task mixes for itself.
 
     python train.py --method mhr --heads 8 --dataset strings        the bundled job, minutes on two CPU cores
-    python train.py --method mhr --heads 8 --dataset crossfit --data-dir DIR --backbone FOLDER
+    python train.py --method mhr --heads 8 --dataset t0             the papers' recipe; needs the hub and a large GPU
+    python train.py --method mhr --heads 8 --dataset t0 --data-dir assets/samples/t0 --backbone tiny --steps 100
+    python train.py --from-run RUN --method mu --steps 1000         average RUN's skills, train that one adapter on
 
 Writes to the run folder: config.json (every setting), adapter.safetensors (adapters and routers; method full: the
 folder backbone/ instead), log.jsonl (one line a logged step) and result.json.
@@ -10,11 +12,11 @@ folder backbone/ instead), log.jsonl (one line a logged step) and result.json.
 from dataclasses import dataclass
 
 from config import (
-    PRETRAINING, UserError, check_ranges, describe, exit_on_user_error, explicit_flags, flag, new_run_folder, recipe,
-    write_json,
+    PRETRAINING, UserError, check_ranges, describe, exit_on_user_error, explicit_flags, flag, new_run_folder,
+    read_config, recipe, write_json,
 )  # fmt: skip
 
-METHODS = ("full", "lora", "ia3", "shared", "poly", "mhr")
+METHODS = ("full", "lora", "ia3", "shared", "poly", "mhr", "mu")
 
 
 @dataclass
@@ -22,15 +24,22 @@ class Config:
     """Pre-train adapters on many tasks at once."""
 
     # What to learn, and on what
-    method: str = flag("mhr", "what is trained (shared: one adapter for all tasks, as lora and ia3)", METHODS)
-    dataset: str = flag("strings", "benchmark", ("strings", "strings-single", "crossfit"))
-    data_dir: str = flag("", "folder of the benchmark's official files (crossfit)")
+    method: str = flag(
+        "mhr", "what is trained (shared: one adapter for all tasks, as lora and ia3; mu: see --from-run)", METHODS
+    )
+    from_run: str = flag("", "go on from a run folder, with its settings; --method mu averages its skills first")
+    dataset: str = flag("strings", "benchmark", ("strings", "strings-single", "t0", "superni", "crossfit"))
+    data_dir: str = flag("", "folder of the benchmark's files; none: t0 and superni come from the hub")
     split: str = flag("0", "strings: number that the examples are drawn from")
     instructions: bool = flag(False, "strings: the input names the operations")
+    partition: str = flag("random.json", "crossfit: file that says which tasks are for training, dev and test")
     backbone: str = flag("tiny", "tiny (bundled), scratch (the same, untrained), or a Hugging Face name or folder")
     # Adapter and routing
     adapter: str = flag("lora", "what a skill is", ("lora", "ia3"))
-    layers: str = flag("", "regular expression of the layers to adapt; none: by model type")
+    layers: str = flag(
+        "",
+        "layers to adapt: light, attention, self-attention, or a regular expression; none: by adapter and model type",
+    )
     rank: int = flag(1, "rank r of LoRA")
     skills: int = flag(8, "skills s in a layer's inventory")
     heads: int = flag(8, "heads h of mhr; must divide every adapted layer")
@@ -39,6 +48,8 @@ class Config:
     steps: int = flag(0, "optimiser steps; 0: by --epochs")
     epochs: int = flag(0, "passes over the training examples, if --steps is 0")
     batch_size: int = flag(64, "examples per step")
+    micro_batch: int = flag(0, "examples at a time, to save memory: gradients of a step add up; 0: all")
+    optimizer: str = flag("adamw", "adamw, or adafactor with these learning rates as they are", ("adamw", "adafactor"))
     lr: float = flag(1e-3, "learning rate of adapters (or of the backbone, method full)")
     lr_z: float = flag(1e-1, "learning rate of Z (dual-speed, Polytropon section 2.3)")
     weight_decay: float = flag(0.0, "of adapters; Z is never decayed")
@@ -46,13 +57,16 @@ class Config:
     clip: float = flag(1.0, "largest gradient norm")
     max_input: int = flag(512, "tokens of an input")
     max_output: int = flag(64, "tokens of an output")
+    precision: str = flag(
+        "fp32", "of the backbone: bf16 (on a GPU, where not said otherwise) or fp32", ("fp32", "bf16")
+    )
     checkpointing: bool = flag(False, "gradient checkpointing: less memory, more time")
     # The run
     seed: int = flag(0, "seed of initial values, order and noise")
     eval_examples: int = flag(0, "test examples per training task to score at the end; 0: none")
     log_every: int = flag(50, "steps between lines of log.jsonl")
     output_dir: str = flag("", "run folder; none: runs/DATASET-METHOD-SEED")
-    device: str = flag("cpu", "cpu or cuda", ("cpu", "cuda"))
+    device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one", ("auto", "cpu", "cuda"))
 
 
 if __name__ == "__main__":  # Read the flags before the slow imports, so that --help and mistakes answer at once
@@ -65,102 +79,34 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
-from transformers import (
-    AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, ByT5Tokenizer, T5Config,
-    T5ForConditionalGeneration,
-)  # fmt: skip
+from transformers import Adafactor
 
 import data
 from evaluate import evaluate_tasks, mean
-from ia3 import IA3, IA3Linear
-from inject import (
-    IA3_INPUT_SIDE, default_layers, freeze, inject, routers, save_adapters, task_ids,
-)  # fmt: skip
-from lora import LoRA, LoRALinear
-from mhr import MHRLinear, MHRRouter
-from poly import PolyLinear, PolyRouter
-
-# --- The model --------------------------------------------------------------------------------------------------------
-
-TINY = Path(__file__).parent / "assets" / "tiny"
-SINGLE = {"lora": LoRALinear, "ia3": IA3Linear}  # a layer with one adapter, by --adapter
-
-
-def load_backbone(name: str, device: str):
-    """A model and its tokenizer: "tiny", "scratch", a hub name, or a folder with a model or one GGUF file.
-
-    Raises UserError if there is none, or CUDA is asked for and absent.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA GPU here, use --device cpu")
-    if name == "scratch":
-        return tiny_from_scratch().to(device), ByT5Tokenizer()
-    source = str(TINY) if name == "tiny" else name
-    gguf = sorted(Path(source).glob("*.gguf")) if Path(source).is_dir() else []
-    options = {"gguf_file": gguf[0].name} if gguf and not (Path(source) / "config.json").exists() else {}
-    try:
-        config = AutoConfig.from_pretrained(source, **options)
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = auto.from_pretrained(source, dtype=torch.float32, **options)
-        return model.to(device), AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise UserError(f"--backbone {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
-
-
-def tiny_from_scratch() -> T5ForConditionalGeneration:
-    """The tiny byte-level T5 v1.1 with random weights: 3 + 3 layers, d_model 128, d_ff 256, 4 heads of 32."""
-    config = T5Config(
-        vocab_size=384, d_model=128, d_kv=32, d_ff=256, num_layers=3, num_heads=4, feed_forward_proj="gated-gelu",
-        relative_attention_max_distance=32, dropout_rate=0.0, tie_word_embeddings=False, decoder_start_token_id=0,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)  # whatever the run's seed: an adapter trained on it must meet the same one when loaded
-        return T5ForConditionalGeneration(config)
-
-
-def build_model(cfg: Config, tasks: int):
-    """Load the backbone and put the method's adapters in: (model, tokenizer). tasks: rows of Z.
-
-    Raises UserError if the settings do not fit the backbone; the sentence names the layer.
-    """
-    model, tokenizer = load_backbone(cfg.backbone, cfg.device)
-    if cfg.method == "full":
-        return model, tokenizer
-    freeze(model)
-
-    def make_layer(name: str, linear: nn.Linear) -> nn.Module:
-        side = "in" if name.endswith(IA3_INPUT_SIDE) else "out"
-        spec = IA3(side) if cfg.adapter == "ia3" else LoRA(cfg.rank)
-        if cfg.method == "poly":  # one router per layer: the papers' finest granularity
-            return PolyLinear(linear, spec, PolyRouter(tasks, cfg.skills, cfg.routing))
-        if cfg.method == "mhr":
-            return MHRLinear(linear, spec, MHRRouter(tasks, cfg.skills, cfg.heads, cfg.routing))
-        return SINGLE[cfg.adapter](linear, spec)
-
-    try:
-        inject(model, make_layer, cfg.layers or default_layers(model.config.model_type, cfg.adapter))
-    except ValueError as error:
-        layers = f" --layers {cfg.layers}" if cfg.layers else ""
-        raise UserError(f"--method {cfg.method} --backbone {cfg.backbone}{layers}: {error}") from None
-    return model.to(cfg.device), tokenizer
-
+from inject import routers, save_adapters, task_ids
+from backbone import average_skills, build_model, load_run
 
 # --- Optimisation -----------------------------------------------------------------------------------------------------
 
 
-def make_optimizer(model: nn.Module, lr: float, lr_z: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over what is trainable, in two groups: adapters at lr, Z at lr_z without weight decay.
+def make_optimizer(model: nn.Module, cfg) -> torch.optim.Optimizer:
+    """cfg.optimizer over what is trainable, in two groups: adapters at cfg.lr, Z at cfg.lr_z without weight decay.
 
     The dual-speed learning rate of Polytropon section 2.3: a fast Z decides who uses which skill before the skills
     have settled. Decaying the logits Z would pull every task towards using all skills.
     """
     z = [p for router in routers(model) for p in router.parameters() if p.requires_grad]
     rest = [p for p in model.parameters() if p.requires_grad and all(p is not q for q in z)]
-    groups = [dict(params=rest, lr=lr, weight_decay=weight_decay), dict(params=z, lr=lr_z, weight_decay=0.0)]
-    return torch.optim.AdamW([group for group in groups if group["params"]])
+    groups = [
+        dict(params=rest, lr=cfg.lr, weight_decay=cfg.weight_decay),
+        dict(params=z, lr=cfg.lr_z, weight_decay=0.0),
+    ]
+    groups = [group for group in groups if group["params"]]
+    if cfg.optimizer == "adafactor":  # T-Few's and MHR's setting: no relative steps, no scaling by the parameters' size
+        return Adafactor(groups, scale_parameter=False, relative_step=False, warmup_init=False)
+    return torch.optim.AdamW(groups)
 
 
 def warmup_then_decay(step: int, steps: int, warmup: float) -> float:
@@ -171,9 +117,24 @@ def warmup_then_decay(step: int, steps: int, warmup: float) -> float:
 
 def batch_loss(model, tokenizer, items: list[data.Item], max_input: int, max_output: int) -> torch.Tensor:
     """Cross-entropy averaged over the output tokens of a batch: a scalar. Texts are cut to max_input, max_output."""
-    inputs, outputs = [item.input for item in items], [item.output for item in items]
-    batch = data.collate(inputs, outputs, tokenizer, model.config.is_encoder_decoder, max_input, max_output)
+    examples, outputs = [item.example for item in items], [item.output for item in items]
+    batch = data.collate(examples, outputs, tokenizer, model.config.is_encoder_decoder, max_input, max_output)
     return model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).loss
+
+
+def backward_in_parts(loss_of, items: list[data.Item], micro_batch: int) -> float:
+    """Forward and backward over a batch in parts of micro_batch examples (0: all at once); returns the mean loss.
+
+    loss_of(items): a scalar, averaged over examples or tokens. Parts count by their examples. Deviation: where parts
+    have different numbers of output tokens this is not quite the average over all tokens.
+    """
+    total, size = 0.0, micro_batch or len(items)
+    for part in (items[k : k + size] for k in range(0, len(items), size)):
+        with task_ids([item.task for item in part]):
+            loss = loss_of(part) * (len(part) / len(items))
+            loss.backward()
+        total += loss.item()
+    return total
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -188,37 +149,38 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 def train(cfg: Config) -> dict:
     """Pre-train as cfg says and write the run folder; returns what result.json holds."""
     check_ranges(cfg)
-    benchmark = data.load(cfg.dataset, cfg.data_dir, cfg.split, cfg.instructions)
-    examples = sum(len(task.train) for task in benchmark.train)
+    tasks = load_tasks(cfg, cfg.split, ("train",)).train
+    examples = sum(len(task.train) for task in tasks)
     steps = cfg.steps or cfg.epochs * -(-examples // cfg.batch_size)
     if examples == 0:
         raise UserError(f"--data-dir {cfg.data_dir}: the training tasks have no examples")
     if steps == 0:
         raise UserError("nothing to train: give --steps or --epochs above 0")
-    if cfg.eval_examples and (empty := [task.name for task in benchmark.train if not task.test]):
-        raise UserError(f"--eval-examples {cfg.eval_examples}: task {empty[0]} has no test examples")
+    scored = [t for t, task in enumerate(tasks) if task.test] if cfg.eval_examples else []
+    if cfg.eval_examples and not scored:
+        raise UserError(f"--eval-examples {cfg.eval_examples}: no training task has test examples")
+    warn_if_too_large(cfg)
     torch.manual_seed(cfg.seed)
-    model, tokenizer = build_model(cfg, tasks=len(benchmark.train))
+    model, tokenizer = starting_point(cfg, len(tasks))
     if cfg.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     folder = new_run_folder(cfg.output_dir)
     write_json(folder / "config.json", dataclasses.asdict(cfg))
     print(describe(cfg))
     counts = count_parameters(model)
-    print(f"{len(benchmark.train)} training tasks, {examples:,} examples, {steps:,} steps; trainable:", end=" ")
+    present = sum(1 for task in tasks if len(task.train))
+    print(f"{present} training tasks, {examples:,} examples, {steps:,} steps; trainable:", end=" ")
     print(*(f"{name} {count:,}" for name, count in counts.items()))
 
     start = time.monotonic()
     model.train()
-    loss = train_steps(model, tokenizer, data.batches(benchmark.train, cfg.batch_size, cfg.seed), steps, cfg, folder)
+    loss = train_steps(model, tokenizer, data.batches(tasks, cfg.batch_size, cfg.seed), steps, cfg, folder)
     seconds = time.monotonic() - start
     save_run(model, tokenizer, cfg, folder)
     result = {"steps": steps, "loss": loss, "seconds": round(seconds, 1), "parameters": counts}
-    if cfg.eval_examples:
-        ids = list(range(len(benchmark.train)))
-        scores = evaluate_tasks(
-            model, tokenizer, benchmark.train, ids, (cfg.max_input, cfg.max_output), cfg.eval_examples
-        )
+    if scored:
+        lengths = cfg.max_input, cfg.max_output
+        scores = evaluate_tasks(model, tokenizer, [tasks[t] for t in scored], scored, lengths, cfg.eval_examples)
         result |= {"mean": mean(scores), "tasks": scores}
         print(f"training tasks, {cfg.eval_examples} unseen examples each: mean score {result['mean']:.1f}")
     write_json(folder / "result.json", result)
@@ -226,25 +188,54 @@ def train(cfg: Config) -> dict:
     return result
 
 
+def load_tasks(cfg: Config, split: str, parts: tuple[str, ...]) -> data.Benchmark:
+    """The benchmark that a run is about: `data.load` with the run's settings."""
+    return data.load(cfg.dataset, cfg.data_dir, split, parts, cfg.instructions, cfg.partition)
+
+
+def starting_point(cfg: Config, tasks: int):
+    """(model, tokenizer) before training: fresh adapters, or those of --from-run, averaged for method mu."""
+    if not cfg.from_run:
+        return build_model(cfg, tasks)
+    base = read_config(Config, Path(cfg.from_run) / "config.json")
+    model, tokenizer = load_run(Path(cfg.from_run), dataclasses.replace(cfg, method=base.method))
+    if cfg.method == "mu":
+        average_skills(model, cfg.adapter)
+    return model, tokenizer
+
+
+LARGE = {  # the recipes' backbones: parameters in billions
+    "google/t5-xl-lm-adapt": 2.8, "google/t5-xxl-lm-adapt": 11.1, "bigscience/T0_3B": 2.8, "bigscience/T0": 11.1,
+}  # fmt: skip
+
+
+def warn_if_too_large(cfg: Config):
+    """Say at once, before minutes of loading, what a backbone of billions needs and what to use instead."""
+    if billions := LARGE.get(cfg.backbone) if cfg.device == "cpu" else None:
+        size = 2 if cfg.precision == "bf16" else 4
+        print(
+            f"{cfg.backbone} has {billions} billion parameters, {billions * size:.0f} GB in {cfg.precision}, and is "
+            "meant for a GPU with at least twice that; here there is none. To try the program here: --backbone tiny"
+        )
+
+
 def train_steps(model, tokenizer, batches: Iterator[list[data.Item]], steps: int, cfg: Config, folder: Path) -> float:
     """The loop: batch, learning rate, forward, backward, step, log. Returns the mean loss of the last logged steps."""
-    optimizer = make_optimizer(model, cfg.lr, cfg.lr_z, cfg.weight_decay)
+    optimizer = make_optimizer(model, cfg)
     rate = lambda step: warmup_then_decay(step, steps, cfg.warmup)  # noqa: E731
+    loss_of = lambda items: batch_loss(model, tokenizer, items, cfg.max_input, cfg.max_output)  # noqa: E731
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     recent, seconds, begin = [], 0.0, time.monotonic()
     bar = tqdm(range(1, steps + 1), desc=f"train {cfg.method}", unit="step", disable=None)
     with open(folder / "log.jsonl", "a") as log:
         for step in bar:
-            items = next(batches)
-            with task_ids([item.task for item in items]):
-                loss = batch_loss(model, tokenizer, items, cfg.max_input, cfg.max_output)
-                loss.backward()
+            loss = backward_in_parts(loss_of, next(batches), cfg.micro_batch)
             norm = nn.utils.clip_grad_norm_(trainable, cfg.clip)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            recent.append(loss.item())
+            recent.append(loss)
             if step % cfg.log_every == 0 or step == steps:
                 seconds, mean_loss = time.monotonic() - begin, sum(recent) / len(recent)
                 lr = scheduler.get_last_lr()[0]
@@ -269,14 +260,52 @@ def save_run(model, tokenizer, cfg: Config, folder: Path):
 
 
 def make_config(**flags) -> Config:
-    """A Config from explicit flags: what they leave open comes from the recipe of their data set and method."""
+    """A Config from explicit flags; what they leave open comes from the run that is gone on from, or from the recipe of
+    the data set and method. Raises UserError if the flags contradict that run."""
     start = Config(**flags)
-    cfg = Config(**recipe(PRETRAINING, start.dataset, start.method) | flags)
-    if cfg.method in ("lora", "ia3"):
-        cfg.adapter = cfg.method
+    if start.from_run:
+        cfg = _config_from_run(start, flags)
+    else:
+        if start.method == "mu":
+            raise UserError("--method mu averages the skills of a finished run: give it by --from-run")
+        cfg = Config(**recipe(PRETRAINING, start.dataset, start.method) | flags)
+        if cfg.method in ("lora", "ia3"):
+            cfg.adapter = cfg.method
+        if cfg.adapter == "ia3" and "layers" not in flags:
+            cfg.layers = ""  # the recipes' layers are LoRA's
+    cfg.device = pick_device(cfg.device)
+    if cfg.device == "cpu" and "precision" not in flags:
+        cfg.precision = "fp32"  # bfloat16 saves a GPU's memory; on a CPU it only costs time
     if not cfg.output_dir:
-        cfg.output_dir = f"runs/{cfg.dataset}-{cfg.method}-{cfg.seed}"
+        name = f"{cfg.from_run.rstrip('/')}-{cfg.method}-{cfg.steps}-steps"
+        cfg.output_dir = name if cfg.from_run else f"runs/{cfg.dataset}-{cfg.method}-{cfg.seed}"
     return cfg
+
+
+FIXED_BY_RUN = ("dataset", "backbone", "adapter", "layers", "rank", "skills", "heads", "instructions", "partition")
+
+
+def _config_from_run(start: Config, flags: dict) -> Config:
+    """The settings of --from-run, changed by the flags that may change."""
+    base = read_config(Config, Path(start.from_run) / "config.json")
+    if "steps" not in flags:
+        raise UserError("--from-run needs --steps: how many to train on")
+    for name in FIXED_BY_RUN:
+        if name in flags and flags[name] != getattr(base, name):
+            raise UserError(
+                f"--{name} {flags[name]} does not fit --from-run {start.from_run}, whose is {getattr(base, name)}"
+            )
+    method = flags.get("method", base.method)
+    if method != base.method and not (method == "mu" and base.method in ("poly", "mhr")):
+        raise UserError(
+            f"--method {method} cannot go on from a run of method {base.method}: mu goes on from poly or mhr"
+        )
+    return dataclasses.replace(base, **flags | {"method": method}, output_dir=start.output_dir)
+
+
+def pick_device(device: str) -> str:
+    """auto: cuda where torch sees a GPU, else cpu."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def main(flags: dict) -> dict:

@@ -11,7 +11,7 @@ from transformers import (
 )  # fmt: skip
 
 from ia3 import IA3, IA3Linear
-from inject import IA3_INPUT_SIDE, adapter_parameters, default_layers, freeze, inject, task_ids
+from inject import IA3_INPUT_SIDE, adapter_parameters, freeze, inject, named_layers, task_ids
 from lora import LoRA, LoRALinear
 from mhr import MHRLinear, MHRRouter
 from poly import PolyLinear, PolyRouter
@@ -101,7 +101,7 @@ def adapted(name: str, method: str, adapter: str, seed: int = 0, fresh: bool = F
     model = backbone(name)
     freeze(model)
     torch.manual_seed(seed)
-    inject(model, layer_maker(method, adapter, **settings), layers or default_layers(name, adapter))
+    inject(model, layer_maker(method, adapter, **settings), layers or named_layers(adapter, name))
     if not fresh:
         randomise(model)
     return model.eval()

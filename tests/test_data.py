@@ -1,25 +1,20 @@
-"""Benchmarks, batches and collation: embedded strings, CrossFit's files, tensors."""
+"""The embedded benchmark, batches and collation (the other benchmarks have test files of their own)."""
 
 import itertools
-import json
 import random
 import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import data
 from config import UserError
-from data import LETTERS, OPERATIONS, Example, Item, Task, batches, by_length, collate, compose, read_tsv
-from evaluate import score
-
-CROSSFIT = Path(__file__).parents[2] / "shared" / "data" / "crossfit"
-needs_crossfit = pytest.mark.skipif(not CROSSFIT.is_dir(), reason=f"the CrossFit sample is not at {CROSSFIT}")
+from benchmarks import strings
+from benchmarks.strings import LETTERS, OPERATIONS, compose
+from data import Example, Item, Task, batches, by_length, collate
+from metrics import score
 
 PAIRS_AND_TRIPLES = [c for n in (2, 3) for c in itertools.combinations(OPERATIONS, n)]
 
@@ -80,7 +75,7 @@ def test_all_tasks_are_different_functions():
 
 def test_the_metric_tells_all_tasks_apart():
     """A model that does another task's operations must not get full marks: the metric must see every operation."""
-    every = data.strings()
+    every = strings.strings()
     confused = []
     for task in every.train + every.dev + every.test:
         for skill in task.skills:  # leave one operation out
@@ -92,11 +87,11 @@ def test_the_metric_tells_all_tasks_apart():
 
 
 def test_partition_is_fixed_and_disjoint():
-    benchmark = data.strings()
+    benchmark = strings.strings()
     parts = [[task.skills for task in part] for part in (benchmark.train, benchmark.dev, benchmark.test)]
     assert [len(part) for part in parts] == [64, 8, 12]
     assert sorted(parts[0] + parts[1] + parts[2]) == sorted(PAIRS_AND_TRIPLES)
-    other = data.strings(split=5, instructions=True)
+    other = strings.strings(split=5, instructions=True)
     assert [[task.skills for task in part] for part in (other.train, other.dev, other.test)] == parts
     names = [task.name for part in (benchmark.train, benchmark.dev, benchmark.test) for task in part]
     assert len(set(names)) == 84
@@ -111,17 +106,17 @@ def cover(number: int) -> tuple[int, int]:
 
 
 def test_partition_number_is_the_first_that_covers_every_operation():
-    good = [number for number in range(data.STRINGS_PARTITION + 1) if cover(number)[0] >= 3 and cover(number)[1] >= 2]
-    assert good == [data.STRINGS_PARTITION]
-    benchmark = data.strings()
+    good = [number for number in range(strings.PARTITION + 1) if cover(number)[0] >= 3 and cover(number)[1] >= 2]
+    assert good == [strings.PARTITION]
+    benchmark = strings.strings()
     held_out = Counter(skill for task in benchmark.test for skill in task.skills)
     dev = Counter(skill for task in benchmark.dev for skill in task.skills)
     assert all(held_out[name] >= 3 and dev[name] >= 2 for name in OPERATIONS)
 
 
 def test_tasks_hold_true_examples_of_the_promised_number():
-    benchmark = data.strings()
-    promise = " ".join(data.strings.__doc__.split())
+    benchmark = strings.strings()
+    promise = " ".join(strings.strings.__doc__.split())
     pattern = (
         r"Train tasks have (\d+) train, (\d+) dev and (\d+) test examples; dev and test tasks (\d+), (\d+) and (\d+)"
     )
@@ -140,14 +135,14 @@ def test_tasks_hold_true_examples_of_the_promised_number():
 
 
 def test_examples_of_a_task_do_not_overlap():
-    benchmark = data.strings(split=3)
+    benchmark = strings.strings(split=3)
     for task in benchmark.train + benchmark.dev + benchmark.test:
         texts = [string_of(example) for example in task.train + task.dev + task.test]
         assert len(set(texts)) == len(texts), task.name
 
 
 def test_examples_are_a_function_of_the_split():
-    one, again, other = data.strings(1), data.strings(1), data.strings(2)
+    one, again, other = strings.strings(1), strings.strings(1), strings.strings(2)
     assert one == again
     for a, b in zip(one.train + one.dev + one.test, other.train + other.dev + other.test, strict=True):
         assert a.test == b.test  # scores of different splits are on the same examples
@@ -157,13 +152,13 @@ def test_examples_are_a_function_of_the_split():
 
 def test_examples_do_not_depend_on_global_randomness():
     random.seed(1)
-    one = data.strings()
+    one = strings.strings()
     random.seed(2)
-    assert data.strings() == one
+    assert strings.strings() == one
 
 
 def test_instructions_name_the_operations():
-    plain, instructed = data.strings(0, False), data.strings(0, True)
+    plain, instructed = strings.strings(0, False), strings.strings(0, True)
     task, same = plain.train[5], instructed.train[5]
     assert same.skills == task.skills
     for a, b in zip(task.train + task.dev + task.test, same.train + same.dev + same.test, strict=True):
@@ -171,7 +166,7 @@ def test_instructions_name_the_operations():
 
 
 def test_strings_single():
-    benchmark = data.strings_single()
+    benchmark = strings.strings_single()
     assert [task.skills for task in benchmark.train] == [(name,) for name in OPERATIONS]
     assert benchmark.dev == [] and benchmark.test == []
     for task in benchmark.train:
@@ -183,7 +178,7 @@ def test_strings_single():
 
 
 def test_load_by_name():
-    assert data.load("strings", split="4", instructions=True) == data.strings(4, True)
+    assert data.load("strings", split="4", instructions=True) == strings.strings(4, True)
     assert len(data.load("strings-single").train) == 8
     with pytest.raises(UserError, match="--dataset nonsense is unknown"):
         data.load("nonsense")
@@ -216,7 +211,7 @@ def test_every_example_once_an_epoch(batch_size):
     everything = sorted((t, e.input) for t, task in enumerate(tasks) for e in task.train)
     for epoch in range(3):
         cut = epoch_of(tasks, batch_size, 0, epoch)
-        assert sorted((item.task, item.input) for batch in cut for item in batch) == everything
+        assert sorted((item.task, item.example.input) for batch in cut for item in batch) == everything
         sizes = sorted(len(batch) for batch in cut)
         assert sizes[1:] == [batch_size] * (len(sizes) - 1)
         assert sizes[0] == (102 % batch_size or batch_size)
@@ -233,7 +228,7 @@ def test_batches_are_a_function_of_the_seed():
 
 def waste(cut) -> float:
     """The share of padding in the batches."""
-    lengths = [[len(item.input) + len(item.output) for item in batch] for batch in cut]
+    lengths = [[len(item.example.input) + len(item.output) for item in batch] for batch in cut]
     return 1 - sum(map(sum, lengths)) / sum(max(row) * len(row) for row in lengths)
 
 
@@ -245,16 +240,16 @@ def test_like_lengths_share_a_batch_in_random_order():
     shuffled = [flat[k : k + 10] for k in range(0, len(flat), 10)]
     assert waste(shuffled) > 0.35  # so there was something to save
     assert waste(cut) < 0.05
-    longest = [max(len(item.input) for item in batch) for batch in cut]
+    longest = [max(len(item.example.input) for item in batch) for batch in cut]
     falls = sum(a > b for a, b in itertools.pairwise(longest))
     assert 15 < falls < 45  # of 59 pairs of neighbours: batches come in random order
     assert any(len({item.task for item in batch}) == 2 for batch in cut)  # tasks are mixed
 
 
-def test_by_length_sorts_within_windows_only():
-    items = [Item(0, "x" * n, "") for n in (5, 1, 4, 2, 9, 3)]
-    assert [[len(i.input) for i in b] for b in by_length(items, 2, window=4)] == [[1, 2], [4, 5], [3, 9]]
-    assert [[len(i.input) for i in b] for b in by_length(items, 4, window=6)] == [[1, 2, 3, 4], [5, 9]]
+def test_by_length_sorts_and_cuts():
+    items = [Item(0, Example("x" * n, ("",)), "") for n in (5, 1, 4, 2, 9, 3)]
+    assert [[len(i.example.input) for i in b] for b in by_length(items, 2)] == [[1, 2], [3, 4], [5, 9]]
+    assert [[len(i.example.input) for i in b] for b in by_length(items, 4)] == [[1, 2, 3, 4], [5, 9]]
 
 
 def test_one_of_several_outputs_is_drawn():
@@ -262,7 +257,7 @@ def test_one_of_several_outputs_is_drawn():
     drawn = Counter()
     for epoch in range(60):
         (batch,) = epoch_of([task], 2, 0, epoch)
-        drawn.update((item.input, item.output) for item in batch)
+        drawn.update((item.example.input, item.output) for item in batch)
     assert drawn["p", "d"] == 60
     assert set(drawn) == {("q", "a"), ("q", "b"), ("q", "c"), ("p", "d")}
     assert all(drawn["q", output] >= 10 for output in "abc")
@@ -277,12 +272,16 @@ def tokenizer():
     return ByT5Tokenizer()
 
 
+def inputs_of(texts: list[str]) -> list[Example]:
+    return [Example(text, ("",)) for text in texts]
+
+
 def token_ids(text: str, end: bool = True) -> list[int]:
     return [byte + 3 for byte in text.encode()] + [1] * end
 
 
 def test_collate_encoder_decoder(tokenizer):
-    batch = collate(["ab", "abcd"], ["xyz", "x"], tokenizer, True, 10, 10)
+    batch = collate(inputs_of(["ab", "abcd"]), ["xyz", "x"], tokenizer, True, 10, 10)
     assert batch["input_ids"].tolist() == [token_ids("ab") + [0, 0], token_ids("abcd")]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1] * 5]
     assert batch["labels"].tolist() == [token_ids("xyz"), token_ids("x") + [-100, -100]]
@@ -290,32 +289,32 @@ def test_collate_encoder_decoder(tokenizer):
 
 
 def test_collate_decoder_only(tokenizer):
-    batch = collate(["ab", "abcd"], ["xyz", "x"], tokenizer, False, 10, 10)
+    batch = collate(inputs_of(["ab", "abcd"]), ["xyz", "x"], tokenizer, False, 10, 10)
     assert batch["input_ids"].tolist() == [token_ids("ab") + token_ids("xyz"), token_ids("abcd") + token_ids("x")]
     assert batch["labels"].tolist() == [[-100] * 3 + token_ids("xyz"), [-100] * 5 + token_ids("x")]
     assert batch["attention_mask"].tolist() == [[1] * 7, [1] * 7]
-    batch = collate(["ab", "a"], ["xyz", "x"], tokenizer, False, 10, 10)
+    batch = collate(inputs_of(["ab", "a"]), ["xyz", "x"], tokenizer, False, 10, 10)
     assert batch["input_ids"].tolist()[1] == token_ids("a") + token_ids("x") + [0] * 3
     assert batch["labels"].tolist()[1] == [-100] * 2 + token_ids("x") + [-100] * 3
     assert batch["attention_mask"].tolist()[1] == [1] * 4 + [0] * 3
 
 
 def test_collate_truncates(tokenizer):
-    batch = collate(["abcdef"], ["uvwxyz"], tokenizer, True, 4, 3)
+    batch = collate(inputs_of(["abcdef"]), ["uvwxyz"], tokenizer, True, 4, 3)
     assert batch["input_ids"].shape == (1, 4) and batch["input_ids"].tolist()[0][:3] == token_ids("abc", end=False)
     assert batch["labels"].shape == (1, 3) and batch["labels"].tolist()[0][:2] == token_ids("uv", end=False)
-    batch = collate(["abcdef"], ["uvwxyz"], tokenizer, False, 4, 3)
+    batch = collate(inputs_of(["abcdef"]), ["uvwxyz"], tokenizer, False, 4, 3)
     assert batch["input_ids"].shape == (1, 4 + 3)
     assert batch["labels"].tolist() == [[-100] * 4 + token_ids("uv")]  # cut, and still ended
-    batch = collate(["abcdef"], None, tokenizer, True, 4, 3)
+    batch = collate(inputs_of(["abcdef"]), None, tokenizer, True, 4, 3)
     assert batch["input_ids"].shape == (1, 4)
 
 
 def test_collate_for_generation(tokenizer):
-    batch = collate(["a", "abc"], None, tokenizer, True, 10, 10)
+    batch = collate(inputs_of(["a", "abc"]), None, tokenizer, True, 10, 10)
     assert set(batch) == {"input_ids", "attention_mask"}
     assert batch["input_ids"].tolist() == [token_ids("a") + [0, 0], token_ids("abc")]
-    batch = collate(["a", "abc"], None, tokenizer, False, 10, 10)
+    batch = collate(inputs_of(["a", "abc"]), None, tokenizer, False, 10, 10)
     assert batch["input_ids"].tolist() == [[0, 0] + token_ids("a"), token_ids("abc")]
     assert batch["attention_mask"].tolist() == [[0, 0, 1, 1], [1] * 4]
 
@@ -327,7 +326,7 @@ def test_collate_without_a_pad_token_pads_with_the_end_token(tokenizer):
         def __call__(self, *args, **kwargs):
             return tokenizer(*args, **kwargs)
 
-    batch = collate(["a", "abc"], ["x", "x"], NoPad(), False, 10, 10)
+    batch = collate(inputs_of(["a", "abc"]), ["x", "x"], NoPad(), False, 10, 10)
     assert batch["input_ids"].tolist()[0] == token_ids("a") + token_ids("x") + [1, 1]
     assert batch["attention_mask"].tolist()[0] == [1] * 4 + [0, 0]
     assert batch["labels"].tolist()[0] == [-100] * 2 + token_ids("x") + [-100, -100]
@@ -353,9 +352,9 @@ def test_padding_does_not_change_the_loss(tokenizer, encoder_decoder):
     model = random_model(encoder_decoder)
     inputs, outputs = ["ab", "abcdefgh", "xyzxy"], ["x", "yyzz", "aaaaaaaaa"]
     with torch.no_grad():
-        whole = model(**collate(inputs, outputs, tokenizer, encoder_decoder, 20, 20)).loss
+        whole = model(**collate(inputs_of(inputs), outputs, tokenizer, encoder_decoder, 20, 20)).loss
         alone = [
-            model(**collate([i], [o], tokenizer, encoder_decoder, 20, 20)).loss
+            model(**collate(inputs_of([i]), [o], tokenizer, encoder_decoder, 20, 20)).loss
             for i, o in zip(inputs, outputs, strict=True)
         ]
     tokens = torch.tensor([len(output) + 1.0 for output in outputs])
@@ -369,253 +368,10 @@ def test_padding_does_not_change_what_is_generated(tokenizer, encoder_decoder):
     inputs = ["ab", "abcdefgh", "xyzxy"]
 
     def outputs(texts):
-        batch = collate(texts, None, tokenizer, encoder_decoder, 20, 20)
+        batch = collate(inputs_of(texts), None, tokenizer, encoder_decoder, 20, 20)
         out = model.generate(**batch, max_new_tokens=6, do_sample=False)
         return (out if encoder_decoder else out[:, batch["input_ids"].shape[1] :]).tolist()
 
     alone = [outputs([text])[0] for text in inputs]
     assert len(set(map(tuple, alone))) == len(inputs)  # the model does look at its input
     assert outputs(inputs) == alone
-
-
-# --- CrossFit: reading ------------------------------------------------------------------------------------------------
-
-
-def write_task(root: Path, name: str, rows: list[str], k=4, splits=data.CROSSFIT_SPLITS):
-    """A task folder in the gym's layout: in every split the same lines in train, dev and test."""
-    (root / name).mkdir(parents=True)
-    for split, part in itertools.product(splits, ("train", "dev", "test")):
-        (root / name / f"{name}_{k}_{split}_{part}.tsv").write_bytes("".join(r + "\n" for r in rows).encode())
-
-
-@pytest.fixture
-def gym(tmp_path):
-    """Two training tasks, a dev and a test task, invented here."""
-    for name in ("colour", "shape-a_b", "size", "taste"):
-        write_task(tmp_path, name, ["red apple\tred", "green pear\tgreen"])
-    names = {"train": ["shape-a_b", "colour", "not_here"], "dev": ["size"], "test": ["taste"]}
-    (tmp_path / "random.json").write_text(json.dumps(names | {"all": sum(names.values(), [])}))
-    return tmp_path
-
-
-def test_crossfit_format(gym, capsys):
-    benchmark = data.load("crossfit", str(gym), "13")
-    assert [task.name for task in benchmark.train] == ["colour", "shape-a_b"]
-    assert "1 tasks" in capsys.readouterr().out  # not_here is reported
-    expected = [
-        Example(" [shape-a_b] red apple", (" red",)),
-        Example(" [shape-a_b] green pear", (" green",)),
-    ]
-    assert benchmark.train[1].train == expected and benchmark.train[1].dev == []
-    assert benchmark.train[1].test == expected
-    assert benchmark.test[0].dev == [
-        Example(" [taste] red apple", (" red",)),
-        Example(" [taste] green pear", (" green",)),
-    ]
-    assert benchmark.dev[0].metric == "ACC" and benchmark.dev[0].skills == ()
-
-
-def test_train_tasks_merge_the_splits_and_test_tasks_do_not(gym):
-    for split in data.CROSSFIT_SPLITS:
-        for part in ("train", "dev"):
-            for name in ("colour", "taste"):
-                row = f"{part} {split}\tred\nshared\tred\n"
-                (gym / name / f"{name}_4_{split}_{part}.tsv").write_text(row)
-    benchmark = data.crossfit(str(gym), "21")
-    inputs = [e.input.removeprefix(" [colour] ") for e in benchmark.train[0].train]
-    assert Counter(inputs) == Counter(
-        [f"{part} {split}" for split in data.CROSSFIT_SPLITS for part in ("train", "dev")] + ["shared"]
-    )
-    (taste,) = benchmark.test
-    assert [e.input for e in taste.train] == [" [taste] train 21", " [taste] shared"]
-    assert [e.input for e in taste.dev] == [" [taste] dev 21", " [taste] shared"]
-
-
-def test_crossfit_needs_a_folder_with_a_partition(gym, tmp_path):
-    with pytest.raises(UserError, match="--data-dir"):
-        data.crossfit("")
-    with pytest.raises(UserError, match=r"--data-dir .*missing has no random\.json"):
-        data.crossfit(str(tmp_path / "missing"))
-    (gym / "random.json").unlink()
-    with pytest.raises(UserError, match=r"--data-dir .*has no random\.json"):
-        data.crossfit(str(gym))
-
-
-@pytest.mark.parametrize(
-    "content", [b"{", b'{"train": ["colour"]}', b"[]", b"\xff\xfe", b'{"train": 3, "dev": [], "test": []}']
-)
-def test_broken_partition_file_is_named(gym, content):
-    (gym / "random.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"random\.json"):
-        data.crossfit(str(gym))
-
-
-def test_partition_without_any_training_task(gym):
-    (gym / "random.json").write_text(json.dumps({"train": ["nowhere"], "dev": ["size"], "test": ["taste"]}))
-    with pytest.raises(UserError, match="none of the training tasks"):
-        data.crossfit(str(gym))
-
-
-def test_unknown_split(gym):
-    with pytest.raises(UserError, match="--split 7 .*100, 13, 21, 42, 87"):
-        data.crossfit(str(gym), "7")
-
-
-@pytest.mark.parametrize("task, part", [("colour", "train"), ("taste", "dev"), ("size", "test")])
-def test_missing_split_file(gym, task, part):
-    (gym / task / f"{task}_4_100_{part}.tsv").unlink()
-    with pytest.raises(UserError, match=rf"{task}_<k>_100_{part}\.tsv, found 0"):
-        data.crossfit(str(gym), "100")
-
-
-def test_two_files_for_one_split(gym):
-    (gym / "colour" / "colour_8_42_dev.tsv").write_text("a\tb\n")
-    with pytest.raises(UserError, match=r"colour_<k>_42_dev\.tsv, found 2"):
-        data.crossfit(str(gym))
-
-
-@pytest.mark.parametrize(
-    "content, line",
-    [
-        ("a\tb\none column\nc\td\n", 2),
-        ("a\tb\n\nc\td\n", 2),  # an empty line in the middle
-        ("a\tb\nc\td\n\n", 3),  # an empty line at the end
-        ("one column", 1),
-        ("a\tb\nan input and a tab\t\n", 2),
-        ("a\tb\n\tan output\n", 2),
-    ],
-)
-def test_lines_without_an_output_are_refused(gym, content, line):
-    path = gym / "taste" / "taste_4_100_train.tsv"
-    path.write_text(content)
-    with pytest.raises(UserError, match=f"^{re.escape(str(path))}:{line}: "):
-        data.crossfit(str(gym), "100")
-
-
-def test_a_file_that_is_not_utf8_is_named(gym):
-    path = gym / "taste" / "taste_4_100_test.tsv"
-    path.write_bytes(b"caf\xe9\tb\n")
-    with pytest.raises(UserError, match=rf"^{re.escape(str(path))}: not UTF-8 at byte 3"):
-        data.crossfit(str(gym), "100")
-
-
-def test_only_a_line_feed_ends_a_line(tmp_path):
-    path = tmp_path / "t.tsv"
-    odd = "a\x1cb\x1dc\x0bd\x85e\u2028f\rg"
-    path.write_bytes(f"{odd}\tx\nq\ty z\tw\n".encode())
-    assert read_tsv(path, "t") == [Example(f" [t] {odd}", (" x",)), Example(" [t] q", (" y z", " w"))]
-
-
-def test_windows_line_ends_and_a_missing_last_line_end(tmp_path):
-    path = tmp_path / "t.tsv"
-    path.write_bytes(b"a\tx\r\nb\ty")
-    assert read_tsv(path, "t") == [Example(" [t] a", (" x",)), Example(" [t] b", (" y",))]
-
-
-cell = st.text(st.characters(exclude_characters="\t\n", exclude_categories=["Cs"]), min_size=1, max_size=12)
-clean = cell.filter(lambda text: text == text.strip())
-
-
-@given(st.lists(st.tuples(clean, st.lists(clean, min_size=1, max_size=3)), max_size=8))
-@settings(max_examples=100, deadline=None)
-def test_what_is_written_is_read_back(tmp_path_factory, rows):
-    path = tmp_path_factory.mktemp("tsv") / "t.tsv"
-    path.write_bytes("".join("\t".join([source, *outputs]) + "\n" for source, outputs in rows).encode())
-    expected = [Example(f" [t] {source}", tuple(f" {output}" for output in outputs)) for source, outputs in rows]
-    assert read_tsv(path, "t") == expected
-
-
-# --- CrossFit: the real sample ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def real():
-    return data.crossfit(str(CROSSFIT), "100")
-
-
-def manifest() -> dict[str, list[str]]:
-    """The manifest's tables: task name to the row's cells (task, kind, k, metric, train, dev, test, ...)."""
-    lines = (CROSSFIT / "MANIFEST.md").read_text().split("\n")
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
-    return {row[0]: row for row in rows if row[0] != "task"}
-
-
-def raw_lines(task: str, part: str, splits=data.CROSSFIT_SPLITS) -> list[bytes]:
-    return [
-        line
-        for split in splits
-        for path in (CROSSFIT / task).glob(f"{task}_*_{split}_{part}.tsv")
-        for line in path.read_bytes().split(b"\n")
-        if line
-    ]
-
-
-@needs_crossfit
-def test_real_tasks_by_partition(real):
-    partition = json.loads((CROSSFIT / "random.json").read_text())
-    assert (len(real.train), len(real.dev), len(real.test)) == (29, 3, 5)
-    for part in ("train", "dev", "test"):
-        names = [task.name for task in getattr(real, part)]
-        assert names == sorted(name for name in partition[part] if (CROSSFIT / name).is_dir())
-
-
-@needs_crossfit
-def test_real_metrics_are_the_manifests(real):
-    rows = manifest()
-    found = {task.name: task.metric for task in real.train + real.dev + real.test}
-    assert len(found) == 37 and found == {name: row[3] for name, row in rows.items()}
-
-
-@needs_crossfit
-def test_real_sizes_are_the_manifests(real):
-    rows = manifest()
-    for task in real.dev + real.test:
-        sizes = [int(rows[task.name][k].split(" of ")[0]) for k in (4, 5, 6)]
-        assert [len(task.train), len(task.dev), len(task.test)] == sizes, task.name
-    for task in real.train:
-        assert len(task.test) == int(rows[task.name][6].split(" of ")[0]), task.name
-
-
-@needs_crossfit
-def test_real_train_tasks_merge_all_splits_once(real):
-    repeated = 0
-    for task in real.train:
-        lines = raw_lines(task.name, "train") + raw_lines(task.name, "dev")
-        distinct = {line.decode().strip() for line in lines}
-        assert len(set(task.train)) == len(task.train) == len(distinct), task.name
-        assert task.dev == []
-        repeated += len(lines) - len(distinct)
-    assert repeated > 100  # so there was something to merge
-
-
-@needs_crossfit
-def test_real_texts_are_the_files(real):
-    for task in real.train + real.dev + real.test:
-        lines = [line.decode().strip().split("\t") for line in raw_lines(task.name, "test", ("100",))]
-        assert [e.input for e in task.test] == [f" [{task.name}] {line[0]}" for line in lines]
-        assert [e.outputs for e in task.test] == [tuple(" " + output for output in line[1:]) for line in lines]
-
-
-@needs_crossfit
-def test_real_control_characters_survive(real):
-    (task,) = [task for task in real.train if task.name == "onestop_english"]
-    texts = [example.input for example in task.train + task.test]
-    assert any("\x1c" in text or "\x1d" in text for text in texts)
-    assert {e.outputs for e in task.train} == {(" elementary",), (" intermediate",), (" advance",)}
-
-
-@needs_crossfit
-def test_real_questions_have_several_answers(real):
-    (task,) = [task for task in real.train if task.name == "web_questions"]
-    several = sum(len(example.outputs) > 1 for example in task.test)
-    assert several > 0.2 * len(task.test)
-    assert all(len(e.outputs) == 1 for t in real.test for e in t.test)
-
-
-@needs_crossfit
-def test_real_few_shot_splits_differ_and_the_test_does_not(real):
-    other = data.crossfit(str(CROSSFIT), "87")
-    assert other.train == real.train  # pre-training sees all splits anyway
-    for a, b in zip(real.dev + real.test, other.dev + other.test, strict=True):
-        assert a.name == b.name and a.test == b.test
-        assert a.train != b.train and a.dev != b.dev

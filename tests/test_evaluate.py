@@ -23,7 +23,8 @@ import evaluate
 import train
 from config import FEW_SHOT, UserError
 from data import Example, Task
-from evaluate import METRICS, compare, evaluate_tasks, generate, mean, score
+from evaluate import compare, evaluate_tasks, mean, predict
+from metrics import METRICS, score
 from inject import LORA_LAYERS, adapter_parameters, inject, routers, task_ids
 from lora import LoRA
 from mhr import MHRLinear, MHRRouter
@@ -304,37 +305,37 @@ def test_generate_keeps_order_and_tasks_whatever_the_batch_size(model, tokenizer
     assert len(set(expected)) > 6
     assert one_by_one(model, tokenizer, inputs, [0] * 12, beams) != expected  # the tasks matter
     for batch_size in (1, 5, 64):
-        assert generate(model, tokenizer, inputs, IDS, LENGTHS, batch_size, beams) == expected
+        assert predict(model, tokenizer, inputs, IDS, LENGTHS, batch_size, beams) == expected
 
 
 def test_generate_does_what_the_number_of_beams_says(model, tokenizer, inputs, monkeypatch):
-    assert generate(model, tokenizer, inputs, IDS, LENGTHS, 8, 3) != generate(model, tokenizer, inputs, IDS, LENGTHS, 8)
+    assert predict(model, tokenizer, inputs, IDS, LENGTHS, 8, 3) != predict(model, tokenizer, inputs, IDS, LENGTHS, 8)
     seen, original = [], model.generate
     monkeypatch.setattr(model, "generate", lambda **k: seen.append(k) or original(**k))
-    generate(model, tokenizer, inputs[:2], [0, 0], LENGTHS, 8, 4)
+    predict(model, tokenizer, inputs[:2], [0, 0], LENGTHS, 8, 4)
     assert [call["num_beams"] for call in seen] == [4] and seen[0]["max_new_tokens"] == LENGTHS[1]
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_generate_is_without_noise_and_restores_the_mode(model, tokenizer, inputs, training):
-    expected = generate(model.eval(), tokenizer, inputs, IDS, LENGTHS, 8)
+    expected = predict(model.eval(), tokenizer, inputs, IDS, LENGTHS, 8)
     model.train(training)
     try:
-        assert generate(model, tokenizer, inputs, IDS, LENGTHS, 8) == expected
+        assert predict(model, tokenizer, inputs, IDS, LENGTHS, 8) == expected
         assert all(module.training == training for module in model.modules())
     finally:
         model.eval()
 
 
 def test_generate_leaves_no_gradient(model, tokenizer, inputs):
-    generate(model, tokenizer, inputs[:2], [0, 1], LENGTHS, 2)
+    predict(model, tokenizer, inputs[:2], [0, 1], LENGTHS, 2)
     assert all(p.grad is None for p in model.parameters()) and torch.is_grad_enabled()
 
 
 def test_generate_cuts_long_inputs(model, tokenizer, inputs):
     long = [Example("abcdefghij" * 9, ("x",))]
     short = [Example(("abcdefghij" * 9)[: LENGTHS[0] - 1], ("x",))]  # and the end token
-    assert generate(model, tokenizer, long, [2], LENGTHS, 8) == generate(model, tokenizer, short, [2], LENGTHS, 8)
+    assert predict(model, tokenizer, long, [2], LENGTHS, 8) == predict(model, tokenizer, short, [2], LENGTHS, 8)
 
 
 def test_evaluate_tasks_scores_every_task_with_its_own_adapter(model, tokenizer, inputs, monkeypatch):

@@ -21,8 +21,8 @@ from transformers import BartConfig, BartForConditionalGeneration, T5Config
 import inject as inject_module
 from ia3 import IA3, IA3Linear
 from inject import (
-    LIKE_LLAMA, LIKE_T5, adapted_layers, adapter_parameters, add_tasks, default_layers, fingerprint, freeze, inject,
-    load_adapters, merge, routers, save_adapters, task_ids, unmerge,
+    LIKE_LLAMA, LIKE_T5, adapted_layers, adapter_parameters, add_tasks, fingerprint, freeze, inject,
+    load_adapters, merge, named_layers, routers, save_adapters, task_ids, unmerge,
 )  # fmt: skip
 from lora import LoRA, LoRALinear
 from mhr import MHRRouter
@@ -353,7 +353,7 @@ REFUSED = {
     "heads": SAVED | dict(heads=2),
     "skills": SAVED | dict(skills=SKILLS + 1),
     "adapter": SAVED | dict(adapter="ia3"),
-    "adapter, same layers": SAVED | dict(adapter="ia3", layers=default_layers("t5", "lora")),
+    "adapter, same layers": SAVED | dict(adapter="ia3", layers=named_layers("lora", "t5")),
     "method poly": SAVED | dict(method="poly"),
     "method lora": SAVED | dict(method="lora"),
     "fewer layers": SAVED | dict(layers=r".*\.q"),
@@ -392,7 +392,7 @@ def test_another_backbone_is_refused(name, tmp_path):
     save_adapters(adapted(name, "poly", "lora"), path)
     other = backbone(name, seed=1)
     freeze(other)
-    inject(other, layer_maker("poly", "lora"), default_layers(name, "lora"))
+    inject(other, layer_maker("poly", "lora"), named_layers("lora", name))
     before = snapshot(other)
     with pytest.raises(ValueError, match="another backbone"):
         load_adapters(other, path)
@@ -477,7 +477,7 @@ def test_adapters_of_a_float32_model_fit_the_same_model_in_bfloat16(adapter, tmp
     model = adapted("t5", "mhr", adapter)
     save_adapters(model, path)
     half = backbone("t5").to(torch.bfloat16)
-    inject(half, layer_maker("mhr", adapter), default_layers("t5", adapter))
+    inject(half, layer_maker("mhr", adapter), named_layers(adapter, "t5"))
     load_adapters(half, path)
     own = adapter_parameters(half)
     assert all(torch.equal(p, own[key]) for key, p in adapter_parameters(model).items())
@@ -736,7 +736,7 @@ def test_the_default_layers_are_replaced_and_no_others(name, method, adapter):
     model = backbone(name)
     order = [key for key, _ in model.named_modules()]
     old = {key: model.get_submodule(key) for key in expected_names(name, adapter)}
-    replaced = inject(model, layer_maker(method, adapter), default_layers(model.config.model_type, adapter))
+    replaced = inject(model, layer_maker(method, adapter), named_layers(adapter, model.config.model_type))
     assert set(replaced) == expected_names(name, adapter) and len(replaced) == len(set(replaced))
     assert replaced == [key for key in order if key in old]  # model order
     assert list(adapted_layers(model)) == replaced
@@ -768,15 +768,15 @@ def test_the_default_layers_of_related_families(family):
     with torch.device("meta"):
         model = auto.from_config(config)
     linears = [key for key, m in model.named_modules() if isinstance(m, nn.Linear) and key != "lm_head"]
-    assert [key for key in linears if not re.fullmatch(default_layers(family, "lora"), key)] == []
-    scaled = [key for key in linears if re.fullmatch(default_layers(family, "ia3"), key)]
+    assert [key for key in linears if not re.fullmatch(named_layers("lora", family), key)] == []
+    scaled = [key for key in linears if re.fullmatch(named_layers("ia3", family), key)]
     assert scaled == [key for key in linears if key.endswith((".k", ".v", ".wo", "k_proj", "v_proj", "down_proj"))]
 
 
 def test_an_unknown_family_has_no_default():
     for adapter in ("lora", "ia3"):
         with pytest.raises(ValueError, match="no default layers for model type 'bert'"):
-            default_layers("bert", adapter)
+            named_layers(adapter, "bert")
 
 
 BAD_PATTERNS = {"nothing": (r".*\.query", "no layer's name matches"), "a part": (r"SelfAttention", "no layer's")}
@@ -803,7 +803,7 @@ def test_a_pattern_that_does_not_fit_is_refused(pattern, message):
 def test_injected_layers_are_in_the_mode_of_the_model(method, adapter, training):
     """from_pretrained returns a model in evaluation mode: there must be no noise until somebody calls .train()."""
     model = backbone("t5").train(training)
-    inject(model, layer_maker(method, adapter), default_layers("t5", adapter))
+    inject(model, layer_maker(method, adapter), named_layers(adapter, "t5"))
     randomise(model)
     assert {m.training for m in model.modules()} == {training}
     outputs = [logits(model, inputs("t5"), IDS) for _ in range(2)]
@@ -823,7 +823,7 @@ def test_unmerged_layers_are_in_the_mode_of_the_model(training):
 def test_injecting_twice_is_refused(name):
     model = adapted(name, "poly", "lora")
     modules = dict(model.named_modules())
-    for pattern in (default_layers(name, "lora"), r".*lm_head"):
+    for pattern in (named_layers("lora", name), r".*lm_head"):
         with pytest.raises(ValueError, match="already has adapters"):
             inject(model, layer_maker("lora", "lora"), pattern)
     assert dict(model.named_modules()) == modules
@@ -843,7 +843,7 @@ def test_heads_that_do_not_divide_a_layer_are_refused(name, adapter, heads, laye
     modules, before = dict(model.named_modules()), snapshot(model)
     message = rf"layer {re.escape(layer)}: {heads} heads do not divide \d+, .*a layer of {i} inputs and {o} outputs"
     with pytest.raises(ValueError, match=message):
-        inject(model, layer_maker("mhr", adapter, heads=heads), default_layers(name, adapter))
+        inject(model, layer_maker("mhr", adapter, heads=heads), named_layers(adapter, name))
     assert dict(model.named_modules()) == modules
     assert_same_state(model, before)
 
@@ -886,7 +886,7 @@ def test_parameter_counts_of_the_papers(sizes, method, adapter, options, layers,
             model = T5ForConditionalGeneration(T5Config(vocab_size=32128, **sizes, **gated))
     freeze(model)
     kind = model.config.model_type
-    assert len(inject(model, layer_maker(method, adapter, **options), layers or default_layers(kind, adapter))) == n
+    assert len(inject(model, layer_maker(method, adapter, **options), layers or named_layers(adapter, kind))) == n
     routing = sum(p.numel() for router in routers(model) for p in router.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert (trained - routing, routing) == (adapters, z)
@@ -923,7 +923,7 @@ def test_t5_in_half_precision_with_wo_in_float32(method, adapter, dtype, tmp_pat
             module.float()  # transformers does so itself for some half types
     freeze(model)
     torch.manual_seed(0)
-    inject(model, layer_maker(method, adapter), default_layers("t5", adapter))
+    inject(model, layer_maker(method, adapter), named_layers(adapter, "t5"))
     randomise(model)
     model.eval()
     kinds = {key: p.dtype for key, p in model.named_parameters() if not p.requires_grad}
@@ -941,7 +941,7 @@ def test_t5_in_half_precision_with_wo_in_float32(method, adapter, dtype, tmp_pat
 @every_method
 def test_merging_in_bfloat16_rounds_once(method, adapter):
     model = backbone("llama").to(torch.bfloat16)
-    inject(model, layer_maker(method, adapter), default_layers("llama", adapter))
+    inject(model, layer_maker(method, adapter), named_layers(adapter, "llama"))
     randomise(model)
     exact = copy.deepcopy(model).float()
     merge(model, 0), merge(exact, 0)

@@ -49,7 +49,9 @@ def test_everything_in_the_tables_exists():
         assert (ROOT / name).exists(), name
     for name in re.findall(r"`(test_\w+\.py)`", README):
         assert (ROOT / "tests" / name).exists(), name
-    for module, attribute in re.findall(r"`(lora|ia3|poly|mhr|inject|data|train|adapt|evaluate)\.(\w+)`", README):
+    for module, attribute in re.findall(
+        r"`(lora|ia3|poly|mhr|inject|backbone|data|choices|metrics|train|adapt|evaluate)\.(\w+)`", README
+    ):
         if attribute != "py":
             assert hasattr(importlib.import_module(module), attribute), f"{module}.{attribute}"
 

@@ -1,0 +1,92 @@
+"""Choosing among answers: rank classification, and T-Few's three losses (Liu et al. 2022, section 3.2), as in T0.
+
+The input is encoded once and every choice is scored against it. Shapes: b examples, c the largest number of choices,
+l the longest choice in tokens. Examples may have different numbers of choices: the missing ones are masked out.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers.modeling_outputs import BaseModelOutput
+
+from data import Example, encode_inputs, encode_outputs, pad, pad_rows
+
+UNLIKELIHOOD_EPS = 1e-2  # of T-Few's code: -log(1 - p + eps) stays finite at p = 1
+
+
+def choice_log_probs(
+    model: nn.Module, tokenizer, examples: list[Example], max_input: int, max_output: int
+) -> tuple[Tensor, Tensor]:
+    """(log p (b, c, l), mask (b, c, l)): the log-probability of each token of each choice given the input.
+
+    mask is True at tokens, False at padding and at choices that an example does not have; log p is 0 there. The
+    end-of-text token counts as a token of the choice. Call it inside `task_ids` of the b examples: the layers see that
+    the choices are c rows an example.
+    """
+    encoder_decoder, c = model.config.is_encoder_decoder, max(len(e.choices) for e in examples)
+    flat = [choice for e in examples for choice in (*e.choices, *[""] * (c - len(e.choices)))]
+    exists = torch.tensor([k < len(e.choices) for e in examples for k in range(c)], device=model.device)
+    tokens = pad(encode_outputs(flat, tokenizer, encoder_decoder, max_output), -100).to(model.device)  # (b*c, l)
+    source = encode_inputs(examples, tokenizer, max_input)
+    source = {k: v.to(model.device) for k, v in pad_rows(source, tokenizer, left=not encoder_decoder).items()}
+    score = _encoder_decoder_logits if encoder_decoder else _decoder_only_logits
+    logits = score(model, source, tokens, c).float()
+    mask = (tokens != -100) & exists[:, None]
+    log_p = -cross_entropy(logits.transpose(1, 2), tokens.masked_fill(~mask, -100), reduction="none")
+    return log_p.unflatten(0, (-1, c)), mask.unflatten(0, (-1, c))
+
+
+def _encoder_decoder_logits(model: nn.Module, source: dict, tokens: Tensor, c: int) -> Tensor:
+    """Logits (b*c, l, vocabulary) for the tokens of the choices; the encoder runs once an example."""
+    hidden = model.get_encoder()(**source).last_hidden_state
+    return model(
+        encoder_outputs=BaseModelOutput(hidden.repeat_interleave(c, dim=0)),
+        attention_mask=source["attention_mask"].repeat_interleave(c, dim=0),
+        decoder_input_ids=model.prepare_decoder_input_ids_from_labels(tokens),
+    ).logits
+
+
+def _decoder_only_logits(model: nn.Module, source: dict, tokens: Tensor, c: int) -> Tensor:
+    """The same for one stack: the input (padded on the left) runs once, and the choices go on from its cache."""
+    mask = source["attention_mask"]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    prefix = model(**source, position_ids=positions, use_cache=True)
+    cache = prefix.past_key_values
+    cache.batch_repeat_interleave(c)
+    ahead = tokens[:, :-1].clamp(min=0)  # the token at place k is predicted from the tokens before it
+    last = positions[:, -1:].repeat_interleave(c, dim=0)
+    rest = model(
+        input_ids=ahead,
+        attention_mask=torch.cat([mask.repeat_interleave(c, dim=0), torch.ones_like(ahead)], dim=1),
+        position_ids=last + 1 + torch.arange(ahead.shape[1], device=last.device),
+        past_key_values=cache,
+    )
+    return torch.cat([prefix.logits[:, -1:].repeat_interleave(c, dim=0), rest.logits], dim=1)
+
+
+def choice_scores(log_p: Tensor, mask: Tensor) -> Tensor:
+    """(b, c): log-probability divided by length, of each choice; -inf for choices that an example does not have."""
+    length = mask.sum(-1)
+    return (log_p.sum(-1) / length.clamp(min=1)).masked_fill(length == 0, -torch.inf)
+
+
+def t_few_loss(log_p: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+    """L_LM + L_LN + L_UL, a scalar. log_p, mask: of `choice_log_probs`. labels (b,): the right choice.
+
+    L_LM  cross-entropy averaged over the tokens of the right choices
+    L_LN  cross-entropy over the choices' length-normalised log-probabilities, averaged over examples
+    L_UL  unlikelihood, -log(1 - p + 1e-2), averaged over the tokens of all wrong choices
+    """
+    right = torch.zeros_like(mask)
+    right[torch.arange(len(labels)), labels] = True
+    lm = -log_p[mask & right].mean()
+    ln = cross_entropy(choice_scores(log_p, mask), labels)
+    wrong = log_p[mask & ~right]
+    ul = -torch.log(1 - wrong.exp() + UNLIKELIHOOD_EPS).sum() / max(1, len(wrong))
+    return lm + ln + ul
+
+
+@torch.no_grad()
+def choose(model: nn.Module, tokenizer, examples: list[Example], max_input: int, max_output: int) -> list[int]:
+    """Rank classification: for each example the number of the choice with the highest length-normalised score."""
+    return choice_scores(*choice_log_probs(model, tokenizer, examples, max_input, max_output)).argmax(-1).tolist()

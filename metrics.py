@@ -1,0 +1,85 @@
+"""Metrics: CrossFit's seven, SuperNI's two, accuracy by rank classification for T0, and plain equality for strings.
+
+Each takes predictions (strings) and references (one tuple of strings per example), and returns a number times 100.
+Predictions and references are stripped of surrounding white space first. Deviation: Rouge-L is computed by rouge-score,
+the scorer of SuperNI, where CrossFit calls the older "rouge" package.
+"""
+
+import math
+import re
+import statistics
+import string
+from collections import Counter
+
+from rouge_score.rouge_scorer import RougeScorer
+from scipy.stats import pearsonr
+from sklearn.metrics import f1_score, matthews_corrcoef
+
+from data import Example
+
+
+def _plain(text: str) -> list[str]:
+    """SuperNI's normalisation: lower case, no punctuation, split at white space."""
+    return "".join(c for c in text.lower() if c not in string.punctuation).split()
+
+
+def _normal(text: str) -> list[str]:
+    """SQuAD's normalisation: the same without articles."""
+    return re.sub(r"\b(a|an|the)\b", " ", " ".join(_plain(text))).split()
+
+
+def _token_f1(prediction: str, reference: str) -> float:
+    p, r = _normal(prediction), _normal(reference)
+    common = sum((Counter(p) & Counter(r)).values())
+    return 2 * common / (len(p) + len(r)) if common else 0.0
+
+
+def _best(score):
+    """A metric that averages over examples the best score over an example's references."""
+    return lambda predictions, references: (
+        100 * statistics.fmean(max(score(p, r) for r in rs) for p, rs in zip(predictions, references, strict=True))
+    )
+
+
+def _classification_f1(predictions, references) -> float:
+    """Macro F1 over the strings of first references and predictions: a word that is no label is a class of its own."""
+    return 100 * float(f1_score([rs[0] for rs in references], predictions, average="macro", zero_division=0))
+
+
+def _matthews(predictions, references) -> float:
+    """Matthews correlation of "acceptable" against everything else (CoLA)."""
+    gold, guess = [rs[0] == "acceptable" for rs in references], [p == "acceptable" for p in predictions]
+    return 100 * float(matthews_corrcoef(gold, guess))
+
+
+def _pearson(predictions, references) -> float:
+    """Pearson correlation of outputs read as numbers; 0 where it is not defined (no number, or all the same)."""
+    try:
+        guess, gold = [float(p) for p in predictions], [float(rs[0]) for rs in references]
+    except ValueError:
+        return 0.0
+    defined = len(set(guess)) > 1 and len(set(gold)) > 1 and all(map(math.isfinite, guess))
+    return 100 * float(pearsonr(gold, guess).statistic) if defined else 0.0
+
+
+_rouge = RougeScorer(["rougeL"], use_stemmer=True)
+METRICS = {
+    "exact": _best(lambda p, r: float(p == r)),  # strings: there, case is part of the answer
+    "Rank-ACC": _best(lambda p, r: float(p == r)),  # t0: the prediction is one of the choices
+    "EM": _best(lambda p, r: float(_normal(p) == _normal(r))),
+    "SuperNI-EM": _best(lambda p, r: float(_plain(p) == _plain(r))),
+    "ACC": _best(lambda p, r: float(p.lower() == r.lower())),
+    "QA-F1": _best(_token_f1),
+    "Rouge-L": _best(lambda p, r: _rouge.score(r, p)["rougeL"].fmeasure),
+    "Classification-F1": _classification_f1,
+    "Matthew-Correlation": _matthews,
+    "Pearson-Correlation": _pearson,
+}
+
+
+def score(metric: str, predictions: list[str], examples: list[Example]) -> float:
+    """Score predictions by a key of METRICS, times 100. Raises ValueError if there are no examples."""
+    if not examples:
+        raise ValueError("nothing to score: no examples")
+    references = [tuple(output.strip() for output in e.outputs) for e in examples]
+    return METRICS[metric]([p.strip() for p in predictions], references)
