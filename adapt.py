@@ -189,7 +189,7 @@ def choose_tasks(benchmark: data.Benchmark, names: str) -> list[data.Task]:
 def tasks_to_adapt(base: train.Config, split: str, cfg: Config) -> list[data.Task]:
     """The chosen tasks of one split with their few-shot examples; those that lack examples are named and left out.
 
-    Raises UserError if none is left.
+    Raises UserError if none is left, or if one has no answer choices for --choice-losses.
     """
     tasks = choose_tasks(train.load_tasks(base, split, ("dev", "test")), cfg.tasks)
     lacking = [task.name for task in tasks if not (task.train and task.dev and task.test)]
@@ -197,7 +197,10 @@ def tasks_to_adapt(base: train.Config, split: str, cfg: Config) -> list[data.Tas
         print(f"left out, for they lack train, dev or test examples in split {split}: {', '.join(lacking)}")
     if len(lacking) == len(tasks):
         raise UserError(f"--tasks {cfg.tasks}: no task has train, dev and test examples to be adapted to and scored")
-    return [few_shot(task, cfg) for task in tasks if task.name not in lacking]
+    chosen = [few_shot(task, cfg) for task in tasks if task.name not in lacking]
+    if cfg.choice_losses and (without := [task.name for task in chosen if not task.train[0].choices]):
+        raise UserError(f"--choice-losses: {without[0]} has no answer choices: use --no-choice-losses here")
+    return chosen
 
 
 def few_shot(task: data.Task, cfg: Config) -> data.Task:

@@ -51,6 +51,9 @@ def _decoder_only_logits(model: nn.Module, source: dict, tokens: Tensor, c: int)
     mask = source["attention_mask"]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     prefix = model(**source, position_ids=positions, use_cache=True)
+    first = prefix.logits[:, -1:].repeat_interleave(c, dim=0)
+    if tokens.shape[1] == 1:  # --max-output 1: every choice is cut to its end-of-text token
+        return first
     cache = prefix.past_key_values
     cache.batch_repeat_interleave(c)
     ahead = tokens[:, :-1].clamp(min=0)  # the token at place k is predicted from the tokens before it
@@ -61,7 +64,7 @@ def _decoder_only_logits(model: nn.Module, source: dict, tokens: Tensor, c: int)
         position_ids=last + 1 + torch.arange(ahead.shape[1], device=last.device),
         past_key_values=cache,
     )
-    return torch.cat([prefix.logits[:, -1:].repeat_interleave(c, dim=0), rest.logits], dim=1)
+    return torch.cat([first, rest.logits], dim=1)
 
 
 def choice_scores(log_p: Tensor, mask: Tensor) -> Tensor:

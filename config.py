@@ -20,7 +20,7 @@ from pathlib import Path
 # (results/strings.md). Warm-up is a share of the steps, here 1,500 of SuperNI's 25,000.
 PRETRAINING = {
     "strings": dict(
-        backbone="tiny", rank=2, skills=8, routing="gumbel", steps=1500, epochs=0, batch_size=64, optimizer="adamw",
+        backbone="tiny", rank=4, skills=4, routing="gumbel", steps=1500, epochs=0, batch_size=64, optimizer="adamw",
         lr=5e-3, lr_z=1e-1, weight_decay=0.0, warmup=0.06, clip=1.0, max_input=64, max_output=32, precision="fp32",
         eval_examples=20,
     ),
@@ -116,9 +116,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 ABOVE_ZERO = (
-    "rank skills heads batch_size lr lr_z clip max_input max_output log_every eval_every patience beams".split()
-)
-NOT_NEGATIVE = "steps epochs weight_decay warmup eval_examples test_examples shots seed".split()
+    "rank skills heads batch_size lr lr_z clip max_input max_output log_every eval_every eval_batch patience beams"
+).split()
+NOT_NEGATIVE = "steps epochs micro_batch weight_decay warmup eval_examples test_examples shots seed".split()
 
 
 def check_ranges(cfg):

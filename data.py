@@ -13,6 +13,7 @@ does not grow with them, but for one number a row, the order of an epoch. Nothin
 `collate`, which turns a batch of texts into tensors.
 """
 
+import functools
 import importlib
 import inspect
 import itertools
@@ -160,6 +161,12 @@ def parts_of(table: datasets.Dataset, files: int) -> list[datasets.Dataset]:
     """The rows of each file of a `table_of` so many files, as views: nothing is copied."""
     ends = np.searchsorted(table.with_format("numpy")["file"][:], np.arange(files + 1))
     return [table.select(range(a, b) if a < b else []) for a, b in itertools.pairwise(ends.tolist())]
+
+
+@functools.cache
+def say_once(text: str):
+    """Print a line, once in a process: a benchmark is read anew for each split, and lacks the same files each time."""
+    print(text)
 
 
 def reach_hub():

@@ -149,6 +149,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 def train(cfg: Config) -> dict:
     """Pre-train as cfg says and write the run folder; returns what result.json holds."""
     check_ranges(cfg)
+    warn_if_too_large(cfg)
     tasks = load_tasks(cfg, cfg.split, ("train",)).train
     examples = sum(len(task.train) for task in tasks)
     steps = cfg.steps or cfg.epochs * -(-examples // cfg.batch_size)
@@ -159,7 +160,6 @@ def train(cfg: Config) -> dict:
     scored = [t for t, task in enumerate(tasks) if task.test] if cfg.eval_examples else []
     if cfg.eval_examples and not scored:
         raise UserError(f"--eval-examples {cfg.eval_examples}: no training task has test examples")
-    warn_if_too_large(cfg)
     torch.manual_seed(cfg.seed)
     model, tokenizer = starting_point(cfg, len(tasks))
     if cfg.checkpointing:
@@ -270,6 +270,8 @@ def make_config(**flags) -> Config:
             raise UserError("--method mu averages the skills of a finished run: give it by --from-run")
         cfg = Config(**recipe(PRETRAINING, start.dataset, start.method) | flags)
         if cfg.method in ("lora", "ia3"):
+            if flags.get("adapter", cfg.method) != cfg.method:
+                raise UserError(f"--adapter {cfg.adapter} does not fit --method {cfg.method}: leave --adapter out")
             cfg.adapter = cfg.method
         if cfg.adapter == "ia3" and "layers" not in flags:
             cfg.layers = ""  # the recipes' layers are LoRA's
@@ -300,7 +302,7 @@ def _config_from_run(start: Config, flags: dict) -> Config:
         raise UserError(
             f"--method {method} cannot go on from a run of method {base.method}: mu goes on from poly or mhr"
         )
-    return dataclasses.replace(base, **flags | {"method": method}, output_dir=start.output_dir)
+    return dataclasses.replace(base, **flags | {"method": method, "output_dir": start.output_dir})
 
 
 def pick_device(device: str) -> str:

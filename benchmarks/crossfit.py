@@ -11,14 +11,13 @@ one after the other, repeats included ("we concatenate"); a dev or test task is 
 one split. Unlike this, the code of MHR's authors keeps the dev files of training tasks for early stopping.
 """
 
-import functools
 import glob
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 from config import UserError, read_json
-from data import PARTS, Benchmark, Example, Task
+from data import PARTS, Benchmark, Example, Task, say_once
 
 SPLITS = ("100", "13", "21", "42", "87")
 TEST_LINES = 10_000  # the official code scores no more than the first so many lines of a test file
@@ -84,12 +83,6 @@ def load(dataset: str, data_dir: str, split: str, parts: Sequence[str], partitio
         [few_shot_task(root / name, split) for name in dev if name not in absent],
         [few_shot_task(root / name, split) for name in test if name not in absent],
     )
-
-
-@functools.cache
-def say_once(text: str):
-    """Print a line, unless it was printed before: adaptation loads each split in turn."""
-    print(text)
 
 
 def find_partition(root: Path, partition: str) -> Path:

@@ -22,7 +22,7 @@ import datasets
 import huggingface_hub
 
 from config import UserError, read_json
-from data import Benchmark, Example, Rows, Task, parts_of, reach_hub, table_of
+from data import Benchmark, Example, Rows, Task, parts_of, reach_hub, say_once, table_of
 
 REPOSITORY = "Muennighoff/natural-instructions"  # made from the official tasks folder at commit 6174af6 of Dec 2022
 REVISION = "a29a9757125f4bb1c26445ad0d2ef7d9b2cc9c4c"
@@ -125,7 +125,9 @@ def _files(part: str, data_dir: str) -> dict[str, Path | None]:
         raise _not_superni(folder.parent, f"none of the tasks of {listing} in {folder.name}/")
     if absent:
         some = ", ".join(absent[:3]) + (", ..." if absent[3:] else "")
-        print(f"superni: {len(absent)} of {len(files)} {part} tasks have no file in {folder} and are left out: {some}")
+        say_once(
+            f"superni: {len(absent)} of {len(files)} {part} tasks have no file in {folder} and are left out: {some}"
+        )
     return {name: None if name in absent else path for name, path in files.items()}
 
 

@@ -25,14 +25,16 @@ import datasets
 import huggingface_hub
 import pyarrow
 import pyarrow.compute
+import pyarrow.dataset
 import pyarrow.parquet
 from tqdm import tqdm
 
 from config import UserError
-from data import Benchmark, Example, Rows, Task, parts_of, reach_hub, table_of
+from data import Benchmark, Example, Rows, Task, parts_of, reach_hub, say_once, table_of
 
 REPOSITORY = "bigscience/P3"
 REVISION = "main"  # not changed since db48520 of March 2024, the first as parquet; a hash would have to be in full
+STREAM = pyarrow.dataset.ParquetFragmentScanOptions(use_buffered_stream=True, pre_buffer=False)  # whole files else
 TEXTS = ("inputs_pretokenized", "targets_pretokenized")
 FEATURES = {TEXTS[0]: "string", TEXTS[1]: "string", "answer_choices": ["string"], "label": "int64", "idx": "int64"}
 
@@ -101,7 +103,7 @@ def _train_tasks(folder: Path | None) -> list[Task]:
     if not rows:
         raise UserError(f"--data-dir {folder} holds test tasks only: give a folder with training tasks as well")
     if missing := len(TRAIN) - len(rows):
-        print(f"t0: {missing} of {len(TRAIN)} training tasks have no folder in {folder} and are left out")
+        say_once(f"t0: {missing} of {len(TRAIN)} training tasks have no folder in {folder} and are left out")
     tasks = []
     for config, group, cap, choices in TRAIN:
         parts = rows.get(config, {})
@@ -127,10 +129,10 @@ def _test_tasks(folder: Path | None, root: Path, seed: str) -> list[Task]:
     if not tasks:
         raise UserError(f"--data-dir {root} holds no test task: give P3 configs and few-shot files of the same tasks")
     if left_out := [task for task in TEST if task not in tasks]:
-        print(f"t0: no rows or no few-shot file of seed {seed} for {', '.join(left_out)} in {root}: left out")
+        say_once(f"t0: no rows or no few-shot file for {', '.join(left_out)} in {root}: left out")
     there = {task: sum(config in rows for config in TEST[task]) for task in tasks}
     if fewer := [f"{n} of {len(TEST[task])} of {task}" for task, n in there.items() if n < len(TEST[task])]:
-        print(f"t0: not all templates have a folder in {folder}, but {', '.join(fewer)}: the others are left out")
+        say_once(f"t0: not all templates have a folder in {folder}, but {', '.join(fewer)}: the others are left out")
     return [_test_task(task, {c: rows[c] for c in TEST[task] if c in rows}, files[task]) for task in tasks]
 
 
@@ -371,7 +373,9 @@ def _read_parquet(paths: list[Path], has_choices: bool) -> datasets.Dataset:
                 raise UserError(f"{path}: column {name} must be of type {kind}, but is {types.get(name, 'missing')}")
         columns = list(wanted) + [name for name in ("label", "idx") if types.get(name) == "int"]
     try:
-        return datasets.Dataset.from_parquet([str(path) for path in paths], columns=columns)
+        return datasets.Dataset.from_parquet(
+            [str(path) for path in paths], columns=columns, batch_size=1000, fragment_scan_options=STREAM
+        )
     except datasets.exceptions.DatasetGenerationError as error:
         raise UserError(f"{paths[0]} cannot be read to its end: {error.__cause__}") from None
 

@@ -1,4 +1,4 @@
-"""Metrics against hand-computed values and independent oracles; generation; the comparison of runs."""
+"""Metrics against hand-computed values and independent oracles; generation and choosing; the comparison of runs."""
 
 import dataclasses
 import json
@@ -9,6 +9,7 @@ import string
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -19,11 +20,14 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 from transformers import ByT5Tokenizer, T5Config, T5ForConditionalGeneration
 
 import adapt
+import data
 import evaluate
 import train
 from config import FEW_SHOT, UserError
 from data import Example, Task
-from evaluate import compare, evaluate_tasks, mean, predict
+from evaluate import (
+    all_scores, by_group, compare, constant_scores, evaluate_tasks, main_scores, mean, predict, print_scores,
+)  # fmt: skip
 from metrics import METRICS, score
 from inject import LORA_LAYERS, adapter_parameters, inject, routers, task_ids
 from lora import LoRA
@@ -245,6 +249,67 @@ def test_mean_is_over_tasks():
     assert mean({"a": 10.0, "b": 40.0}) == 25.0
 
 
+# --- SuperNI's two metrics, and gold answers ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "metric, prediction, references, expected",
+    [
+        ("SuperNI-EM", "The  Apple!", ("the apple",), 100),  # case, punctuation, spaces
+        ("SuperNI-EM", "apple", ("the apple",), 0),  # an article is a word like any other
+        ("EM", "apple", ("the apple",), 100),  # SQuAD's drops it
+        ("SuperNI-EM", "an apple", ("a red apple", "apple", "An apple."), 100),  # the best of several references
+        ("SuperNI-EM", "two", ("one", "three"), 0),
+        ("SuperNI-EM", "", ("yes",), 0),
+        ("SuperNI-EM", "yes", ("",), 0),
+        ("SuperNI-EM", "...", ("",), 100),  # nothing is left of either
+        ("SuperNI-EM", "CAFÉ Übung", ("café übung",), 100),  # letters outside ASCII have case too
+        ("SuperNI-EM", "cafe", ("café",), 0),
+        ("SuperNI-EM", "日本", ("日本",), 100),
+        ("SuperNI-EM", "it’s", ("its",), 0),  # a typographic apostrophe is no ASCII punctuation
+        ("SuperNI-EM", "it's", ("its",), 100),
+        ("Rouge-L", "the red fox", ("a blue fox", "the red dog", "fox"), 200 / 3),  # 1/3, 2/3, 2*1/4
+        ("Rouge-L", "red fox", ("red dog", "blue fox"), 50),  # both references are as good
+        ("Rouge-L", "", ("yes", "no"), 0),
+        ("Rouge-L", "yes", ("", "Yes."), 100),
+        ("Rouge-L", "", ("",), 0),  # rouge-score: no token, no score
+        ("Rouge-L", "日本", ("日本",), 0),  # rouge-score reads a-z and 0-9 only
+        ("Rouge-L", "die Übung eins", ("die übung eins",), 100),
+    ],
+)  # fmt: skip
+def test_superni_metrics_by_hand(metric, prediction, references, expected):
+    assert score(metric, [prediction], examples(references)) == pytest.approx(expected)
+
+
+def test_superni_metrics_are_averaged_over_examples_not_references():
+    gold = examples(("red fox", "red", "fox"), "blue")
+    assert score("SuperNI-EM", ["fox", "green"], gold) == 50
+    assert score("Rouge-L", ["red fox", "green"], gold) == 50
+
+
+def test_accuracy_of_choices_is_exact():
+    gold = [Example("q", ("Yes",), ("Yes", "yes", "No"), 0)] * 4
+    assert score("Rank-ACC", ["Yes", "yes", "No", "Yes"], gold) == 50
+
+
+@pytest.mark.parametrize("name, split", [("t0", "0"), ("superni", "0"), ("crossfit", "13")])
+def test_gold_answers_of_the_bundled_samples_score_100(name, split, tmp_path, monkeypatch):
+    """Every task, each of its metrics, each of the references."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)  # tables are not written to the user's cache
+    benchmark = data.load(name, str(Path(evaluate.__file__).parent / "assets" / "samples" / name), split)
+    tasks = [task for part in (benchmark.train, benchmark.dev, benchmark.test) for task in part if len(task.test)]
+    assert len(tasks) >= 8
+    for task in tasks:
+        test = list(task.test)
+        by_choice = task.metric == "Rank-ACC"
+        gold = [e.choices[e.label] if by_choice else e.outputs[0] for e in test]
+        last = gold if by_choice or task.metric == "Pearson-Correlation" else [e.outputs[-1] for e in test]
+        for metric in (task.metric, *task.also):
+            assert score(metric, gold, test) == pytest.approx(100), (task.name, metric)
+            assert score(metric, last, test) == pytest.approx(100), (task.name, metric)
+            assert score(metric, gold[1:] + gold[:1], test) < 99, (task.name, metric)  # others' answers do not
+
+
 # --- Generation -------------------------------------------------------------------------------------------------------
 
 TASKS, LENGTHS = 4, (24, 6)
@@ -363,6 +428,141 @@ def test_evaluate_tasks_uses_the_tasks_metric(model, tokenizer, inputs):
     tasks = [Task("right", "ACC", [], [], same), Task("wrong", "Rouge-L", [], [], inputs)]
     scores = evaluate_tasks(model, tokenizer, tasks, [1, 1], LENGTHS)
     assert scores == {"right": 100.0, "wrong": 0.0}
+
+
+# --- Choosing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def questions():
+    """12 examples with 2 to 5 choices of 1 to 5 letters."""
+    rng = random.Random(2)
+    word = lambda most: "".join(rng.choices(string.ascii_lowercase, k=rng.randint(1, most)))  # noqa: E731
+    choices = [tuple(dict.fromkeys(word(5) for _ in range(2 + k % 4))) for k in range(12)]
+    return [Example(word(20), (c[0],), c, 0) for c in choices]
+
+
+@torch.no_grad()
+def chosen_one_by_one(model, tokenizer, questions, ids) -> list[str]:
+    """The oracle: every choice alone as the labels of its input; the smallest mean loss over tokens wins."""
+    texts = []
+    for example, task in zip(questions, ids, strict=True):
+        losses = []
+        for choice in example.choices:
+            labels = tokenizer(choice, return_tensors="pt").input_ids
+            with task_ids([task]):
+                losses.append(model(**tokenizer(example.input, return_tensors="pt"), labels=labels).loss.item())
+        texts.append(example.choices[losses.index(min(losses))])
+    return texts
+
+
+def test_choosing_keeps_order_and_tasks_whatever_the_batch_size(model, tokenizer, questions):
+    expected = chosen_one_by_one(model, tokenizer, questions, IDS)
+    assert chosen_one_by_one(model, tokenizer, questions, [0] * 12) != expected  # the tasks matter
+    assert [q.choices.index(text) for q, text in zip(questions, expected, strict=True)] != [0] * 12
+    for batch_size in (1, 5, 64):
+        assert predict(model, tokenizer, questions, IDS, LENGTHS, batch_size, by_choice=True) == expected
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_choosing_is_without_noise_and_restores_the_mode(model, tokenizer, questions, training):
+    expected = predict(model.eval(), tokenizer, questions, IDS, LENGTHS, 8, by_choice=True)
+    model.train(training)
+    try:
+        assert predict(model, tokenizer, questions, IDS, LENGTHS, 8, by_choice=True) == expected
+        assert all(module.training == training for module in model.modules())
+    finally:
+        model.eval()
+
+
+def test_all_scores_mixes_choosing_and_generating(model, tokenizer, inputs, questions):
+    """Each task's gold is what its own adapter gives, so that only that adapter scores 100."""
+    ids = [2, 0, 3, 1]
+    written = {t: one_by_one(model, tokenizer, inputs, [t] * 12) for t in (0, 1)}
+    taken = {t: chosen_one_by_one(model, tokenizer, questions, [t] * 12) for t in (2, 3)}
+    gold = {t: [e._replace(outputs=(text,)) for e, text in zip(inputs, written[t], strict=True)] for t in written}
+    gold |= {t: [e._replace(outputs=(text,)) for e, text in zip(questions, taken[t], strict=True)] for t in taken}
+    metric = {0: "exact", 1: "exact", 2: "Rank-ACC", 3: "Rank-ACC"}
+    tasks = [Task(f"t{t}", metric[t], [], [], gold[t]) for t in ids]
+    scores = all_scores(model, tokenizer, tasks, ids, LENGTHS, batch_size=5)
+    assert list(scores.items()) == [(f"t{t}", {metric[t]: 100.0}) for t in ids]  # in the order of the tasks
+    others = all_scores(model, tokenizer, tasks, [3, 1, 2, 0], LENGTHS, batch_size=5)
+    assert all(values[metric[t]] < 100 for t, values in zip(ids, others.values(), strict=True))
+
+
+def test_all_scores_reports_further_metrics(model, tokenizer, inputs):
+    texts = one_by_one(model, tokenizer, inputs[:2], [1, 1])
+    gold = [Example(e.input, (f"the {p}",)) for e, p in zip(inputs[:2], texts, strict=True)]
+    scores = all_scores(model, tokenizer, [Task("a", "EM", [], [], gold, also=("exact", "ACC"))], [1], LENGTHS)
+    assert list(scores["a"].items()) == [("EM", 100.0), ("exact", 0.0), ("ACC", 0.0)]  # the main metric first
+    assert main_scores(scores) == {"a": 100.0}
+
+
+@pytest.mark.parametrize("metric", ["exact", "Rank-ACC"])
+def test_all_scores_names_a_task_without_examples(model, tokenizer, inputs, metric):
+    tasks = [Task("full", "exact", [], [], inputs), Task("empty", metric, [], [], [])]
+    with pytest.raises(UserError, match="empty has no test examples"):
+        all_scores(model, tokenizer, tasks, [0, 1], LENGTHS)
+
+
+# --- Without a model: constant answers, groups, the printed table -----------------------------------------------------
+
+
+def test_constant_score_is_the_most_frequent_training_output():
+    train = examples("red", ("blue", "red", "red"), ("blue", "green"), "green")  # the first outputs count
+    test = examples("blue", "red", ("red", "blue"), "a blue")
+    task = Task("a", "exact", train, [], test, also=("EM",))
+    assert constant_scores([task]) == {"a": {"exact": 50.0, "EM": 75.0}}
+    assert constant_scores([task], limit=1) == {"a": {"exact": 100.0, "EM": 100.0}}
+
+
+def test_constant_choice_is_the_most_frequent_place():
+    """The texts of choices change from example to example; a place that is too far back is the last one."""
+    train = [Example("q", (c[k],), c, k) for c, k in [("ab", 0), ("cde", 2), ("fgh", 2)]]
+    test = [Example("q", (c[k],), tuple(c), k) for c, k in [("ijk", 2), ("lm", 1), ("nop", 0), ("qrst", 3)]]
+    scores = constant_scores([Task("a", "Rank-ACC", train, [], test), Task("b", "Rank-ACC", train[:1], [], test)])
+    assert scores == {"a": {"Rank-ACC": 50.0}, "b": {"Rank-ACC": 25.0}}  # a: k and m are right; b: n
+
+
+def test_constant_scores_on_the_samples_choices():
+    """copa's two choices and rte's are balanced: always the same place is near 50."""
+    sample = Path(evaluate.__file__).parent / "assets" / "samples" / "t0"
+    scores = constant_scores(data.load("t0", str(sample), "0", ("test",)).test)
+    assert set(scores) == {"copa", "rte"} and all(30 <= values["Rank-ACC"] <= 70 for values in scores.values())
+
+
+def test_groups_by_hand():
+    tasks = [Task(name, "EM", [], [], [], group=group) for name, group in zip("abcd", ["z", "y", "z", ""], strict=True)]
+    found = by_group({"a": 10.0, "b": 20.0, "c": 40.0, "d": 90.0}, tasks)
+    assert list(found.items()) == [("y", 20.0), ("z", 25.0)]  # sorted; a task of no group is in none
+    assert by_group({"d": 90.0}, tasks[3:]) == {}
+
+
+def test_printed_scores_by_hand(capsys):
+    scores = {
+        "short": {"Rouge-L": 50.04, "EM": 0.0},
+        "a longer name": {"Rouge-L": 100.0, "EM": 25.0},
+        "c": {"ACC": 9.0},
+    }
+    print_scores(scores, {"group": 75.0})
+    width = len("mean of main metrics")
+    assert capsys.readouterr().out.splitlines() == [
+        f"{'short':{width}}  Rouge-L 50.0  EM 0.0",
+        f"{'a longer name':{width}}  Rouge-L 100.0  EM 25.0",
+        f"{'c':{width}}  ACC 9.0",
+        f"{'[group]':{width}}  75.0",
+        f"{'mean of main metrics':{width}}  53.0",  # (50.04 + 100 + 9) / 3
+        f"{'mean Rouge-L':{width}}  75.0",
+        f"{'mean EM':{width}}  12.5",  # of the tasks that have it
+        f"{'mean ACC':{width}}  9.0",
+    ]
+
+
+def test_printed_scores_of_one_metric_are_short_and_aligned(capsys):
+    print_scores({"a name that is longer than the last line": {"ACC": 1.0}, "b": {"ACC": 2.0}}, {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines] == ["1.0", "2.0", "1.5"]
+    assert {line.rindex("  ") for line in lines} == {len("a name that is longer than the last line")}
 
 
 # --- Comparison -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Experiments: each is a command, `python -m experiments.NAME`, whose results are in results/."""

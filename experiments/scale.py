@@ -1,0 +1,98 @@
+"""Memory and time to the first batch, from ten thousand to five million rows.
+
+    python -m experiments.scale                 prints the table of results/scale.md
+
+Writes P3-format parquet files (10 configs of the training mixture, short random texts) to a temporary folder, then
+reads them in a fresh process for each size, as `train.py` does: `data.load`, and 200 batches of 16. Two peaks: "own"
+memory, which the process holds (RssAnon, sampled every 10 ms), and with it the pages of memory-mapped files that it has
+touched, which belong to the system's file cache and are dropped when something else needs the memory. Linux only.
+"""
+
+import argparse
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+SIZES = (10_000, 100_000, 1_000_000, 5_000_000)
+CONFIGS = 10
+
+
+def write_rows(folder: Path, rows: int, chunk: int = 100_000):
+    """Write `rows` rows over CONFIGS folders with one train.parquet each, a chunk at a time."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from benchmarks.t0 import TRAIN
+
+    rng = np.random.default_rng(0)
+    for listed in [task for task in TRAIN if not task.choices][:CONFIGS]:
+        path = folder / listed.config / "train.parquet"
+        path.parent.mkdir(parents=True)
+        schema = pa.schema([("inputs_pretokenized", pa.string()), ("targets_pretokenized", pa.string())])
+        with pq.ParquetWriter(path, schema) as writer:
+            for start in range(0, rows // CONFIGS, chunk):
+                numbers = range(start, min(start + chunk, rows // CONFIGS))
+                lengths = rng.integers(5, 40, len(numbers))
+                inputs = [f"row {n}: {'some words ' * k}" for n, k in zip(numbers, lengths, strict=True)]
+                writer.write_table(pa.table([inputs, [f"answer {n}" for n in numbers]], schema=schema))
+
+
+def own_memory() -> float:
+    """What this process holds beside mapped files, in MB."""
+    return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def watch(peak: list[float]):
+    """Keep the largest own memory in peak[0], for ever."""
+    while True:
+        peak[0] = max(peak[0], own_memory())
+        time.sleep(0.01)
+
+
+def read_rows(folder: str):
+    """In a process of its own: load, draw batches, print "rows seconds-to-first-batch own-MB all-MB"."""
+    begin, own = time.monotonic(), [0.0]
+    threading.Thread(target=watch, args=(own,), daemon=True).start()
+    import benchmarks.t0
+    import data
+
+    benchmarks.t0.TRAIN[:] = [task._replace(cap=10**9) for task in benchmarks.t0.TRAIN]  # no caps: all rows
+    tasks = data.load("t0", folder, parts=("train",)).train
+    batches = data.batches(tasks, batch_size=16, seed=0)
+    next(batches)
+    first = time.monotonic() - begin
+    for _ in range(199):
+        next(batches)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
+    print(sum(len(task.train) for task in tasks), f"{first:.1f} {own[0]:.0f} {peak:.0f}")
+
+
+def main(sizes: tuple[int, ...]):
+    print("      rows   run  s to first batch  peak own MB  with mapped files MB")
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            write_rows(Path(folder) / "p3", size)
+            environment = os.environ | {"HF_DATASETS_CACHE": f"{folder}/cache"}
+            command = [sys.executable, "-m", "experiments.scale", "--read", folder]
+            for run in ("first", "later"):  # the first converts parquet to Arrow, later ones find it in the cache
+                done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+                rows, seconds, own, everything = done.stdout.split()[-4:]
+                print(f"{int(rows):>10,} {run:>5} {seconds:>17} {own:>12} {everything:>21}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--read", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=int, nargs="+", default=SIZES, help="sizes to measure")
+    arguments = parser.parse_args()
+    if arguments.read:
+        read_rows(arguments.read)
+    else:
+        main(tuple(arguments.rows))
