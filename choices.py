@@ -47,7 +47,10 @@ def _encoder_decoder_logits(model: nn.Module, source: dict, tokens: Tensor, c: i
 
 
 def _decoder_only_logits(model: nn.Module, source: dict, tokens: Tensor, c: int) -> Tensor:
-    """The same for one stack: the input (padded on the left) runs once, and the choices go on from its cache."""
+    """The same for one stack: the input (padded on the left) runs once, and the choices go on from its cache.
+
+    In training with Gumbel noise the two calls draw their own; T0's recipe has none.
+    """
     mask = source["attention_mask"]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     prefix = model(**source, position_ids=positions, use_cache=True)

@@ -209,7 +209,9 @@ def _score_held_out(cfg: Config, folder: Path, adapt):
     split = recipe(FEW_SHOT, base.dataset, base.method).get("split", "0")[0]  # only t0's test examples depend on it
     tasks = adapt.choose_tasks(adapt.train.load_tasks(base, split, ("test",)), "all")
     if cfg.constant:
-        tasks = [task for task in tasks if task.train]
+        tasks = [task for task in tasks if task.train and task.test]
+        if not tasks:
+            raise UserError("--constant: no held-out task has training and test examples here, leave the flag out")
         return constant_scores(tasks, cfg.test_examples), tasks
     model, tokenizer = adapt.load_run(folder, base)
     adapt.prepare(model, "all", base.adapter)

@@ -228,7 +228,7 @@ def test_gradients_equal_those_of_every_pair_alone(name, method):
     assert_close(loss, naive)
     assert {key.rsplit(".", 1)[1] for key in found} == {"A", "B", "Z"}
     for key, gradient in found.items():
-        assert difference(gradient, expected[key]) < 1e-3, key
+        assert difference(gradient, expected[key]) < 1e-4, key
         if key.endswith(".Z"):
             assert len(gradient) == TASKS and torch.all(gradient[2] == 0), key  # task 2 is not in the batch
             assert all(gradient[t].any() for t in IDS), key

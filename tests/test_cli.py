@@ -47,8 +47,9 @@ IA3_SIZE = 18 * 128 + 6 * 256  # keys and values at their output, the second fee
 FULL_SIZE = 1_231_232
 
 SMALL = dict(
-    dataset="strings", batch_size=8, steps=8, max_input=16, max_output=8, eval_examples=2, log_every=3, lr=0.05
-)
+    dataset="strings", rank=2, skills=8, batch_size=8, steps=8, max_input=16, max_output=8, eval_examples=2,
+    log_every=3, lr=0.05,
+)  # fmt: skip
 FEW = dict(steps=4, eval_every=2, batch_size=32, shots=8, test_examples=3, lr=0.02, lr_z=0.5)
 ADAMW = train.Config(optimizer="adamw", lr=0.01, lr_z=0.5, weight_decay=0.1)
 METHODS = {

@@ -276,6 +276,7 @@ REAL_TASK = {"t0": "copa", "superni": "task1622_disfl_qa_text_modication", "cros
 @pytest.fixture(scope="module")
 def backbones(folder) -> dict[str, str]:
     """A random T5, BART and Llama of two layers, saved with a tokenizer whose tokens are bytes."""
+    torch.manual_seed(0)
     ends = dict(vocab_size=384, pad_token_id=0, eos_token_id=1)
     made = {
         "t5": T5ForConditionalGeneration(T5Config(
@@ -309,8 +310,7 @@ def test_real_files(folder, backbones, dataset, name):
     assert list(result["tasks"]) == [task] and result["parameters"]["routing"] > 0
     log = [json.loads(line) for line in (few / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [2] and 0 < log[0]["loss"] < 100
-    again, _ = said_by(lambda flags: score_again(few, **flags), dict(test_examples=2))
-    assert again == result["tasks"]
+    assert score_again(few, test_examples=2) == result["tasks"]
 
 
 # --- Recipes ----------------------------------------------------------------------------------------------------------
@@ -426,8 +426,8 @@ def test_every_flag_of_few_shot_overrides_its_recipe_and_nothing_else(tmp_path, 
             continue
         value = another(field, getattr(plain, field.name))
         cfg = by_flag(adapt, FEW_SHOT, field, value, checkpoint=checkpoint)
-        assert tuple(value) == tuple(getattr(cfg, field.name)) if field.type is tuple else True
-        assert field.type is tuple or getattr(cfg, field.name) == value
+        got = getattr(cfg, field.name)
+        assert (tuple(got) if field.type is tuple else got) == value
         left = {name for name in vars(plain) if getattr(cfg, name) != getattr(plain, name)}
         assert left <= {field.name, *(("output_dir",) if field.name == "variant" else ())}
 
@@ -667,8 +667,8 @@ def test_a_task_without_train_examples_is_named_and_left_out(flows, tmp_path):
     for split in ("13", "42"):
         assert f"left out, for they lack train, dev or test examples in split {split}: task1_hundred\n" in said
     assert score_again(tmp_path / "few") == result["tasks"]
-    assert list(score_again(Path(run), data_dir=folder, zero_shot=True, test_examples=2)) == list(superni._names(
-        tmp_path / "data" / "splits" / "default" / "test_tasks.txt"))  # fmt: skip
+    zero_shot = score_again(Path(run), data_dir=folder, zero_shot=True, test_examples=2)
+    assert list(zero_shot) == ["task1_hundred", "task2_more"]  # that needs no train examples
     assert list(score_again(Path(run), data_dir=folder, constant=True)) == ["task2_more"]
 
     alone = write_superni(tmp_path / "alone", {"task1_hundred": 100})
