@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from config import (
     FEW_SHOT, UserError, check_ranges, describe, exit_on_user_error, explicit_flags, flag, new_run_folder,
-    read_config, recipe, write_json,
+    read_config, recipe, refuse_used, write_json,
 )  # fmt: skip
 
 
@@ -214,14 +214,16 @@ def adapt(cfg: Config) -> dict:
     check_ranges(cfg)
     if cfg.steps == 0:
         raise UserError("--steps must be above 0, not 0")
+    refuse_used(cfg.output_dir)
+    print(describe(cfg))
     base = train_config(cfg)
+    train.warn_if_too_large(base)
     splits = {split: tasks_to_adapt(base, split, cfg) for split in cfg.split}
     torch.manual_seed(cfg.seed)
     model, tokenizer = load_run(Path(cfg.checkpoint), base)
     prepare(model, cfg.variant, base.adapter)
     folder = new_run_folder(cfg.output_dir)
     write_json(folder / "config.json", dataclasses.asdict(cfg))
-    print(describe(cfg))
     counts = train.count_parameters(model)
     number = len(next(iter(splits.values())))
     print(f"{number} tasks in {len(splits)} splits; trainable for each:", *(f"{k} {n:,}" for k, n in counts.items()))
@@ -278,19 +280,22 @@ def _set(parameters: list[nn.Parameter], values: list[torch.Tensor]):
 def summary(results: dict[str, dict]) -> dict:
     """Scores over splits. results: {split: what `adapt_split` returns}.
 
-    mean_before, mean: over tasks, then over splits; std, median: of the splits' means (std of one split is 0);
-    before, tasks: {task: mean over the splits that have it}; splits: the results themselves.
+    mean_before, mean: over tasks, then over splits. std: of the splits' means (0 for one split). before, tasks, groups:
+    {task or group: mean over the splits that have it}. medians: {task: median over splits}, and median, their mean:
+    what the papers report for T0. splits: the results themselves.
     """
 
-    def by_task(key: str) -> dict[str, float]:
+    def over_splits(key: str, average=statistics.fmean) -> dict[str, float]:
         names = dict.fromkeys(name for result in results.values() for name in result[key])
-        return {n: statistics.fmean(r[key][n] for r in results.values() if n in r[key]) for n in names}
+        return {n: average([r[key][n] for r in results.values() if n in r[key]]) for n in names}
 
     means = [mean(result["tasks"]) for result in results.values()]
+    medians = over_splits("tasks", statistics.median)
     return {
         "mean_before": statistics.fmean(mean(result["before"]) for result in results.values()),
         "mean": statistics.fmean(means), "std": statistics.stdev(means) if len(means) > 1 else 0.0,
-        "median": statistics.median(means), "before": by_task("before"), "tasks": by_task("tasks"), "splits": results,
+        "median": mean(medians), "before": over_splits("before"), "tasks": over_splits("tasks"), "medians": medians,
+        "groups": over_splits("groups"), "splits": results,
     }  # fmt: skip
 
 
@@ -301,7 +306,9 @@ def train_config(cfg: Config) -> train.Config:
     base = read_config(train.Config, Path(cfg.checkpoint) / "config.json")
     if cfg.variant != "all" and base.method not in ("poly", "mhr"):
         raise UserError(f"--variant {cfg.variant} needs a run of method poly or mhr, {cfg.checkpoint} is {base.method}")
-    return dataclasses.replace(base, data_dir=cfg.data_dir or base.data_dir, device=train.pick_device(cfg.device))
+    device = train.pick_device(cfg.device)
+    precision = base.precision if device == "cuda" else "fp32"  # as in train.make_config
+    return dataclasses.replace(base, data_dir=cfg.data_dir or base.data_dir, device=device, precision=precision)
 
 
 def save_task(model, tokenizer, base: train.Config, folder: Path, name: str):

@@ -18,6 +18,7 @@ from pathlib import Path
 # A run's defaults: what its data set says, then what its (data set, method) says. Sources: the papers' appendices and
 # the MHR authors' configuration files (README, "Recipes"); "strings" is ours, tuned on its dev compositions
 # (results/strings.md). Warm-up is a share of the steps, here 1,500 of SuperNI's 25,000.
+# Full fine-tuning holds its weights in fp32: in bfloat16 most updates at such rates round to nothing.
 PRETRAINING = {
     "strings": dict(
         backbone="tiny", rank=4, skills=4, routing="gumbel", steps=1500, epochs=0, batch_size=64, optimizer="adamw",
@@ -45,8 +46,8 @@ PRETRAINING = {
         clip=1.0, max_input=512, max_output=64, precision="fp32", eval_examples=0,
     ),
     ("strings", "full"): dict(lr=1e-3),
-    ("t0", "full"): dict(lr=1e-4),
-    ("superni", "full"): dict(lr=5e-5),
+    ("t0", "full"): dict(lr=1e-4, precision="fp32"),
+    ("superni", "full"): dict(lr=5e-5, precision="fp32"),
     ("crossfit", "full"): dict(lr=3e-5),
 }  # fmt: skip
 FEW_SHOT = {
@@ -152,11 +153,16 @@ def exit_on_user_error(main, *args):
 # --- Run folders ------------------------------------------------------------------------------------------------------
 
 
+def refuse_used(path: str):
+    """Raise UserError if a folder already holds a run: nothing is ever overwritten."""
+    if (Path(path) / "config.json").exists():
+        raise UserError(f"--output-dir {path} already holds a run: choose another folder or delete this one")
+
+
 def new_run_folder(path: str) -> Path:
-    """Make a run's folder. Raises UserError if it already holds a run: nothing is ever overwritten."""
+    """Make a run's folder. Raises UserError if it already holds a run."""
+    refuse_used(path)
     folder = Path(path)
-    if (folder / "config.json").exists():
-        raise UserError(f"--output-dir {folder} already holds a run: choose another folder or delete this one")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

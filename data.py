@@ -272,9 +272,13 @@ def encode_inputs(examples: list[Example], tokenizer, limit: int) -> list[list[i
 
 
 def encode_outputs(outputs: list[str], tokenizer, encoder_decoder: bool, limit: int) -> list[list[int]]:
-    """Token ids of outputs, at most `limit` each, with the end-of-text token that the model must learn to say."""
+    """Token ids of outputs, at most `limit` each, with the end-of-text token that the model must learn to say.
+
+    After the input of a decoder-only model an output starts with a space, which such models expect before a word.
+    """
     if encoder_decoder:
         return tokenizer(text_target=outputs, truncation=True, max_length=limit).input_ids
+    outputs = [output if output[:1].isspace() else f" {output}" for output in outputs]
     rows = tokenizer(outputs, truncation=True, max_length=limit - 1, add_special_tokens=False).input_ids
     return [row + [tokenizer.eos_token_id] for row in rows]
 

@@ -20,6 +20,7 @@ class Config:
     """Score a run, or compare runs."""
 
     checkpoint: str = flag("", "run folder of train.py or adapt.py to score")
+    split: str = flag("", "which few-shot examples, for --constant and t0; none: the first of the recipe's")
     zero_shot: bool = flag(False, "score a pre-training run on the held-out tasks without adaptation")
     constant: bool = flag(False, "score the answer that is most frequent in training on each held-out task")
     compare: tuple = flag((), "run folders to compare in one table, instead of scoring")
@@ -78,11 +79,16 @@ def predict(
 
 
 def generate(model, tokenizer, examples: list[Example], max_input: int, max_output: int, beams: int = 1) -> list[str]:
-    """The outputs of one batch, within a `task_ids` context of its examples."""
+    """The outputs of one batch, within a `task_ids` context of its examples.
+
+    Nothing of the backbone's own generation settings is used (facebook/bart-large's, for one, forbid an output to say
+    three tokens twice).
+    """
     encoder_decoder = model.config.is_encoder_decoder
     batch = collate(examples, None, tokenizer, encoder_decoder, max_input, max_output)
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    out = model.generate(**batch, max_new_tokens=max_output, num_beams=beams, do_sample=False)
+    plain = dict(no_repeat_ngram_size=0, repetition_penalty=1.0, length_penalty=1.0, early_stopping=False, min_length=0)
+    out = model.generate(**batch, max_new_tokens=max_output, num_beams=beams, do_sample=False, **plain)
     out = out if encoder_decoder else out[:, batch["input_ids"].shape[1] :]
     return tokenizer.batch_decode(out, skip_special_tokens=True)
 
@@ -199,14 +205,17 @@ def _score_pretrained(cfg: Config, folder: Path, adapt):
     if not ids:
         raise UserError(f"--checkpoint {folder}: its training tasks have no test examples")
     model, tokenizer = adapt.load_run(folder, base)
-    tasks, lengths = [tasks[t] for t in ids], (base.max_input, base.max_output)
-    return all_scores(model, tokenizer, tasks, ids, lengths, cfg.test_examples, cfg.batch_size, cfg.beams), tasks
+    scores, lengths = {}, (base.max_input, base.max_output)
+    for few in (ids[k : k + 16] for k in range(0, len(ids), 16)):  # t0's 313 tasks have too many rows to hold at once
+        some = [tasks[t] for t in few]
+        scores |= all_scores(model, tokenizer, some, few, lengths, cfg.test_examples, cfg.batch_size, cfg.beams)
+    return scores, [tasks[t] for t in ids]
 
 
 def _score_held_out(cfg: Config, folder: Path, adapt):
     """The held-out tasks, under a fresh row of Z or by their most frequent answer: (scores, tasks)."""
     base = _run_config(cfg, folder, adapt)
-    split = recipe(FEW_SHOT, base.dataset, base.method).get("split", "0")[0]  # only t0's test examples depend on it
+    split = cfg.split or recipe(FEW_SHOT, base.dataset, base.method).get("split", "0")[0]
     tasks = adapt.choose_tasks(adapt.train.load_tasks(base, split, ("test",)), "all")
     if cfg.constant:
         tasks = [task for task in tasks if task.train and task.test]
@@ -236,13 +245,15 @@ def _score_adapted(cfg: Config, folder: Path, adapt):
     return means, list(tasks.values())
 
 
-SAME_RUN = ("seed", "split", "checkpoint", "output_dir", "data_dir", "device", "log_every")  # may differ in a group
+# What may differ in a group of runs.
+SAME_RUN = ("seed", "split", "checkpoint", "output_dir", "data_dir", "device", "precision", "log_every")
 
 
 def compare(folders: tuple[str, ...]) -> str:
     """One aligned table over finished run folders: a line for each group of runs that differ in seed and split only.
 
-    Columns: what ran, data set, trained parameters (per task, for an adaptation), runs, score before adaptation and
+    Columns: what ran, data set, trained parameters (per task, for an adaptation), runs (each split of an adaptation
+    counts as one), score before adaptation and
     score (mean over tasks, then mean +- standard deviation over runs), seconds. What is not the recipe's is in the
     first column. Folders without result.json are named below the table.
     """
@@ -255,7 +266,7 @@ def compare(folders: tuple[str, ...]) -> str:
             label, dataset = _label(folder)
             result = read_json(folder / "result.json")
             trained = sum(result["parameters"].values())
-            groups[label, dataset, trained].append([result.get(k) for k in ("mean_before", "mean", "seconds")])
+            groups[label, dataset, trained] += _samples(result)
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"--compare {folder} is no run folder of this version") from None
     lines = [("run", "data set", "trained", "runs", "before", "score", "seconds")]
@@ -264,6 +275,14 @@ def compare(folders: tuple[str, ...]) -> str:
         columns = _mean_std(before), _mean_std(after), f"{statistics.fmean(seconds):.0f}"
         lines.append((label, dataset, f"{trained:,}", str(len(runs)), *columns))
     return _aligned(lines) + (f"\nwithout result.json: {', '.join(unfinished)}" if unfinished else "")
+
+
+def _samples(result: dict) -> list[tuple]:
+    """(score before, score, seconds) of a pre-training run, or of each split of an adaptation."""
+    if "splits" not in result:
+        return [(None, result.get("mean"), result["seconds"])]
+    splits = result["splits"].values()
+    return [(mean(split["before"]), mean(split["tasks"]), result["seconds"] / len(splits)) for split in splits]
 
 
 def _label(folder: Path) -> tuple[str, str]:
@@ -275,23 +294,21 @@ def _label(folder: Path) -> tuple[str, str]:
     adapted = "checkpoint" in config
     base = read_json(Path(config["checkpoint"]) / "config.json") if adapted else config
     method, dataset = base["method"], base["dataset"]
-    words = [method]
+    words = [_label(Path(base["from_run"]))[0], f"-> {base['steps']} steps of"] if base["from_run"] else []
+    words += [method]
     words += [f"h={base['heads']}"] if method == "mhr" else []
     words += [f"r={base['rank']}"] if method != "full" and base["adapter"] == "lora" else []
     words += [f"-> {config['variant']}"] if adapted else []
     shown = {"method", "dataset", "heads", "rank", "variant", *SAME_RUN}
-    words += _changed(
-        base,
-        asdict(train.Config(adapter=base["adapter"] if method == "ia3" else "lora"))
-        | recipe(PRETRAINING, dataset, method),
-        shown,
-    )
+    adapter = dict(adapter=base["adapter"]) if method == "ia3" else {}
+    if not base["from_run"]:  # else the label of that run has said it
+        words += _changed(base, asdict(train.Config(**adapter)) | recipe(PRETRAINING, dataset, method), shown)
     words += _changed(config, asdict(adapt.Config()) | recipe(FEW_SHOT, dataset, method), shown) if adapted else []
     return " ".join(words), dataset
 
 
 def _changed(config: dict, recipe: dict, shown: set[str]) -> list[str]:
-    return [f"{k}={v}" for k, v in config.items() if k not in shown and v != recipe[k]]
+    return [f"{k}={v}" for k, v in config.items() if k not in shown and v not in ("", recipe[k])]
 
 
 def _mean_std(values: list[float]) -> str:

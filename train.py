@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from config import (
     PRETRAINING, UserError, check_ranges, describe, exit_on_user_error, explicit_flags, flag, new_run_folder,
-    read_config, recipe, write_json,
+    read_config, read_json, recipe, refuse_used, write_json,
 )  # fmt: skip
 
 METHODS = ("full", "lora", "ia3", "shared", "poly", "mhr", "mu")
@@ -80,8 +80,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import Adafactor
 
 import data
 from evaluate import evaluate_tasks, mean
@@ -105,6 +105,8 @@ def make_optimizer(model: nn.Module, cfg) -> torch.optim.Optimizer:
     ]
     groups = [group for group in groups if group["params"]]
     if cfg.optimizer == "adafactor":  # T-Few's and MHR's setting: no relative steps, no scaling by the parameters' size
+        from transformers import Adafactor  # here: it takes seconds to import, and peft where that is installed
+
         return Adafactor(groups, scale_parameter=False, relative_step=False, warmup_init=False)
     return torch.optim.AdamW(groups)
 
@@ -119,7 +121,12 @@ def batch_loss(model, tokenizer, items: list[data.Item], max_input: int, max_out
     """Cross-entropy averaged over the output tokens of a batch: a scalar. Texts are cut to max_input, max_output."""
     examples, outputs = [item.example for item in items], [item.output for item in items]
     batch = data.collate(examples, outputs, tokenizer, model.config.is_encoder_decoder, max_input, max_output)
-    return model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).loss
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    if not model.config.is_encoder_decoder:
+        return model(**batch).loss
+    labels = batch.pop("labels")  # not left to the model: T5 would take the loss of bfloat16 logits in bfloat16
+    logits = model(**batch, decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels)).logits
+    return cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
 
 def backward_in_parts(loss_of, items: list[data.Item], micro_batch: int) -> float:
@@ -149,6 +156,8 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 def train(cfg: Config) -> dict:
     """Pre-train as cfg says and write the run folder; returns what result.json holds."""
     check_ranges(cfg)
+    refuse_used(cfg.output_dir)
+    print(describe(cfg))
     warn_if_too_large(cfg)
     tasks = load_tasks(cfg, cfg.split, ("train",)).train
     examples = sum(len(task.train) for task in tasks)
@@ -166,7 +175,6 @@ def train(cfg: Config) -> dict:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     folder = new_run_folder(cfg.output_dir)
     write_json(folder / "config.json", dataclasses.asdict(cfg))
-    print(describe(cfg))
     counts = count_parameters(model)
     present = sum(1 for task in tasks if len(task.train))
     print(f"{present} training tasks, {examples:,} examples, {steps:,} steps; trainable:", end=" ")
@@ -174,7 +182,8 @@ def train(cfg: Config) -> dict:
 
     start = time.monotonic()
     model.train()
-    loss = train_steps(model, tokenizer, data.batches(tasks, cfg.batch_size, cfg.seed), steps, cfg, folder)
+    batches = data.batches(tasks, cfg.batch_size, cfg.seed, start=steps_before(cfg))
+    loss = train_steps(model, tokenizer, batches, steps, cfg, folder)
     seconds = time.monotonic() - start
     save_run(model, tokenizer, cfg, folder)
     result = {"steps": steps, "loss": loss, "seconds": round(seconds, 1), "parameters": counts}
@@ -202,6 +211,15 @@ def starting_point(cfg: Config, tasks: int):
     if cfg.method == "mu":
         average_skills(model, cfg.adapter)
     return model, tokenizer
+
+
+def steps_before(cfg: Config) -> int:
+    """How many batches of this very order --from-run has seen: training goes on after them. 0 if the order differs."""
+    if not cfg.from_run:
+        return 0
+    base = read_config(Config, Path(cfg.from_run) / "config.json")
+    same = (base.seed, base.batch_size, base.from_run) == (cfg.seed, cfg.batch_size, "")
+    return read_json(Path(cfg.from_run) / "result.json")["steps"] if same else 0
 
 
 LARGE = {  # the recipes' backbones: parameters in billions
@@ -302,7 +320,8 @@ def _config_from_run(start: Config, flags: dict) -> Config:
         raise UserError(
             f"--method {method} cannot go on from a run of method {base.method}: mu goes on from poly or mhr"
         )
-    return dataclasses.replace(base, **flags | {"method": method, "output_dir": start.output_dir})
+    own = {"method": method, "output_dir": start.output_dir, "device": start.device}  # not that of the run's machine
+    return dataclasses.replace(base, **flags | own)
 
 
 def pick_device(device: str) -> str:

@@ -103,7 +103,9 @@ def _train_tasks(folder: Path | None) -> list[Task]:
     if not rows:
         raise UserError(f"--data-dir {folder} holds test tasks only: give a folder with training tasks as well")
     if missing := len(TRAIN) - len(rows):
-        say_once(f"t0: {missing} of {len(TRAIN)} training tasks have no folder in {folder} and are left out")
+        say_once(
+            f"t0: {missing} of {len(TRAIN)} training tasks have no folder in {folder or REPOSITORY} and are left out"
+        )
     tasks = []
     for config, group, cap, choices in TRAIN:
         parts = rows.get(config, {})
@@ -132,12 +134,17 @@ def _test_tasks(folder: Path | None, root: Path, seed: str) -> list[Task]:
         say_once(f"t0: no rows or no few-shot file for {', '.join(left_out)} in {root}: left out")
     there = {task: sum(config in rows for config in TEST[task]) for task in tasks}
     if fewer := [f"{n} of {len(TEST[task])} of {task}" for task, n in there.items() if n < len(TEST[task])]:
-        say_once(f"t0: not all templates have a folder in {folder}, but {', '.join(fewer)}: the others are left out")
+        place = folder or REPOSITORY
+        say_once(f"t0: not all templates have a folder in {place}, but {', '.join(fewer)}: the others are left out")
     return [_test_task(task, {c: rows[c] for c in TEST[task] if c in rows}, files[task]) for task in tasks]
 
 
 def _test_task(task: str, templates: dict[str, dict[str, Rows]], few_shot: Path) -> Task:
-    """Learn from the few-shot rows under every template; score each validation row under one, always the same."""
+    """Learn from the few-shot rows under every template; score each validation row number under one, always the same.
+
+    A number is the same source row under all templates where these keep the source's order. Should the hub's differ,
+    the scored pairs are a sample of (row, template) in which a source row may stand twice or not at all.
+    """
     shots = _read_shots(few_shot, task)
     found = [_find(shots, config, parts, few_shot) for config, parts in templates.items()]
     train = [example for pairs in zip(*found, strict=True) for example in pairs]  # all templates of a row, the next row
@@ -194,7 +201,8 @@ def _find(shots: list[dict], config: str, parts: dict[str, Rows], few_shot: Path
     """
     found: dict[int, Example] = {}
     for rows in parts.values():
-        for batch in rows.table.iter(batch_size=1000):
+        batches = rows.table.iter(batch_size=1000)
+        for batch in tqdm(batches, desc=f"few-shot rows of {config}", unit="k rows", leave=False, disable=None):
             for values in zip(*batch.values(), strict=True):
                 row = dict(zip(batch, values, strict=True))
                 example, idx = rows.example(row), row.get("idx")
@@ -412,7 +420,7 @@ def _download(configs: list[str]) -> Path:
     """The folder of the hub's parquet files, with the splits that are needed of these configs; cached files stay.
 
     Not by datasets.load_dataset, which reads P3's list of 660 configs anew for each config (about 3 seconds, also when
-    all is cached) and downloads the test splits. Raises UserError if the hub does not answer or lacks a config.
+    all is cached) and downloads the test splits. Raises UserError if the hub does not answer or has none of them.
     """
     reach_hub()
     wanted = [
@@ -424,8 +432,8 @@ def _download(configs: list[str]) -> Path:
         folder = Path(
             huggingface_hub.snapshot_download(REPOSITORY, repo_type="dataset", revision=REVISION, allow_patterns=wanted)
         )
-        if absent := [config for config in configs if not (folder / config).is_dir()]:
-            raise FileNotFoundError(f"no files of {absent[0]}")
+        if not any((folder / config).is_dir() for config in configs):
+            raise FileNotFoundError(f"no files of {configs[0]}")
     except Exception as error:  # the library raises many kinds, some of them without a common base
         if huggingface_hub.constants.HF_HUB_OFFLINE:
             raise UserError(

@@ -183,7 +183,7 @@ def test_the_fingerprints_of_the_runs_differ(flows):
 
 def test_summary_by_hand():
     def split(before, tasks):
-        return {"before": before, "tasks": tasks}
+        return {"before": before, "tasks": tasks, "groups": {"all": sum(tasks.values())}}
 
     splits = {
         "1": split({"a": 0.0, "b": 10.0}, {"a": 10.0, "b": 30.0}),  # means 5 and 20
@@ -193,7 +193,8 @@ def test_summary_by_hand():
     result = adapt.summary(splits)
     assert result["mean_before"] == pytest.approx(17 / 3) and result["mean"] == pytest.approx(32)
     assert result["std"] == pytest.approx((((20 - 32) ** 2 + (50 - 32) ** 2 + (26 - 32) ** 2) / 2) ** 0.5)
-    assert result["median"] == 26
+    assert result["medians"] == {"a": 20.0, "b": 55.0} and result["median"] == 37.5  # of each task, then over tasks
+    assert result["groups"] == {"all": pytest.approx((40 + 100 + 26) / 3)}
     assert result["before"] == {"a": 1.0, "b": 15.0} and result["tasks"] == pytest.approx({"a": 56 / 3, "b": 55.0})
     assert result["splits"] == splits
     assert adapt.summary({"1": splits["1"]})["std"] == 0 and adapt.summary({"1": splits["1"]})["median"] == 20

@@ -206,7 +206,9 @@ def test_a_folder_gives_313_tasks_and_names_what_is_absent(tmp_path, capsys):
     assert isinstance(topic.train, data.Rows) and len(topic.dev) == len(topic.test) == 0
     assert list(words.dev) == list(words.test) == [data.Example("apple 8?", ("other words",))]
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == f"t0: 311 of 313 training tasks have no folder in {tmp_path} and are left out" and len(out) == 1  # said once
+    assert (
+        out[0] == f"t0: 311 of 313 training tasks have no folder in {tmp_path} and are left out" and len(out) == 1
+    )  # said once
 
 
 def test_the_cap_spreads_over_the_rows(tmp_path, monkeypatch):
