@@ -35,9 +35,9 @@ routed = pytest.mark.parametrize("method", ["poly", "mhr"])
 
 @cache
 def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
-    """A letter is a token; ids and special tokens are those of the family (`models.small_config`)."""
+    """A letter is a token, and a space; ids and special tokens are those of the family (`models.small_config`)."""
     special = {"t5": ["<pad>", "</s>", "<s>"], "bart": ["<s>", "<pad>", "</s>"]}.get(name, ["<pad>", "<s>", "</s>"])
-    tokenizer = Tokenizer(WordLevel({token: k for k, token in enumerate([*special, *string.ascii_lowercase])}))
+    tokenizer = Tokenizer(WordLevel({token: k for k, token in enumerate([*special, *string.ascii_lowercase, " "])}))
     tokenizer.pre_tokenizer = Split("", "isolated")
     around = {"t5": "$A </s>", "bart": "<s> $A </s>", "llama": "<s> $A", "gpt2": "$A"}[name]
     ids = [(token, k) for k, token in enumerate(special)]
@@ -57,7 +57,7 @@ def pair_alone(model, tokenizer, text: str, choice: str) -> Tensor:
         y = tokenizer(text_target=choice).input_ids
         logits = model(input_ids=torch.tensor([x]), labels=torch.tensor([y])).logits[0]
     else:
-        y = tokenizer(choice, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        y = tokenizer(f" {choice}" if choice else "", add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         logits = model(input_ids=torch.tensor([x + y]), use_cache=False).logits[0, len(x) - 1 : -1]
     return logits.log_softmax(-1)[range(len(y)), y]
 
@@ -239,7 +239,7 @@ def test_gradients_equal_those_of_every_pair_alone(name, method):
 def test_long_texts_are_cut(name):
     model, tokenizer = adapted(name, "mhr", "lora"), tokenizer_of(name)
     long = [Example("abcdefghij", ("x",), ("klmnop", "q")), Example("ab", ("x",), ("klmnop",))]
-    start, end = {"t5": (4, 2), "bart": (3, 1), "llama": (4, 2), "gpt2": (5, 2)}[name]  # letters beside special tokens
+    start, end = {"t5": (4, 2), "bart": (3, 1), "llama": (4, 1), "gpt2": (5, 1)}[name]  # letters beside other tokens
     cut = [Example("abcdefghij"[:start], ("x",), ("klmnop"[:end], "q")), Example("ab", ("x",), ("klmnop"[:end],))]
     log_p, mask = together(model, tokenizer, long, [3, 0], limits=(5, 3))
     expected, expected_mask = padded(pairs_alone(model, tokenizer, cut, [3, 0]))
@@ -266,7 +266,7 @@ def test_a_tokenizer_without_padding_token():
     assert tokenizer.pad_token_id is None
     log_p, mask = together(model, tokenizer)
     assert_close(log_p, together(model, tokenizer_of("gpt2"))[0])
-    assert mask[2, 0].tolist() == [True] * 4 + [False] * 3
+    assert mask[2, 0].tolist() == [True] * 5 + [False] * 3
 
 
 @models

@@ -33,7 +33,7 @@ import data
 import evaluate
 import metrics
 import train
-from backbone import build_model, tiny_from_scratch
+from backbone import build_model, load_backbone, tiny_from_scratch
 from benchmarks import crossfit, strings
 from config import FEW_SHOT, PRETRAINING, UserError
 from inject import adapter_parameters, routers
@@ -604,6 +604,29 @@ def test_choosing_tasks():
     assert adapt.choose_tasks(benchmark, "dev") == benchmark.dev
     names = [benchmark.test[3].name, benchmark.dev[1].name]
     assert [task.name for task in adapt.choose_tasks(benchmark, ",".join(names))] == names
+
+
+def test_a_folder_with_a_gguf_file_alone(tmp_path, monkeypatch):
+    """All three loaders are told the file's name; a folder with a config.json is an ordinary one."""
+    calls = []
+
+    def loader(kind, result):
+        monkeypatch.setattr(
+            f"backbone.{kind}.from_pretrained", lambda source, **o: calls.append((kind, source, o)) or result
+        )
+
+    loader("AutoConfig", LlamaConfig())
+    loader("AutoModelForCausalLM", nn.Linear(1, 1))
+    loader("AutoTokenizer", "tokenizer")
+    (tmp_path / "model.Q4.gguf").touch()
+    assert load_backbone(str(tmp_path), "cpu")[1] == "tokenizer"
+    assert [(kind, options.get("gguf_file")) for kind, _, options in calls] == [
+        (kind, "model.Q4.gguf") for kind in ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
+    ]
+    (tmp_path / "config.json").touch()
+    calls.clear()
+    load_backbone(str(tmp_path), "cpu")
+    assert len(calls) == 3 and not any("gguf_file" in options for _, _, options in calls)
 
 
 @pytest.mark.parametrize("name", ["mhr", "lora"])

@@ -289,23 +289,31 @@ def test_collate_encoder_decoder(tokenizer):
 
 
 def test_collate_decoder_only(tokenizer):
-    batch = collate(inputs_of(["ab", "abcd"]), ["xyz", "x"], tokenizer, False, 10, 10)
-    assert batch["input_ids"].tolist() == [token_ids("ab") + token_ids("xyz"), token_ids("abcd") + token_ids("x")]
-    assert batch["labels"].tolist() == [[-100] * 3 + token_ids("xyz"), [-100] * 5 + token_ids("x")]
-    assert batch["attention_mask"].tolist() == [[1] * 7, [1] * 7]
-    batch = collate(inputs_of(["ab", "a"]), ["xyz", "x"], tokenizer, False, 10, 10)
-    assert batch["input_ids"].tolist()[1] == token_ids("a") + token_ids("x") + [0] * 3
-    assert batch["labels"].tolist()[1] == [-100] * 2 + token_ids("x") + [-100] * 3
-    assert batch["attention_mask"].tolist()[1] == [1] * 4 + [0] * 3
+    batch = collate(inputs_of(["ab", "abcd"]), [" xyz", " x"], tokenizer, False, 10, 10)
+    assert batch["input_ids"].tolist() == [token_ids("ab") + token_ids(" xyz"), token_ids("abcd") + token_ids(" x")]
+    assert batch["labels"].tolist() == [[-100] * 3 + token_ids(" xyz"), [-100] * 5 + token_ids(" x")]
+    assert batch["attention_mask"].tolist() == [[1] * 8, [1] * 8]
+    batch = collate(inputs_of(["ab", "a"]), [" xyz", " x"], tokenizer, False, 10, 10)
+    assert batch["input_ids"].tolist()[1] == token_ids("a") + token_ids(" x") + [0] * 3
+    assert batch["labels"].tolist()[1] == [-100] * 2 + token_ids(" x") + [-100] * 3
+    assert batch["attention_mask"].tolist()[1] == [1] * 5 + [0] * 3
+
+
+@pytest.mark.parametrize("output", ["xyz", " xyz"])
+def test_an_output_starts_with_one_space_after_the_input_of_a_decoder_only_model(tokenizer, output):
+    batch = collate(inputs_of(["ab"]), [output], tokenizer, False, 10, 10)
+    assert batch["input_ids"].tolist() == [token_ids("ab") + token_ids(" xyz")]
+    batch = collate(inputs_of(["ab"]), [output], tokenizer, True, 10, 10)
+    assert batch["labels"].tolist() == [token_ids(output)]  # an encoder-decoder's output is as it is
 
 
 def test_collate_truncates(tokenizer):
     batch = collate(inputs_of(["abcdef"]), ["uvwxyz"], tokenizer, True, 4, 3)
     assert batch["input_ids"].shape == (1, 4) and batch["input_ids"].tolist()[0][:3] == token_ids("abc", end=False)
     assert batch["labels"].shape == (1, 3) and batch["labels"].tolist()[0][:2] == token_ids("uv", end=False)
-    batch = collate(inputs_of(["abcdef"]), ["uvwxyz"], tokenizer, False, 4, 3)
+    batch = collate(inputs_of(["abcdef"]), [" vwxyz"], tokenizer, False, 4, 3)
     assert batch["input_ids"].shape == (1, 4 + 3)
-    assert batch["labels"].tolist() == [[-100] * 4 + token_ids("uv")]  # cut, and still ended
+    assert batch["labels"].tolist() == [[-100] * 4 + token_ids(" v")]  # cut, and still ended
     batch = collate(inputs_of(["abcdef"]), None, tokenizer, True, 4, 3)
     assert batch["input_ids"].shape == (1, 4)
 
@@ -326,10 +334,10 @@ def test_collate_without_a_pad_token_pads_with_the_end_token(tokenizer):
         def __call__(self, *args, **kwargs):
             return tokenizer(*args, **kwargs)
 
-    batch = collate(inputs_of(["a", "abc"]), ["x", "x"], NoPad(), False, 10, 10)
-    assert batch["input_ids"].tolist()[0] == token_ids("a") + token_ids("x") + [1, 1]
-    assert batch["attention_mask"].tolist()[0] == [1] * 4 + [0, 0]
-    assert batch["labels"].tolist()[0] == [-100] * 2 + token_ids("x") + [-100, -100]
+    batch = collate(inputs_of(["a", "abc"]), [" x", " x"], NoPad(), False, 10, 10)
+    assert batch["input_ids"].tolist()[0] == token_ids("a") + token_ids(" x") + [1, 1]
+    assert batch["attention_mask"].tolist()[0] == [1] * 5 + [0, 0]
+    assert batch["labels"].tolist()[0] == [-100] * 2 + token_ids(" x") + [-100, -100]
 
 
 def random_model(encoder_decoder: bool):
@@ -357,7 +365,8 @@ def test_padding_does_not_change_the_loss(tokenizer, encoder_decoder):
             model(**collate(inputs_of([i]), [o], tokenizer, encoder_decoder, 20, 20)).loss
             for i, o in zip(inputs, outputs, strict=True)
         ]
-    tokens = torch.tensor([len(output) + 1.0 for output in outputs])
+    space = not encoder_decoder  # which is a token of the output there
+    tokens = torch.tensor([len(output) + space + 1.0 for output in outputs])
     torch.testing.assert_close(whole, (torch.stack(alone) * tokens).sum() / tokens.sum(), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(whole, torch.stack(alone).mean(), rtol=1e-4)  # so the weighting mattered
 

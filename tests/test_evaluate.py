@@ -585,6 +585,29 @@ def run_folder(path: Path, config: dict, **result) -> str:
     return str(path)
 
 
+def splits_of(*scores: float, before: float = 1.0) -> dict:
+    """The part "splits" of a result.json: one task, with this score in each split."""
+    return {str(k): {"before": {"a": before}, "tasks": {"a": score}} for k, score in enumerate(scores)}
+
+
+def test_compare_shows_the_deviation_over_splits(tmp_path):
+    base = run_folder(tmp_path / "base", TRAIN)
+    run = run_folder(
+        tmp_path / "z", ADAPT | {"checkpoint": base, "split": [0, 1, 2]}, splits=splits_of(50.0, 60.0, 64.0)
+    )
+    (line,) = body(compare((run,)))
+    assert re.split(r"  +", line)[3:] == ["3", "1.0 +- 0.0", "58.0 +- 7.2", "4"]
+
+
+def test_compare_takes_the_seeds_of_runs_that_go_on_together(tmp_path):
+    base = [run_folder(tmp_path / f"b{k}", TRAIN | {"seed": k}) for k in (0, 1)]
+    more = TRAIN | {"method": "mu", "steps": 7}
+    runs = [run_folder(tmp_path / f"m{k}", more | {"from_run": base[k], "seed": k}, mean=40.0 + 20 * k) for k in (0, 1)]
+    (line,) = body(compare(tuple(runs)))
+    assert re.split(r"  +", line)[0] == f"mhr h=8 {R} -> 7 steps of mu {R}"
+    assert "50.0 +- 14.1" in line
+
+
 def body(table: str) -> list[str]:
     return table.split("\n")[1:]
 
@@ -610,8 +633,7 @@ def test_compare_of_adaptations_names_base_and_variant(tmp_path):
         run_folder(
             tmp_path / f"a{k}{split}",
             ADAPT | {"checkpoint": base[k], "seed": k, "split": split},
-            mean=20.0 + 10 * k,
-            mean_before=5.0 + k,
+            splits={split: {"before": {"a": 5.0 + k}, "tasks": {"a": 20.0, "b": 20.0 + 20 * k}}},
             parameters={"adapters": 0, "routing": 336},
         )  # fmt: skip
         for k in (0, 1)
@@ -642,8 +664,8 @@ def test_compare_keeps_different_runs_apart(tmp_path, change):
 )  # fmt: skip
 def test_compare_keeps_different_adaptations_apart(tmp_path, change):
     base = run_folder(tmp_path / "base", TRAIN)
-    one = run_folder(tmp_path / "one", ADAPT | {"checkpoint": base}, mean=10.0, mean_before=1.0)
-    other = run_folder(tmp_path / "other", ADAPT | change | {"checkpoint": base, "seed": 1}, mean=90.0, mean_before=1.0)
+    one = run_folder(tmp_path / "one", ADAPT | {"checkpoint": base}, splits=splits_of(10.0))
+    other = run_folder(tmp_path / "other", ADAPT | change | {"checkpoint": base, "seed": 1}, splits=splits_of(90.0))
     lines = body(compare((one, other)))
     assert len(lines) == 2 and "50.0" not in "".join(lines)
 
@@ -654,7 +676,7 @@ def test_compare_is_aligned(tmp_path):
         tmp_path / "lora", TRAIN | {"method": "lora", "instructions": True}, mean=100.0,
         parameters={"adapters": 123_456_789, "routing": 0},
     )  # fmt: skip
-    z = run_folder(tmp_path / "z", ADAPT | {"checkpoint": base}, mean=7.0, mean_before=33.3, seconds=1.0)
+    z = run_folder(tmp_path / "z", ADAPT | {"checkpoint": base}, splits=splits_of(7.0, before=33.3), seconds=1.0)
     lines = compare((base, lora, z)).split("\n")
     assert len(lines) == 4
     assert len({len(line) for line in lines}) == 1  # the last column is flush right

@@ -352,7 +352,7 @@ def test_recipe_of_pretraining(monkeypatch, dataset, method, device):
     on(monkeypatch, device)
     expected = PAPERS[dataset] | dict(method=method, dataset=dataset, device=device, seed=0, micro_batch=0)
     expected |= {"full": dict(lr=FULL_LR[dataset]), "ia3": dict(adapter="ia3", layers="")}.get(method, {})
-    if device == "cpu":
+    if device == "cpu" or method == "full":  # full: bfloat16 weights would round most updates away
         expected["precision"] = "fp32"
     cfg = train.make_config(dataset=dataset, method=method)
     assert {name: getattr(cfg, name) for name in expected} == expected

@@ -214,12 +214,13 @@ def test_real_sample(real):
     assert max(len(e.outputs) for task in real.test for e in task.test) > 10
 
 
-@needs_real
-def test_padding_of_the_real_sample(real, tokenizer):
+@pytest.mark.parametrize("folder", [pytest.param(REAL, marks=needs_real), SAMPLE], ids=["real", "bundled"])
+def test_padding(folder, tokenizer):
     """At most a tenth of the tokens of an epoch are padding, inputs and outputs together."""
-    steps = -(-sum(len(task.train) for task in real.train) // 8)
+    tasks = data.load("superni", str(folder), parts=("train",)).train
+    steps = -(-sum(len(task.train) for task in tasks) // 8)
     filled = total = 0
-    for batch in itertools.islice(data.batches(real.train, 8, seed=0), steps):
+    for batch in itertools.islice(data.batches(tasks, 8, seed=0), steps):
         tensors = data.collate([i.example for i in batch], [i.output for i in batch], tokenizer, True, 1024, 128)
         filled += int(tensors["attention_mask"].sum()) + int((tensors["labels"] != -100).sum())
         total += tensors["attention_mask"].numel() + tensors["labels"].numel()

@@ -451,7 +451,7 @@ def test_unknown_seed(sample):
 def test_tasks_without_a_file_of_the_seed_are_named(sample, capsys):
     (sample / "few_shot/rte/32_shot/0_seed.jsonl").unlink()
     assert [task.name for task in t0.load("t0", str(sample), "0", ("test",)).test] == ["copa"]
-    assert "few-shot file of seed 0 for anli-r1" in (out := capsys.readouterr().out) and "rte" in out.splitlines()[0]
+    assert "few-shot file for anli-r1" in (out := capsys.readouterr().out) and "rte" in out.splitlines()[0]
 
 
 def test_few_shot_files_are_needed(sample):
@@ -635,9 +635,14 @@ def test_few_shot_needs_a_folder():
         data.load("t0", "", "0", ("test",))
 
 
-def test_a_config_that_the_hub_lacks(hub, monkeypatch):
-    lacking = [*t0.TRAIN, t0.Listed("imdb_Movie_Expressed_Sentiment", "imdb", 25_000, True)]
-    monkeypatch.setattr(t0, "TRAIN", lacking)
+def test_a_config_that_the_hub_lacks(hub, monkeypatch, capsys):
+    """It is named, as one that a folder lacks; none at all is an error."""
+    other = t0.Listed("imdb_Movie_Expressed_Sentiment", "imdb", 25_000, True)
+    monkeypatch.setattr(t0, "TRAIN", [*t0.TRAIN, other])
+    data.say_once.cache_clear()
+    assert len(data.load("t0", "", "0", ("train",)).train[-1].train) == 0
+    assert "have no folder in bigscience/P3 and are left out" in capsys.readouterr().out
+    monkeypatch.setattr(t0, "TRAIN", [other])
     message = r"bigscience/P3 cannot be loaded from the hub: .*--data-dir \(FileNotFoundError: no files of imdb_Movie"
     with pytest.raises(UserError, match=message):
         data.load("t0", "", "0", ("train",))
