@@ -6,6 +6,7 @@ Writes P3-format parquet files (10 configs of the training mixture, short random
 reads them in a fresh process for each size, as `train.py` does: `data.load`, and 200 batches of 16. Two peaks: "own"
 memory, which the process holds (RssAnon, sampled every 10 ms), and with it the pages of memory-mapped files that it has
 touched, which belong to the system's file cache and are dropped when something else needs the memory. Linux only.
+Ends with code 1 if own memory grows by 200 MB or more, or a first batch takes more than 30 s.
 """
 
 import argparse
@@ -23,7 +24,7 @@ SIZES = (10_000, 100_000, 1_000_000, 5_000_000)
 CONFIGS = 10
 
 
-def write_rows(folder: Path, rows: int, chunk: int = 100_000):
+def write_rows(folder: Path, rows: int, chunk: int = 10000):
     """Write `rows` rows over CONFIGS folders with one train.parquet each, a chunk at a time."""
     import numpy as np
     import pyarrow as pa
@@ -74,7 +75,9 @@ def read_rows(folder: str):
     print(sum(len(task.train) for task in tasks), f"{first:.1f} {own[0]:.0f} {peak:.0f}")
 
 
-def main(sizes: tuple[int, ...]):
+def main(sizes: tuple[int, ...]) -> bool:
+    """Measure and print; returns whether memory and time are within the bounds."""
+    found = {"first": [], "later": []}  # (seconds to first batch, own memory in MB) of each size
     print("      rows   run  s to first batch  peak own MB  with mapped files MB")
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
@@ -85,6 +88,10 @@ def main(sizes: tuple[int, ...]):
                 done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
                 rows, seconds, own, everything = done.stdout.split()[-4:]
                 print(f"{int(rows):>10,} {run:>5} {seconds:>17} {own:>12} {everything:>21}", flush=True)
+                found[run].append((float(seconds), float(own)))
+    growth = {run: values[-1][1] - values[0][1] for run, values in found.items()}
+    print(f"own memory grows by {growth['first']:.0f} MB (first run), {growth['later']:.0f} MB (later runs)")
+    return max(growth.values()) < 200 and max(s for values in found.values() for s, _ in values) <= 30
 
 
 if __name__ == "__main__":
@@ -95,4 +102,4 @@ if __name__ == "__main__":
     if arguments.read:
         read_rows(arguments.read)
     else:
-        main(tuple(arguments.rows))
+        sys.exit(0 if main(tuple(arguments.rows)) else 1)
