@@ -265,7 +265,7 @@ def adapt_split(model, tokenizer, tasks, start, split: str, base, cfg: Config, f
         then, now = before[task.name], main_scores(after)[task.name]
         bar.set_postfix(task=task.name, before=f"{then:.1f}", after=f"{now:.1f}")
         if bar.disable:
-            print(f"{task.name:40} before {then:5.1f}  after {now:5.1f}", flush=True)
+            print(f"{task.name:40} split {split:5} before {then:5.1f}  after {now:5.1f}", flush=True)
     tasks_after = main_scores(after)
     groups = by_group(tasks_after, tasks)
     return {"before": before, "tasks": tasks_after, "groups": groups, "metrics": after, "stops": stops}

@@ -76,7 +76,8 @@ def load(dataset: str, data_dir: str, split: str, parts: Sequence[str], partitio
             f"{what_is_in(root)}): give the folder that holds the task folders"
         )
     if absent:
-        say_once(f"crossfit: {len(absent)} tasks of {partition} have no folder in {root}: {', '.join(absent)}")
+        some = ", ".join(absent[:3]) + (", ..." if absent[3:] else "")
+        say_once(f"crossfit: {len(absent)} tasks of {partition} have no folder in {root} and are left out: {some}")
     train, dev, test = (names[part] if part in parts else [] for part in PARTS)
     return Benchmark(
         [empty_task(name) if name in absent else training_task(root / name, split) for name in train],

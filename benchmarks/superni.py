@@ -185,7 +185,7 @@ def _download(part: str) -> Path:
         why = "the hub does not answer" if offline else f"the download from the hub failed ({type(error).__name__})"
         raise UserError(
             f"--dataset superni: {why}: give --data-dir DIR (the official folder with splits/ and tasks/), or try the "
-            "bundled sample: --data-dir assets/samples/superni"
+            "bundled sample: --data-dir assets/samples/superni --backbone tiny"
         ) from None
 
 

@@ -438,7 +438,7 @@ def _download(configs: list[str]) -> Path:
         if huggingface_hub.constants.HF_HUB_OFFLINE:
             raise UserError(
                 "--dataset t0: the hub does not answer: give --data-dir DIR (a folder of <config>/<split>.jsonl or "
-                ".parquet), or try the bundled sample: --data-dir assets/samples/t0"
+                ".parquet), or try the bundled sample: --data-dir assets/samples/t0 --backbone tiny"
             ) from None
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(

@@ -3,7 +3,16 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_said():
+    """`data.say_once` remembers for a whole process; a test must not depend on those before it."""
+    import data  # here: the path is set above
+
+    data.say_once.cache_clear()

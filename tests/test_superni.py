@@ -482,7 +482,7 @@ def no_network(monkeypatch, tmp_path):
 
 NO_HUB = (
     "--dataset superni: the hub does not answer: give --data-dir DIR (the official folder with splits/ and tasks/), "
-    "or try the bundled sample: --data-dir assets/samples/superni"
+    "or try the bundled sample: --data-dir assets/samples/superni --backbone tiny"
 )
 
 

@@ -657,7 +657,8 @@ def test_no_network(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     begin = time.monotonic()
     with pytest.raises(
-        UserError, match="^--dataset t0: the hub does not answer: give --data-dir DIR .*assets/samples/t0$"
+        UserError,
+        match="^--dataset t0: the hub does not answer: give --data-dir DIR .*assets/samples/t0 --backbone tiny$",
     ):
         data.load("t0", "", "0", ("train",))
     assert time.monotonic() - begin < 15
