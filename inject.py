@@ -83,6 +83,33 @@ def named_layers(name: str, model_type: str) -> str:
     return LAYER_SETS[name][family]
 
 
+GRANULARITIES = ("linear", "layer", "block", "coder", "model")
+
+
+def sharing_key(name: str, granularity: str) -> str:
+    """Layers of the same key share one router ([2] section 3 and appendix: how many layers share an allocation).
+
+    linear: every linear layer its own. layer: an attention or feed-forward sub-layer. block: a Transformer block.
+    coder: encoder or decoder (a decoder-only model has one). model: all. By module structure: a block is what is
+    numbered first in the name, a sub-layer the module that the linear is in (BART's fc1 and fc2, which are in the block
+    itself, are one). Raises ValueError for an unknown granularity, or a layer outside all blocks.
+    """
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"unknown granularity {granularity!r}: choose {', '.join(GRANULARITIES)}")
+    parts = name.split(".")
+    depth = next((k for k, part in enumerate(parts) if part.isdecimal()), None)
+    if depth is None and granularity != "linear":
+        raise ValueError(f"layer {name} is in no numbered block: use --granularity linear")
+    if granularity == "linear":
+        return name
+    if granularity == "model":
+        return "model"
+    if granularity == "coder":
+        return next((part for part in parts[:depth] if part in ("encoder", "decoder")), "model")
+    block, around = ".".join(parts[: depth + 1]), ".".join(parts[:-1])
+    return block if granularity == "block" else f"{block}.ff" if around == block else around
+
+
 # --- Task ids ---------------------------------------------------------------------------------------------------------
 
 _contexts: list[tuple[Tensor, Tensor, int]] = []  # innermost last: distinct ids (u,), row -> distinct (n,), largest id

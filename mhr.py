@@ -71,6 +71,8 @@ class MHRRouter(nn.Module):
     routing.
     """
 
+    per_example = False  # whether the layer asks for weights for each example, not for each distinct task
+
     def __init__(self, tasks: int, skills: int, heads: int, routing: str = "gumbel"):
         super().__init__()
         if tasks < 1 or skills < 1 or heads < 1:
@@ -120,9 +122,13 @@ class MHRLinear(nn.Module):
         self.adapter = adapter
         self.router = router
         skills = [adapter.init(linear) for _ in range(router.skills)]  # independent draws: skills start different
-        self.inventory = nn.ParameterDict({name: torch.stack([p[name] for p in skills]) for name in skills[0]})
-        for name, axis in adapter.feature_axis.items():
-            if (size := skills[0][name].shape[axis]) % router.heads:
+        stacked = {name: torch.stack([p[name] for p in skills]) for name in skills[0]}
+        self.inventory = nn.ParameterDict(
+            {name: nn.Parameter(p, requires_grad=p.is_floating_point()) for name, p in stacked.items()}  # SFT's places
+        )
+        sizes = {name: skills[0][name].shape[axis] for name, axis in adapter.feature_axis.items()}
+        for name, size in (sizes or {"the weight": linear.out_features}).items():
+            if size % router.heads:
                 layer = f"a layer of {linear.in_features} inputs and {linear.out_features} outputs"
                 raise ValueError(f"{router.heads} heads do not divide {size}, the features of {name}, in {layer}")
 
@@ -138,6 +144,8 @@ class MHRLinear(nn.Module):
         For LoRA: A (s, i, r) is cut into (s, h, d, r), mixed to (u, h, d, r) and concatenated to (u, i, r);
         B (s, r, o) is cut into (s, r, h, e), mixed to (u, r, h, e) and concatenated to (u, r, o).
         """
+        if hasattr(self.adapter, "mix"):  # SFT: its parameters cannot be added up name by name
+            return self.adapter.mix(self.linear, w, **self.inventory)
         mixed = {}
         for name, p in self.inventory.items():
             axis = self.adapter.feature_axis[name] + 1  # + 1: the inventory has s in front
@@ -158,6 +166,8 @@ class MHRLinear(nn.Module):
         n = len(tasks) if rows is None else len(rows)
         if n == 0 or x.shape[0] % n:
             raise ValueError(f"{n} task ids for a batch of {x.shape[0]} rows: expected one per example")
+        if self.router.per_example and rows is not None:
+            tasks, rows = tasks[rows], None
         params = self.mix(self.router(tasks))
         if len(tasks) == 1:  # one task in the whole batch: plain matmuls
             return self.adapter.apply(self.linear, x, **{name: p[0] for name, p in params.items()})
@@ -185,4 +195,7 @@ class MHRLinear(nn.Module):
         Routing is dropped: train the result as a `LoRALinear` or `IA3Linear`. The authors' code instead goes on
         training all s skills under uniform weights, which is s times as many parameters as the papers count.
         """
+        if hasattr(self.adapter, "mix"):
+            even = torch.full_like(self.router.Z[:1], 1 / self.router.skills)
+            return {name: p[0] for name, p in self.mix(even).items()}
         return {name: p.mean(0) for name, p in self.inventory.items()}

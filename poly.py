@@ -75,6 +75,8 @@ class PolyRouter(nn.Module):
     tasks: t. skills: s. routing: see `soft_partition`. Raises ValueError for sizes below 1 or an unknown routing.
     """
 
+    per_example = False  # whether the layer asks for weights for each example, not for each distinct task
+
     def __init__(self, tasks: int, skills: int, routing: str = "gumbel"):
         super().__init__()
         if tasks < 1 or skills < 1:
@@ -123,7 +125,10 @@ class PolyLinear(nn.Module):
         self.adapter = adapter
         self.router = router
         skills = [adapter.init(linear) for _ in range(router.skills)]  # independent draws: skills start different
-        self.inventory = nn.ParameterDict({name: torch.stack([p[name] for p in skills]) for name in skills[0]})
+        stacked = {name: torch.stack([p[name] for p in skills]) for name in skills[0]}
+        self.inventory = nn.ParameterDict(
+            {name: nn.Parameter(p, requires_grad=p.is_floating_point()) for name, p in stacked.items()}  # SFT's places
+        )
 
     # T5 reads `self.wo.weight` inside its own forward: an adapted layer still answers like a linear one.
     weight = property(lambda self: self.linear.weight)
@@ -132,7 +137,12 @@ class PolyLinear(nn.Module):
     out_features = property(lambda self: self.linear.out_features)
 
     def mix(self, w: Tensor) -> dict[str, Tensor]:
-        """Weights (u, s) to one adapter per distinct task: {name: (u, ...)}, the sum over s of w_s Phi_s."""
+        """Weights (u, s) to one adapter per distinct task: {name: (u, ...)}, the sum over s of w_s Phi_s.
+
+        An adapter whose parameters cannot be added up name by name (SFT) mixes them itself.
+        """
+        if hasattr(self.adapter, "mix"):
+            return self.adapter.mix(self.linear, w[:, None], **self.inventory)
         return {name: torch.einsum("us,s...->u...", w, p) for name, p in self.inventory.items()}
 
     def forward(self, x: Tensor, tasks: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -147,6 +157,8 @@ class PolyLinear(nn.Module):
         n = len(tasks) if rows is None else len(rows)
         if n == 0 or x.shape[0] % n:
             raise ValueError(f"{n} task ids for a batch of {x.shape[0]} rows: expected one per example")
+        if self.router.per_example and rows is not None:
+            tasks, rows = tasks[rows], None
         params = self.mix(self.router(tasks))
         if len(tasks) == 1:  # one task in the whole batch: plain matmuls
             return self.adapter.apply(self.linear, x, **{name: p[0] for name, p in params.items()})
@@ -174,4 +186,7 @@ class PolyLinear(nn.Module):
         Routing is dropped: train the result as a `LoRALinear` or `IA3Linear`. The authors' code instead goes on
         training all s skills under uniform weights, which is s times as many parameters as the papers count.
         """
+        if hasattr(self.adapter, "mix"):
+            even = torch.full_like(self.router.Z[:1], 1 / self.router.skills)
+            return {name: p[0] for name, p in self.mix(even).items()}
         return {name: p.mean(0) for name, p in self.inventory.items()}

@@ -50,7 +50,7 @@ def test_everything_in_the_tables_exists():
     for name in re.findall(r"`(test_\w+\.py)`", README):
         assert (ROOT / "tests" / name).exists(), name
     for module, attribute in re.findall(
-        r"`(lora|ia3|poly|mhr|inject|backbone|data|choices|metrics|train|adapt|evaluate)\.(\w+)`", README
+        r"`(lora|ia3|sft|poly|mhr|inject|backbone|data|choices|metrics|train|adapt|evaluate)\.(\w+)`", README
     ):
         if attribute != "py":
             assert hasattr(importlib.import_module(module), attribute), f"{module}.{attribute}"

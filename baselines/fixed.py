@@ -1,0 +1,71 @@
+"""Fixed routings: Shared, Private and Expert (Polytropon section 2.5), Random (MHR section 5.2 and its first version).
+
+Routers for a `poly.PolyLinear` that learn nothing: the skills are trained, who uses which is given. Not in poly.py, so
+that the difference between poly.py and mhr.py stays the head axis alone.
+
+    PolyLinear(linear, LoRA(rank=1), FixedRouter(torch.eye(64)))
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def check_ids(tasks: Tensor, known: int):
+    """Raise IndexError for a task id outside 0 .. known - 1, on the CPU: see `poly.PolyRouter.forward`."""
+    if tasks.device.type == "cpu" and not bool(((tasks >= 0) & (tasks < known)).all()):
+        raise IndexError(f"task ids must be in 0 .. {known - 1}, got {tasks.tolist()}")
+
+
+class FixedRouter(nn.Module):
+    """An allocation that is given and not learned: the baselines of Polytropon section 2.5 are tables.
+
+    table (t, s): how much each task uses each skill, 0 or more, no row all 0. `torch.ones(t, 1)` is Shared,
+    `torch.eye(t)` Private, a known task-skill table Expert, and half of the skills at random, drawn once per task, the
+    Random of MHR's first version. Z is kept as a parameter that never trains, so it is saved with the adapters.
+    Raises ValueError for another shape, negative entries or a row of zeros.
+    """
+
+    per_example = False
+
+    def __init__(self, table: Tensor):
+        super().__init__()
+        if table.dim() != 2 or bool((table < 0).any()) or not bool((table.sum(-1) > 0).all()):
+            raise ValueError("a table (tasks, skills) needs entries of 0 or more, and in each row one above 0")
+        self.skills = table.shape[1]
+        self.Z = nn.Parameter(table.float(), requires_grad=False)
+
+    tasks = property(lambda self: self.Z.shape[0])
+
+    def forward(self, tasks: Tensor, sample: bool | None = None) -> Tensor:
+        """Task ids (u,) to weights (u, s): the rows of the table divided by their sums. sample: there is no noise.
+
+        Raises IndexError for an id outside 0 .. t-1, as `PolyRouter.forward`.
+        """
+        check_ids(tasks, self.tasks)
+        return self.Z[tasks] / self.Z[tasks].sum(-1, keepdim=True)
+
+    @torch.no_grad()
+    def add_tasks(self, count: int, keep: bool = True):
+        """Give the table `count` rows of ones, after the old or in their place: a new task uses all skills alike."""
+        fresh = torch.ones(count, self.skills).to(self.Z)
+        self.Z = nn.Parameter(torch.cat([self.Z, fresh]) if keep else fresh, requires_grad=False)
+
+
+class RandomRouter(FixedRouter):
+    """Random routing per example (MHR section 5.2): in training each example draws its skills, whatever its task.
+
+    Each skill is on with probability 1/2. In evaluation all count alike: the average that Random-mu goes on from.
+    """
+
+    per_example = True
+
+    def __init__(self, tasks: int, skills: int):
+        super().__init__(torch.ones(tasks, skills))
+
+    def forward(self, tasks: Tensor, sample: bool | None = None) -> Tensor:
+        """Task ids (b,), one per example, to weights (b, s). sample: draw; None: in training mode only."""
+        weights = super().forward(tasks)
+        if not (self.training if sample is None else sample):
+            return weights
+        on = (torch.rand_like(weights) < 0.5).to(weights.dtype)
+        return on / on.sum(-1, keepdim=True).clamp(min=1)  # none on: the example sees the backbone alone

@@ -1,0 +1,117 @@
+"""Sparse fine-tuning (SFT; Ansell et al. 2022 [1]), the other adapter of Polytropon ([2] section 2.4).
+
+Shapes, one key for all files: b examples, l length, i input features, o output features, s skills, h heads, u distinct
+tasks; k is the number of entries of the weight that an adapter may change, density * o * i of them.
+
+    y = x (W0 + D)^T + bias        D (o, i) is zero but at k place, drawn at random once and kept
+
+The place are drawn at random, as Polytropon does: [1] selects them in a phase of its own, which was found to help
+little. What is trained and saved is the k values and, as integers that never train, their place: memory is
+proportional to k. The dense D exists only inside a forward pass.
+
+Under Poly and MHR every skill has place of its own (a mask M (s, o i)), so mixing cannot add up values that stand side
+by side: the skills' values are scaled by their weights and put one after the other, place repeated or not, and D is
+the sum. MHR cuts D along o into heads.
+
+[1] https://aclanthology.org/2022.acl-long.125   [2] https://arxiv.org/abs/2202.13914
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class SFT:
+    """The sparse adapter: which parameters it has and how they change one linear layer.
+
+    density: k / (o i), the share of the weight's entries that may change. Raises ValueError outside (0, 1].
+    """
+
+    density: float = 0.1
+
+    feature_axis = {}  # it mixes its parameters itself, see `mix`
+
+    def __post_init__(self):
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density must be above 0 and at most 1, not {self.density}")
+
+    def init(self, linear: nn.Linear) -> dict[str, Tensor]:
+        """Fresh parameters of one adapter: values (k,), float32 zeros, and their place (k,), int64, ascending.
+
+        A place is a number o' * i + i' below o * i; all are different. With zero values the layer is its backbone.
+        """
+        size, device = linear.in_features * linear.out_features, linear.weight.device
+        place = torch.randperm(size, device=device)[: max(1, round(self.density * size))].sort().values
+        return {"value": torch.zeros(len(place), device=device), "place": place}
+
+    def delta(self, linear: nn.Linear, value: Tensor, place: Tensor) -> Tensor:
+        """D (o, i), or (b, o, i) for values (b, k): zero, and at each place the sum of the values that name it."""
+        shape = *value.shape[:-1], linear.out_features * linear.in_features
+        dense = torch.zeros(shape, dtype=value.dtype, device=value.device)
+        return dense.scatter_add(-1, place, value).unflatten(-1, (linear.out_features, linear.in_features))
+
+    def apply(self, linear: nn.Linear, x: Tensor, value: Tensor, place: Tensor) -> Tensor:
+        """y = x (W0 + D)^T + bias for x (b, l, i) -> (b, l, o).
+
+        Either one adapter for all rows, values and place (k,), or one per example, (b, k).
+        """
+        return linear(x) + x @ self.delta(linear, value, place).to(x.dtype).transpose(-1, -2)
+
+    def mix(self, linear: nn.Linear, w: Tensor, value: Tensor, place: Tensor) -> dict[str, Tensor]:
+        """Skills to one adapter per task: values (s, k), place (s, k), weights w (u, h, s) -> both (u, s k).
+
+        Each value is scaled by the weight that its skill has in the head of its place: the row of D divided into h.
+        """
+        heads = w.shape[1]
+        head = place // linear.in_features // (linear.out_features // heads)  # (s, k)
+        skill = torch.arange(len(value), device=w.device)[:, None]
+        scaled = w[:, head, skill] * value  # (u, s, k)
+        return {"value": scaled.flatten(1), "place": place.flatten().expand(len(w), -1)}
+
+    def merge(self, weight: Tensor, bias: Tensor | None, value: Tensor, place: Tensor):
+        """The weight (o, i), a new tensor, and bias (o,) that do the same: W0 + D."""
+        dense = torch.zeros(weight.numel(), device=weight.device).scatter_add(0, place, value)
+        return (weight + dense.view_as(weight)).to(weight.dtype), bias  # float32: bfloat16 is rounded once, at the end
+
+
+class SFTLinear(nn.Module):
+    """A frozen linear layer with one SFT. Takes and returns what the linear layer does, (b, l, i) -> (b, l, o).
+
+    linear: the layer to adapt; it is kept, not copied. adapter: the `SFT`.
+    params: its values and place; None draws fresh ones. Places that repeat are put together.
+    """
+
+    def __init__(self, linear: nn.Linear, adapter: SFT = SFT(), params: dict[str, Tensor] | None = None):
+        super().__init__()
+        self.linear = linear
+        self.adapter = adapter
+        params = adapter.init(linear) if params is None else _together(**params)
+        self.params = nn.ParameterDict(
+            {name: nn.Parameter(p, requires_grad=p.is_floating_point()) for name, p in params.items()}
+        )
+
+    # T5 reads `self.wo.weight` inside its own forward: an adapted layer still answers like a linear one.
+    weight = property(lambda self: self.linear.weight)
+    bias = property(lambda self: self.linear.bias)
+    in_features = property(lambda self: self.linear.in_features)
+    out_features = property(lambda self: self.linear.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.adapter.apply(self.linear, x, **self.params)
+
+    @torch.no_grad()
+    def merged(self, task: int = 0) -> nn.Linear:
+        """A plain linear layer equal to this one (`task` is ignored: there is one adapter for all)."""
+        weight, bias = self.adapter.merge(self.linear.weight, self.linear.bias, **self.params)
+        plain = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        plain.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
+        return plain
+
+
+def _together(value: Tensor, place: Tensor) -> dict[str, Tensor]:
+    """The same D with each place once, in ascending order."""
+    distinct, back = place.unique(return_inverse=True)
+    return {"value": torch.zeros(len(distinct)).to(value).index_add(0, back, value), "place": distinct}
