@@ -11,8 +11,11 @@ torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
 
 @pytest.fixture(autouse=True)
-def nothing_was_said():
-    """`data.say_once` remembers for a whole process; a test must not depend on those before it."""
+def nothing_is_remembered(monkeypatch):
+    """A test must not depend on those before it in its process: on what `data.say_once` has said, or on whether
+    `data.reach_hub` found the hub silent."""
     import data  # here: the path is set above
 
     data.say_once.cache_clear()
+    monkeypatch.setattr(data.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(data.datasets.config, "HF_HUB_OFFLINE", False)
