@@ -75,6 +75,7 @@ def build_model(cfg, tasks: int):
     freeze(model)
 
     def make_layer(name: str, linear: nn.Module) -> nn.Module:
+        """The adapted layer that takes the place of `linear`, for `inject`."""
         side = "in" if name.endswith(IA3_INPUT_SIDE) else "out"
         spec = IA3(side) if cfg.adapter == "ia3" else LoRA(cfg.rank)
         if cfg.method == "poly":  # one router per layer: the papers' finest granularity
