@@ -53,7 +53,7 @@ class Task:
 
     also: further metrics to report.
     skills: what the task is truly made of, where that is known (strings). group: the kind of task, where the benchmark
-    names one (SuperNI's category, T0's data set).
+    names one (SuperNI's category, T0's data set, CrossFit's task type).
     """
 
     name: str

@@ -48,6 +48,11 @@ _METRICS = {
     "Pearson-Correlation": "app_reviews mocha yelp_review_full",
 }
 METRIC = {task: metric for metric, tasks in _METRICS.items() for task in tasks.split()}
+# The type of each of the gym's 160 tasks, by which Polytropon's EXPERT routes: the upper level of its authors' ontology
+# in their next paper's repository (INK-USC/CrossTaskMoE, playground/plot_utils/ontology.json, commit 251fb95). Its
+# classification and question answering tasks are those of CrossFit's own partition files.
+_TYPES = Path(__file__).with_name("crossfit_types.tsv").read_text(encoding="utf-8")
+TYPE = dict(line.split("\t") for line in _TYPES.splitlines())
 
 
 def load(dataset: str, data_dir: str, split: str, parts: Sequence[str], partition: str = "random.json") -> Benchmark:
@@ -55,7 +60,8 @@ def load(dataset: str, data_dir: str, split: str, parts: Sequence[str], partitio
 
     split: the few-shot examples of dev and test tasks. parts: the lists to read; the others come back empty.
     partition: a file in data_dir, or a path to one elsewhere, in the form of CrossFit's dataloader/custom_tasks_splits.
-    A training task's id is its place among the partition's sorted names: without a folder it stays, with no examples.
+    A training task's id is its place among the partition's sorted names: without a folder it stays, with no examples,
+    so that the ids of those after it stay too.
     Raises UserError for a missing or broken file, and if none of the tasks is here.
     """
     if split not in SPLITS:
@@ -80,7 +86,7 @@ def load(dataset: str, data_dir: str, split: str, parts: Sequence[str], partitio
         say_once(f"crossfit: {len(absent)} tasks of {partition} have no folder in {root} and are left out: {some}")
     train, dev, test = (names[part] if part in parts else [] for part in PARTS)
     return Benchmark(
-        [empty_task(name) if name in absent else training_task(root / name, split) for name in train],
+        [make_task(name, [], [], []) if name in absent else training_task(root / name, split) for name in train],
         [few_shot_task(root / name, split) for name in dev if name not in absent],
         [few_shot_task(root / name, split) for name in test if name not in absent],
     )
@@ -141,21 +147,21 @@ def is_folder_name(name: str) -> bool:
     return name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
-def empty_task(name: str) -> Task:
-    """A training task that is not here: it keeps its place, and with it its id and that of those after it."""
-    return Task(name, METRIC.get(name, "ACC"), [], [], [])
+def make_task(name: str, train: list[Example], dev: list[Example], test: list[Example]) -> Task:
+    """A task with its metric and, as its group, its type: "" for a task that is not of the gym."""
+    return Task(name, METRIC.get(name, "ACC"), train, dev, test, group=TYPE.get(name, ""))
 
 
 def training_task(folder: Path, split: str) -> Task:
     """A task of pre-training: the train and dev files of all splits to learn from, no dev examples left."""
     train = [example for s in SPLITS for part in ("train", "dev") for example in read_split(folder, s, part)]
-    return Task(folder.name, METRIC.get(folder.name, "ACC"), train, [], read_split(folder, split, "test"))
+    return make_task(folder.name, train, [], read_split(folder, split, "test"))
 
 
 def few_shot_task(folder: Path, split: str) -> Task:
     """A held-out task: the train, dev and test file of one split."""
     train, dev, test = (read_split(folder, split, part) for part in PARTS)
-    return Task(folder.name, METRIC.get(folder.name, "ACC"), train, dev, test)
+    return make_task(folder.name, train, dev, test)
 
 
 def read_split(folder: Path, split: str, part: str) -> list[Example]:

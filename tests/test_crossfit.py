@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from benchmarks.crossfit import METRIC, SPLITS, TEST_LINES, read_tsv
+from benchmarks import crossfit
+from benchmarks.crossfit import METRIC, SPLITS, TEST_LINES, TYPE, read_tsv
 from config import UserError
 from data import PARTS, Example
 
@@ -163,6 +164,35 @@ def test_metrics_of_all_160_tasks():
         "QA-F1": 9,
         "Pearson-Correlation": 3,
         "Matthew-Correlation": 1,
+    }
+
+
+def test_types_of_all_160_tasks():
+    """How many tasks have which type: counted in the authors' ontology."""
+    lines = Path(crossfit.__file__).with_name("crossfit_types.tsv").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == len(TYPE) == 160 and set(METRIC) <= set(TYPE)  # no task is there twice
+    assert Counter(TYPE.values()) == {
+        "classification": 65,
+        "question answering": 51,
+        "other": 31,
+        "conditional generation": 13,
+    }
+
+
+def test_the_group_of_a_task_is_its_type(gym):
+    """Wherever the task is read, and whether its folder is there or not; a task that is not the gym's has none."""
+    for name in ("glue-rte", "piqa", "samsum"):
+        write_task(gym, name, ["a\tb"])
+    write_partition(gym / "random.json", ["colour", "boolq", "glue-rte"], ["size", "piqa"], ["samsum", "taste"])
+    benchmark = load(gym)
+    assert {task.name: task.group for task in benchmark.train + benchmark.dev + benchmark.test} == {
+        "boolq": "question answering",  # has no folder
+        "colour": "",
+        "glue-rte": "classification",
+        "piqa": "other",
+        "size": "",
+        "samsum": "conditional generation",
+        "taste": "",
     }
 
 
@@ -352,13 +382,14 @@ def sample():
     return load(SAMPLE)
 
 
-def test_the_sample_has_every_metric(sample):
+def test_the_sample_has_every_metric_and_type(sample):
     tasks = sample.train + sample.dev + sample.test
     assert [len(part) for part in (sample.train, sample.dev, sample.test)] == [6, 1, 2]
     assert {task.metric for task in tasks} == {"ACC", *METRIC.values()}
     assert all(task.train for task in tasks)  # every task of its partition is there
     names = json.loads((SAMPLE / "random.json").read_text())["all"]
     assert sorted(names) == sorted(task.name for task in tasks)
+    assert {task.group for task in sample.train} == set(TYPE.values())  # and pre-training has every type
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -427,6 +458,28 @@ def test_real_tasks_by_partition(real):
 def test_every_metric_is_of_a_task_of_the_official_partition():
     names = json.loads((CROSSFIT / "random.json").read_text())["all"]
     assert len(names) == 160 and set(METRIC) <= set(names)
+
+
+@needs_crossfit
+def test_every_task_of_the_official_partition_has_a_type(real):
+    partition = json.loads((CROSSFIT / "random.json").read_text())
+    assert sorted(TYPE) == sorted(partition["all"])
+    assert {task.name: task.group for task in real.train} == {name: TYPE[name] for name in partition["train"]}
+    assert Counter(task.group for task in real.train) == {
+        "classification": 45,
+        "question answering": 42,
+        "other": 25,
+        "conditional generation": 8,
+    }
+
+
+@needs_crossfit
+def test_real_types_fit_the_format(real):
+    """Classification has fixed labels; here the answers to questions and what is generated are free; other has both."""
+    rows = manifest()
+    for task in present(real.train) + real.dev + real.test:
+        fixed = rows[task.name][1] == "classification"
+        assert task.group == "other" or fixed == (task.group == "classification"), task.name
 
 
 @needs_crossfit

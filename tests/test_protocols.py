@@ -63,7 +63,7 @@ METRICS = {  # of the samples' test tasks, in order
 GROUPS = {
     "t0": {"super_glue/copa": "copa", "super_glue/rte": "rte"},
     "superni": {"Data to Text": PLURAL, "Textual Entailment": FOLLOW},
-    "crossfit": {},
+    "crossfit": {"classification": "glue-cola", "question answering": "quoref"},
 }
 # Trained for one task, counted by hand. Of the tiny T5's 9 attention and 6 feed-forward sub-layers, a linear has 128 +
 # 128 or 128 + 256 values at rank 1: t0 two skills in all 36 + 18; superni one adapter in k, v and wi_1; crossfit Z.
