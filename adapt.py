@@ -8,8 +8,13 @@ dev examples (t0: by the score, as the papers), and is scored on its test exampl
 section 3):
 
     all   the skills and the new task's Z            (methods lora, ia3, mu: the one adapter; full: the whole backbone)
-    z     only the new task's Z: MHR-z, Poly-z
-    mu    the average of the skills, as ONE adapter without routing: MHR-mu, Poly-mu
+    z     only the new task's Z: MHR-z, Poly-z       (any method that learns a Z)
+    mu    the average of the skills, as ONE adapter without routing: MHR-mu, Poly-mu, Random-mu, Private-mu
+    lora  a fresh LoRA on a backbone that was fine-tuned in full (MHR's first version, table 3)
+
+Where routing is given, not learned, "all" means: expert the skills that the new task has by the table; random all
+skills alike; private an adapter from scratch (Polytropon section 2.5: nothing is shared, so nothing is carried over);
+adapter-soup ONE adapter, the average of those of the --soup most similar training tasks.
 
 Writes to the run folder: config.json, SPLIT/TASK.safetensors for each task, log.jsonl and result.json.
 """
@@ -17,8 +22,8 @@ Writes to the run folder: config.json, SPLIT/TASK.safetensors for each task, log
 from dataclasses import dataclass
 
 from config import (
-    FEW_SHOT, UserError, check_ranges, describe, exit_on_user_error, explicit_flags, flag, new_run_folder,
-    read_config, recipe, refuse_used, write_json,
+    FEW_SHOT, LEARNED, METHODS, ROUTED, UserError, check_ranges, describe, exit_on_user_error, explicit_flags, flag,
+    new_run_folder, read_config, read_json, recipe, refuse_used, write_json,
 )  # fmt: skip
 
 
@@ -27,7 +32,8 @@ class Config:
     """Adapt a pre-trained run to held-out tasks, each from a few examples."""
 
     checkpoint: str = flag("", "run folder of train.py to start from")
-    variant: str = flag("all", "what is trained", ("all", "z", "mu"))
+    variant: str = flag("all", "what is trained", ("all", "z", "mu", "lora"))
+    soup: int = flag(5, "adapter-soup: how many training tasks' adapters are averaged")
     tasks: str = flag("all", "all (test tasks), dev (dev tasks), or names joined by commas")
     data_dir: str = flag("", "folder of the benchmark's files, if it has moved since pre-training")
     split: tuple = flag(
@@ -63,37 +69,89 @@ import json
 import random
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
 import data
 import train
+from backbone import (
+    SINGLE, add_adapters, average_skills, build_model, collapse, load_adapter_file, load_backbone, load_run,
+)  # fmt: skip
+from baselines.adapter_soup import embed, soup_weights
+from baselines.fixed import FixedRouter, RandomRouter, given_table
 from choices import choice_log_probs, t_few_loss
 from evaluate import all_scores, by_group, evaluate_tasks, main_scores, mean
-from inject import add_tasks, routers, save_adapters, task_ids
-from backbone import average_skills, build_model, load_adapter_file, load_run
+from inject import adapted_layers, add_tasks, routers, save_adapters, task_ids
 
 # --- The starting point -----------------------------------------------------------------------------------------------
 
 
-def prepare(model: nn.Module, variant: str, adapter: str):
+def prepare(model: nn.Module, base: train.Config, cfg: Config) -> Callable[[data.Task], None]:
     """Turn a pre-trained model into the variant's starting point for ONE new task, with task id 0.
 
-    all, z: Z is replaced by one fresh row (the rows of training tasks are of no use to a new one); z then trains
-    nothing else. mu: the skills are averaged.
+    Returns begin(task), which gives everything that is trained the values that this task starts from. For most methods
+    they are the same for all tasks: fresh rows of Z in place of those of the training tasks, and what was pre-trained.
     """
-    if variant == "mu":
-        average_skills(model, adapter)
-        return
-    add_tasks(model, 1, keep=False)
-    if variant == "z":
+    if cfg.variant == "lora":
+        add_adapters(model, dataclasses.replace(base, method="lora"), tasks=1)
+        model.to(base.device)
+    elif cfg.variant == "mu":
+        average_skills(model, base.adapter)
+    elif base.method == "private":
+        collapse(model, base.adapter, lambda layer: None)  # fresh
+    elif base.method == "adapter-soup":
+        return begin_with_soup(model, base, cfg)
+    else:
+        add_tasks(model, 1, keep=False)
+        for layer in adapted_layers(model).values():
+            if isinstance(getattr(layer, "router", None), RandomRouter):  # a new task draws nothing any more
+                layer.router = FixedRouter(layer.router.Z)
+    if cfg.variant == "z":
         for p in model.parameters():
             p.requires_grad_(False)
         for router in routers(model):
-            router.requires_grad_(True)
+            router.Z.requires_grad_(True)
+    trained = trainable(model)
+    start = [p.detach().clone() for p in trained]
+
+    @torch.no_grad()
+    def begin(task: data.Task):
+        for p, value in zip(trained, start, strict=True):
+            p.copy_(value)
+        if base.method == "expert" and cfg.variant == "all":
+            skills = read_json(Path(cfg.checkpoint) / "tasks.json")["skills"]
+            for router in routers(model):
+                router.Z.copy_(given_table("expert", [task], skills))
+
+    return begin
+
+
+def begin_with_soup(model: nn.Module, base: train.Config, cfg: Config) -> Callable[[data.Task], None]:
+    """AdapterSoup's begin(task): every layer gets the average of the adapters of the most similar training tasks."""
+    path = Path(cfg.checkpoint) / "embeddings.safetensors"
+    if not path.exists():
+        raise UserError(f"{path} does not exist: its training has not finished")
+    embeddings, routed = load_file(path)["embeddings"], adapted_layers(model)
+    encoder = load_backbone(base.encoder or base.backbone, base.device, base.precision, encoder=bool(base.encoder))
+
+    @torch.no_grad()
+    def begin(task: data.Task):
+        w = soup_weights(embeddings, embed(encoder[0].eval(), encoder[1], task, base.max_input), cfg.soup)
+        for name, layer in routed.items():
+            params = {key: p[0] for key, p in layer.mix(w.to(base.device)).items()}
+            model.set_submodule(name, SINGLE[base.adapter](layer.linear, layer.adapter, params))
+
+    return begin
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are trained, in model order."""
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 # --- One task ---------------------------------------------------------------------------------------------------------
@@ -141,16 +199,16 @@ def adapt_task(model, tokenizer, task: data.Task, lengths, cfg, log, split: str 
     optimizer = train.make_optimizer(model, cfg)
     rate = lambda step: train.warmup_then_decay(step, cfg.steps, cfg.warmup)  # noqa: E731
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    trainable = [p for group in optimizer.param_groups for p in group["params"]]
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
     batches = data.batches([task], cfg.batch_size, cfg.seed)
     loss_of = loss_of_choices if cfg.choice_losses else train.batch_loss
     loss_of = functools.partial(loss_of, model, tokenizer, max_input=lengths[0], max_output=lengths[1])
     best_value = dev_value(model, tokenizer, task, lengths, cfg)
-    best_step, best = 0, [p.detach().clone() for p in trainable]
+    best_step, best = 0, [p.detach().clone() for p in trained]
     key, sign = ("dev_loss", 1) if cfg.keep == "loss" else ("dev_score", -1)
     for step in range(1, cfg.steps + 1):
         loss = train.backward_in_parts(loss_of, next(batches), cfg.micro_batch)
-        nn.utils.clip_grad_norm_(trainable, cfg.clip)
+        nn.utils.clip_grad_norm_(trained, cfg.clip)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
@@ -160,11 +218,11 @@ def adapt_task(model, tokenizer, task: data.Task, lengths, cfg, log, split: str 
             log.write(json.dumps(line) + "\n")
             log.flush()
             if now < best_value:
-                best_value, best_step, best = now, step, [p.detach().clone() for p in trainable]
+                best_value, best_step, best = now, step, [p.detach().clone() for p in trained]
             elif step - best_step >= cfg.patience * cfg.eval_every:
                 break
     with torch.no_grad():
-        for p, value in zip(trainable, best, strict=True):
+        for p, value in zip(trained, best, strict=True):
             p.copy_(value)
     return {"stopped": step, "best_step": best_step, key: sign * best_value}
 
@@ -221,21 +279,21 @@ def adapt(cfg: Config) -> dict:
     splits = {split: tasks_to_adapt(base, split, cfg) for split in cfg.split}
     torch.manual_seed(cfg.seed)
     model, tokenizer = load_run(Path(cfg.checkpoint), base)
-    prepare(model, cfg.variant, base.adapter)
+    begin = prepare(model, base, cfg)
+    begin(next(iter(splits.values()))[0])
     folder = new_run_folder(cfg.output_dir)
     write_json(folder / "config.json", dataclasses.asdict(cfg))
     counts = train.count_parameters(model)
     number = len(next(iter(splits.values())))
     print(f"{number} tasks in {len(splits)} splits; trainable for each:", *(f"{k} {n:,}" for k, n in counts.items()))
 
-    begin, results = time.monotonic(), {}
-    start = [p.detach().clone() for p in model.parameters() if p.requires_grad]  # every task starts here
+    clock, results = time.monotonic(), {}
     with open(folder / "log.jsonl", "a") as log:
         for split, tasks in splits.items():
-            results[split] = adapt_split(model, tokenizer, tasks, start, split, base, cfg, folder, log)
+            results[split] = adapt_split(model, tokenizer, tasks, begin, split, base, cfg, folder, log)
     metrics = {task.name: task.metric for tasks in splits.values() for task in tasks}
     result = summary(results) | {
-        "seconds": round(time.monotonic() - begin, 1), "parameters": counts, "metrics": metrics,
+        "seconds": round(time.monotonic() - clock, 1), "parameters": counts, "metrics": metrics,
     }  # fmt: skip
     write_json(folder / "result.json", result)
     over = f", mean of {len(splits)} splits (std {result['std']:.1f}, median {result['median']:.1f})"
@@ -244,24 +302,23 @@ def adapt(cfg: Config) -> dict:
     return result
 
 
-def adapt_split(model, tokenizer, tasks, start, split: str, base, cfg: Config, folder: Path, log) -> dict:
-    """Adapt to the tasks of one split, each from the values `start`, and save each.
+def adapt_split(model, tokenizer, tasks, begin, split: str, base, cfg: Config, folder: Path, log) -> dict:
+    """Adapt to the tasks of one split, each from its starting values (begin: see `prepare`), and save each.
 
     Returns {"before", "tasks": {task: main score}, "groups": {group: mean}, "metrics": {task: {metric: score}},
     "stops"}.
     """
     lengths = base.max_input, base.max_output
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    _set(trainable, start)
-    before = evaluate_tasks(model, tokenizer, tasks, [0] * len(tasks), lengths, cfg.test_examples, cfg.eval_batch)
-    after, stops = {}, {}  # {task: {metric: score}}, {task: when it stopped}
+    scoring = dict(lengths=lengths, limit=cfg.test_examples, batch_size=cfg.eval_batch)
+    before, after, stops = {}, {}, {}  # {task: main score}, {task: {metric: score}}, {task: when it stopped}
     (folder / split).mkdir(exist_ok=True)
     for task in (bar := tqdm(tasks, desc=f"adapt {cfg.variant}, split {split}", unit="task", disable=None)):
-        _set(trainable, start)
+        begin(task)
+        before |= evaluate_tasks(model, tokenizer, [task], [0], **scoring)
         torch.manual_seed(cfg.seed)  # a task's result does not depend on the tasks before it
         stops[task.name] = adapt_task(model, tokenizer, task, lengths, cfg, log, split)
-        after |= all_scores(model, tokenizer, [task], [0], lengths, cfg.test_examples, cfg.eval_batch)
-        save_task(model, tokenizer, base, folder / split, task.name)
+        after |= all_scores(model, tokenizer, [task], [0], **scoring)
+        save_task(model, tokenizer, folder / split, task.name)
         then, now = before[task.name], main_scores(after)[task.name]
         bar.set_postfix(task=task.name, before=f"{then:.1f}", after=f"{now:.1f}")
         if bar.disable:
@@ -269,12 +326,6 @@ def adapt_split(model, tokenizer, tasks, start, split: str, base, cfg: Config, f
     tasks_after = main_scores(after)
     groups = by_group(tasks_after, tasks)
     return {"before": before, "tasks": tasks_after, "groups": groups, "metrics": after, "stops": stops}
-
-
-@torch.no_grad()
-def _set(parameters: list[nn.Parameter], values: list[torch.Tensor]):
-    for p, value in zip(parameters, values, strict=True):
-        p.copy_(value)
 
 
 def summary(results: dict[str, dict]) -> dict:
@@ -304,16 +355,19 @@ def train_config(cfg: Config) -> train.Config:
     if not cfg.checkpoint:
         raise UserError("--checkpoint is missing: give a run folder of train.py")
     base = read_config(train.Config, Path(cfg.checkpoint) / "config.json")
-    if cfg.variant != "all" and base.method not in ("poly", "mhr"):
-        raise UserError(f"--variant {cfg.variant} needs a run of method poly or mhr, {cfg.checkpoint} is {base.method}")
+    fits = {"all": METHODS, "z": LEARNED, "mu": ROUTED, "lora": ("full",)}[cfg.variant]
+    if base.method not in fits:
+        raise UserError(
+            f"--variant {cfg.variant} needs a run of method {', '.join(fits)}, {cfg.checkpoint} is {base.method}"
+        )
     device = train.pick_device(cfg.device)
     precision = base.precision if device == "cuda" else "fp32"  # as in train.make_config
     return dataclasses.replace(base, data_dir=cfg.data_dir or base.data_dir, device=device, precision=precision)
 
 
-def save_task(model, tokenizer, base: train.Config, folder: Path, name: str):
+def save_task(model, tokenizer, folder: Path, name: str):
     """Save what was adapted to one task under the task's name."""
-    if base.method == "full":
+    if not adapted_layers(model):  # method full
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     else:
@@ -325,15 +379,16 @@ def load_adapted(cfg: Config, folder: Path):
     saved for it."""
     base = train_config(cfg)
     model, tokenizer = load_run(Path(cfg.checkpoint), base)
-    prepare(model, cfg.variant, base.adapter)
+    begin = prepare(model, base, cfg)
     for split in cfg.split:
         for task in tasks_to_adapt(base, split, cfg):
-            if base.method == "full":
+            if base.method == "full" and cfg.variant != "lora":
                 saved = str(folder / split / task.name)
                 model, tokenizer = build_model(dataclasses.replace(base, backbone=saved), 1)
             elif not (path := folder / split / f"{task.name}.safetensors").is_file():
                 raise UserError(f"{path} does not exist: the run in {folder} has not finished")
             else:
+                begin(task)
                 load_adapter_file(model, path)
             yield split, task, model, tokenizer, (base.max_input, base.max_output)
 

@@ -1,7 +1,7 @@
 """Models: load a backbone, put a method's adapters in, load a finished run.
 
-`cfg` below is a `train.Config`: its fields backbone, device, precision, method, adapter, layers, rank, skills, heads
-and routing say all that a model depends on.
+`cfg` below is a `train.Config`: its fields backbone, device and precision, and those under "Adapter and routing", say
+all that a model depends on.
 """
 
 import dataclasses
@@ -9,28 +9,33 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
-    AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, ByT5Tokenizer, T5Config,
+    AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, ByT5Tokenizer, T5Config,
     T5ForConditionalGeneration,
 )  # fmt: skip
 
-from config import UserError
+from baselines.fixed import FixedRouter, RandomRouter, half_of_skills
+from baselines.hyperformer import HyperRouter
+from baselines.task_moe import TaskMoERouter
+from config import GIVEN, ONE_ADAPTER, UserError
 from data import reach_hub
 from ia3 import IA3, IA3Linear
-from inject import IA3_INPUT_SIDE, LAYER_SETS, adapted_layers, freeze, inject, load_adapters, named_layers
+from inject import IA3_INPUT_SIDE, LAYER_SETS, adapted_layers, freeze, inject, load_adapters, named_layers, sharing_key
 from lora import LoRA, LoRALinear
 from mhr import MHRLinear, MHRRouter
 from poly import PolyLinear, PolyRouter
+from sft import SFT, SFTLinear
 
 TINY = Path(__file__).parent / "assets" / "tiny"
-SINGLE = {"lora": LoRALinear, "ia3": IA3Linear}  # a layer with one adapter, by --adapter
+SINGLE = {"lora": LoRALinear, "ia3": IA3Linear, "sft": SFTLinear}  # a layer with one adapter, by --adapter
 
 
-def load_backbone(name: str, device: str, precision: str = "fp32"):
+def load_backbone(name: str, device: str, precision: str = "fp32", encoder: bool = False):
     """A model and its tokenizer: "tiny", "scratch", a hub name, or a folder with a model or one GGUF file.
 
-    precision: fp32 or bf16, in which the weights are held. Raises UserError if there is no such model, or CUDA is asked
+    precision: fp32 or bf16, in which the weights are held. encoder: any model that makes hidden states will do (for
+    AdapterSoup); it may have no language-model head. Raises UserError if there is no such model, or CUDA is asked
     for and absent.
     """
     if device == "cuda" and not torch.cuda.is_available():
@@ -46,7 +51,7 @@ def load_backbone(name: str, device: str, precision: str = "fp32"):
     try:
         config = AutoConfig.from_pretrained(source, **options)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = auto.from_pretrained(source, dtype=dtype, **options)
+        model = (AutoModel if encoder else auto).from_pretrained(source, dtype=dtype, **options)
         return model.to(device), AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -64,34 +69,66 @@ def tiny_from_scratch() -> T5ForConditionalGeneration:
         return T5ForConditionalGeneration(config)
 
 
-def build_model(cfg, tasks: int):
-    """Load the backbone and put the method's adapters in: (model, tokenizer). tasks: rows of Z.
+def build_model(cfg, tasks: int, table: Tensor | None = None):
+    """Load the backbone and put the method's adapters in: (model, tokenizer). tasks, table: see `make_router`.
 
     Raises UserError if the settings do not fit the backbone; the sentence names the layer.
     """
     model, tokenizer = load_backbone(cfg.backbone, cfg.device, cfg.precision)
-    if cfg.method == "full":
-        return model, tokenizer
+    if cfg.method != "full":
+        add_adapters(model, cfg, tasks, table)
+    return model.to(cfg.device), tokenizer
+
+
+def add_adapters(model: nn.Module, cfg, tasks: int, table: Tensor | None = None):
+    """Freeze a backbone and put the method's adapters in. Raises UserError as `build_model`."""
     freeze(model)
+    shared = {}  # layers of one key share one router: this is all that granularity is
 
     def make_layer(name: str, linear: nn.Module) -> nn.Module:
         """The adapted layer that takes the place of `linear`, for `inject`."""
-        side = "in" if name.endswith(IA3_INPUT_SIDE) else "out"
-        spec = IA3(side) if cfg.adapter == "ia3" else LoRA(cfg.rank)
-        if cfg.method == "poly":  # one router per layer: the papers' finest granularity
-            return PolyLinear(linear, spec, PolyRouter(tasks, cfg.skills, cfg.routing))
-        if cfg.method == "mhr":
-            return MHRLinear(linear, spec, MHRRouter(tasks, cfg.skills, cfg.heads, cfg.routing))
-        return SINGLE[cfg.adapter](linear, spec)
+        adapter = make_adapter(cfg, name)
+        if cfg.method in ONE_ADAPTER:
+            return SINGLE[cfg.adapter](linear, adapter)
+        key = "model" if cfg.method in GIVEN else sharing_key(name, cfg.granularity)  # a given table is one for all
+        if key not in shared:
+            shared[key] = make_router(cfg, tasks, table)
+        return (MHRLinear if cfg.method == "mhr" else PolyLinear)(linear, adapter, shared[key])
 
     try:
         named = cfg.layers in LAYER_SETS or not cfg.layers
-        layers = named_layers(cfg.layers or cfg.adapter, model.config.model_type) if named else cfg.layers
+        default = "ia3" if cfg.adapter == "ia3" else "lora"  # an SFT changes the layers that LoRA would
+        layers = named_layers(cfg.layers or default, model.config.model_type) if named else cfg.layers
         inject(model, make_layer, layers)
     except ValueError as error:
         layers = f" --layers {cfg.layers}" if cfg.layers else ""
         raise UserError(f"--method {cfg.method} --backbone {cfg.backbone}{layers}: {error}") from None
-    return model.to(cfg.device), tokenizer
+
+
+def make_adapter(cfg, name: str):
+    """The adapter (--adapter) of the layer of this name."""
+    if cfg.adapter == "ia3":
+        return IA3("in" if name.endswith(IA3_INPUT_SIDE) else "out")
+    return SFT(cfg.density) if cfg.adapter == "sft" else LoRA(cfg.rank)
+
+
+def make_router(cfg, tasks: int, table: Tensor | None = None) -> nn.Module:
+    """A fresh router of a routed method for this many tasks. table (t, s): the allocation, where the method has it
+    given; None: each task uses all skills alike, until a file is loaded. Raises ValueError for settings out of range.
+    """
+    if cfg.method == "poly":
+        return PolyRouter(tasks, cfg.skills, cfg.routing)
+    if cfg.method == "mhr":
+        return MHRRouter(tasks, cfg.skills, cfg.heads, cfg.routing)
+    if cfg.method == "task-moe":
+        return TaskMoERouter(tasks, cfg.skills, cfg.top_k)
+    if cfg.method == "hyperformer":
+        return HyperRouter(tasks, cfg.skills)
+    if cfg.method == "random" and cfg.random_by == "example":
+        return RandomRouter(tasks, cfg.skills)
+    if cfg.method == "random":
+        return FixedRouter(half_of_skills(tasks, cfg.skills))
+    return FixedRouter(torch.ones(tasks, cfg.skills) if table is None else table)
 
 
 def load_run(folder: Path, cfg):
@@ -117,8 +154,14 @@ def load_adapter_file(model: nn.Module, path: Path):
         raise UserError(str(error)) from None
 
 
-def average_skills(model: nn.Module, adapter: str):
-    """mu: replace every routed layer by one with a single adapter, the average of its skills. Routing is gone."""
+def collapse(model: nn.Module, adapter: str, params_of):
+    """Replace every routed layer by one with the single adapter params_of(layer): {name: (...)}, or None for a fresh
+    one. Routing is gone."""
     for name, layer in adapted_layers(model).items():
         if hasattr(layer, "router"):
-            model.set_submodule(name, SINGLE[adapter](layer.linear, layer.adapter, layer.average_skills()))
+            model.set_submodule(name, SINGLE[adapter](layer.linear, layer.adapter, params_of(layer)))
+
+
+def average_skills(model: nn.Module, adapter: str):
+    """mu: `collapse` to the average of each layer's skills."""
+    collapse(model, adapter, lambda layer: layer.average_skills())

@@ -15,6 +15,13 @@ import os
 import sys
 from pathlib import Path
 
+# Methods by how an adapter comes to a task.
+ONE_ADAPTER = ("lora", "ia3", "shared", "mu")  # methods without a router: one adapter for all tasks
+GIVEN = ("private", "expert", "adapter-soup")  # routed by a given table, which also says how many skills there are
+LEARNED = ("poly", "mhr", "hyperformer", "task-moe")  # routed by a Z that is trained
+ROUTED = (*GIVEN, "random", *LEARNED)
+METHODS = ("full", *ONE_ADAPTER, *ROUTED)
+
 # A run's defaults: what its data set says, then what its (data set, method) says. Sources: the papers' appendices and
 # the MHR authors' configuration files (README, "Recipes"); "strings" is ours, tuned on its dev compositions
 # (results/strings.md). Warm-up is a share of the steps, here 1,500 of SuperNI's 25,000.
@@ -117,7 +124,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 ABOVE_ZERO = (
-    "rank skills heads batch_size lr lr_z clip max_input max_output log_every eval_every eval_batch patience beams"
+    "rank skills heads density top_k batch_size lr lr_z clip max_input max_output log_every eval_every eval_batch "
+    "patience soup beams"
 ).split()
 NOT_NEGATIVE = "steps epochs micro_batch weight_decay warmup eval_examples test_examples shots seed".split()
 

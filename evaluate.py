@@ -5,6 +5,7 @@ python evaluate.py --checkpoint runs/NAME            score a run again (a pre-tr
 python evaluate.py --checkpoint runs/NAME --zero-shot   a pre-training run on the held-out tasks, as it is
 python evaluate.py --checkpoint runs/NAME --constant    the held-out tasks' most frequent training answer, no model
 python evaluate.py --compare runs/*                  one table over run folders, seeds as mean +- std
+python evaluate.py --count-parameters --backbone t5-xl  what each method trains on a backbone, without its weights
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +25,9 @@ class Config:
     zero_shot: bool = flag(False, "score a pre-training run on the held-out tasks without adaptation")
     constant: bool = flag(False, "score the answer that is most frequent in training on each held-out task")
     compare: tuple = flag((), "run folders to compare in one table, instead of scoring")
+    count_parameters: bool = flag(False, "print how many parameters each method trains on --backbone")
+    backbone: str = flag("t5-xl", "to count on: t5-xl, t5-xxl, bart-large, or a hub name, folder or config file")
+    tasks: int = flag(313, "to count with: number of training tasks")
     data_dir: str = flag("", "folder of the benchmark's files, if it has moved since training")
     test_examples: int = flag(0, "test examples per task to score; 0: all")
     batch_size: int = flag(64, "examples per batch")
@@ -147,7 +151,7 @@ def constant_scores(tasks: list[Task], limit: int = 0) -> dict[str, dict[str, fl
 
 
 def by_group(scores: dict[str, float], tasks: list[Task]) -> dict[str, float]:
-    """The mean score of each group of tasks (SuperNI's categories, T0's data sets): {group: mean}."""
+    """The mean score of each group of tasks (SuperNI's categories, T0's data sets, CrossFit's types): {group: mean}."""
     groups = defaultdict(list)
     for task in tasks:
         if task.group:
@@ -223,9 +227,12 @@ def _score_held_out(cfg: Config, folder: Path, adapt):
             raise UserError("--constant: no held-out task has training and test examples here, leave the flag out")
         return constant_scores(tasks, cfg.test_examples), tasks
     model, tokenizer = adapt.load_run(folder, base)
-    adapt.prepare(model, "all", base.adapter)
-    ids, lengths = [0] * len(tasks), (base.max_input, base.max_output)
-    return all_scores(model, tokenizer, tasks, ids, lengths, cfg.test_examples, cfg.batch_size, cfg.beams), tasks
+    begin = adapt.prepare(model, base, adapt.Config(checkpoint=str(folder)))
+    scores, lengths = {}, (base.max_input, base.max_output)
+    for task in tqdm(tasks, desc="held-out tasks", unit="task", disable=None):
+        begin(task)
+        scores |= all_scores(model, tokenizer, [task], [0], lengths, cfg.test_examples, cfg.batch_size, cfg.beams)
+    return scores, tasks
 
 
 def _score_adapted(cfg: Config, folder: Path, adapt):
@@ -328,9 +335,14 @@ def _aligned(lines: list[tuple[str, ...]]) -> str:
 
 
 def main(flags: dict):
-    """Score one run, or compare several. Raises UserError if neither is asked for."""
+    """Score one run, compare several, or count parameters. Raises UserError if nothing is asked for."""
     cfg = Config(**flags)
-    if cfg.compare:
+    check_ranges(cfg)
+    if cfg.count_parameters:
+        from counts import table  # here: it imports train.py and adapt.py, which import this file
+
+        print(_aligned(table(cfg.backbone, cfg.tasks)))
+    elif cfg.compare:
         print(compare(tuple(cfg.compare)))
     elif cfg.checkpoint:
         evaluate(cfg)

@@ -317,7 +317,8 @@ def save_adapters(model: nn.Module, path: str):
 def load_adapters(model: nn.Module, path: str):
     """Read a file of `save_adapters` into a model with the same adapters injected, bit for bit.
 
-    Routers take the file's number of tasks; their Z is then a new parameter: make the optimiser afterwards.
+    What may have another length in the file, the number of tasks in a Z and of changed weights in an SFT that is an
+    average, becomes a new parameter of that length: make the optimiser afterwards.
     Raises ValueError, with the model unchanged, if the file is damaged or belongs to another backbone or other
     adapters, naming the first difference.
     """
@@ -334,14 +335,20 @@ def load_adapters(model: nn.Module, path: str):
         where = "file" if name in saved else "model"
         raise ValueError(f"{path}: {name} is only in the {where}: it was saved with other adapter settings")
     for name, p in own.items():
-        per_task = name.endswith(".router.Z")
-        if saved[name].dtype != p.dtype or saved[name].shape[per_task:] != p.shape[per_task:]:
+        free = name.endswith((".router.Z", ".params.value", ".params.place"))  # the length of the first axis is free
+        if saved[name].dtype != p.dtype or saved[name].dim() != p.dim() or saved[name].shape[free:] != p.shape[free:]:
             raise ValueError(f"{path}: {name} is {_kind(saved[name])}, the model has {_kind(p)}")
-    by_parameter = {id(p): name for name, p in own.items()}
-    for router in routers(model):
-        router.Z = nn.Parameter(saved.pop(by_parameter[id(router.Z)]).to(router.Z.device), router.Z.requires_grad)
-    for name, value in saved.items():
-        own[name].copy_(value)
+        if name.endswith(".place"):
+            weight = model.get_submodule(re.sub(r"\.(params|inventory)\.place$", "", name)).weight
+            values, places = saved[name.removesuffix("place") + "value"], saved[name]
+            if values.shape != places.shape or not bool(((places >= 0) & (places < weight.numel())).all()):
+                raise ValueError(f"{path}: {name} names places outside its layer, or not one for each value")
+    for name, p in own.items():
+        if saved[name].shape == p.shape:
+            p.copy_(saved[name])
+        else:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(saved[name].to(p.device), p.requires_grad))
 
 
 def _kind(x: Tensor) -> str:

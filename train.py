@@ -6,17 +6,16 @@
     python train.py --from-run RUN --method mu --steps 1000         average RUN's skills, train that one adapter on
 
 Writes to the run folder: config.json (every setting), adapter.safetensors (adapters and routers; method full: the
-folder backbone/ instead), log.jsonl (one line a logged step) and result.json.
+folder backbone/ instead), tasks.json (the names of tasks, and of skills where they have names), log.jsonl (one line a
+logged step) and result.json; method adapter-soup also embeddings.safetensors.
 """
 
 from dataclasses import dataclass
 
 from config import (
-    PRETRAINING, UserError, check_ranges, describe, exit_on_user_error, explicit_flags, flag, new_run_folder,
-    read_config, read_json, recipe, refuse_used, write_json,
+    GIVEN, METHODS, PRETRAINING, ROUTED, UserError, check_ranges, describe, exit_on_user_error, explicit_flags, flag,
+    new_run_folder, read_config, read_json, recipe, refuse_used, write_json,
 )  # fmt: skip
-
-METHODS = ("full", "lora", "ia3", "shared", "poly", "mhr", "mu")
 
 
 @dataclass
@@ -35,15 +34,23 @@ class Config:
     partition: str = flag("random.json", "crossfit: file that says which tasks are for training, dev and test")
     backbone: str = flag("tiny", "tiny (bundled), scratch (the same, untrained), or a Hugging Face name or folder")
     # Adapter and routing
-    adapter: str = flag("lora", "what a skill is", ("lora", "ia3"))
+    adapter: str = flag("lora", "what a skill is", ("lora", "ia3", "sft"))
     layers: str = flag(
         "",
         "layers to adapt: light, attention, self-attention, or a regular expression; none: by adapter and model type",
     )
     rank: int = flag(1, "rank r of LoRA")
-    skills: int = flag(8, "skills s in a layer's inventory")
+    density: float = flag(0.1, "sft: share of a layer's weights that may change")
+    skills: int = flag(8, "skills s in a layer's inventory (private, expert and adapter-soup: as the tasks say)")
     heads: int = flag(8, "heads h of mhr; must divide every adapted layer")
     routing: str = flag("gumbel", "how training turns logits into weights", ("gumbel", "sigmoid", "straight-through"))
+    granularity: str = flag(
+        "linear", "which layers share a router: linear (none), layer (attention or feed-forward), block, coder, model",
+        ("linear", "layer", "block", "coder", "model"),
+    )  # fmt: skip
+    top_k: int = flag(2, "task-moe: skills that a task uses")
+    random_by: str = flag("example", "random: what draws its skills, each example or each task", ("example", "task"))
+    encoder: str = flag("", "adapter-soup: name or folder of the model that embeds tasks; none: the backbone")
     # Optimisation
     steps: int = flag(0, "optimiser steps; 0: by --epochs")
     epochs: int = flag(0, "passes over the training examples, if --steps is 0")
@@ -79,14 +86,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import data
+from baselines.adapter_soup import embed
+from baselines.fixed import given_table, skill_names
 from evaluate import evaluate_tasks, mean
 from inject import routers, save_adapters, task_ids
-from backbone import average_skills, build_model, load_run
+from backbone import average_skills, build_model, load_backbone, load_run
 
 # --- Optimisation -----------------------------------------------------------------------------------------------------
 
@@ -95,9 +105,10 @@ def make_optimizer(model: nn.Module, cfg) -> torch.optim.Optimizer:
     """cfg.optimizer over what is trainable, in two groups: adapters at cfg.lr, Z at cfg.lr_z without weight decay.
 
     The dual-speed learning rate of Polytropon section 2.3: a fast Z decides who uses which skill before the skills
-    have settled. Decaying the logits Z would pull every task towards using all skills.
+    have settled. Decaying the logits Z would pull every task towards using all skills. The task embeddings of
+    HyperFormer are a Z too; its hidden layer, which all tasks share, goes with the adapters.
     """
-    z = [p for router in routers(model) for p in router.parameters() if p.requires_grad]
+    z = [router.Z for router in routers(model) if router.Z.requires_grad]
     rest = [p for p in model.parameters() if p.requires_grad and all(p is not q for q in z)]
     groups = [
         dict(params=rest, lr=cfg.lr, weight_decay=cfg.weight_decay),
@@ -145,8 +156,8 @@ def backward_in_parts(loss_of, items: list[data.Item], micro_batch: int) -> floa
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Trainable parameters: those of routers (Z) and all others (skills, adapters, or the whole backbone)."""
-    z = sum(p.numel() for router in routers(model) for p in router.parameters() if p.requires_grad)
+    """Trainable parameters: Z of the routers, and all others (skills, adapters, or the whole backbone)."""
+    z = sum(router.Z.numel() for router in routers(model) if router.Z.requires_grad)
     return {"adapters": sum(p.numel() for p in model.parameters() if p.requires_grad) - z, "routing": z}
 
 
@@ -170,15 +181,18 @@ def train(cfg: Config) -> dict:
     if cfg.eval_examples and not scored:
         raise UserError(f"--eval-examples {cfg.eval_examples}: no training task has test examples")
     torch.manual_seed(cfg.seed)
-    model, tokenizer = starting_point(cfg, len(tasks))
+    skills = names_of_skills(cfg, tasks)
+    cfg.skills = len(skills) or cfg.skills
+    model, tokenizer = starting_point(cfg, tasks, skills)
     if cfg.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     folder = new_run_folder(cfg.output_dir)
     write_json(folder / "config.json", dataclasses.asdict(cfg))
+    write_json(folder / "tasks.json", {"tasks": [task.name for task in tasks], "skills": skills})
     counts = count_parameters(model)
     present = sum(1 for task in tasks if len(task.train))
-    print(f"{present} training tasks, {examples:,} examples, {steps:,} steps; trainable:", end=" ")
-    print(*(f"{name} {count:,}" for name, count in counts.items()))
+    print(f"{present} training tasks, {examples:,} examples, {steps:,} steps, {len(routers(model))} routers", end="; ")
+    print("trainable:", *(f"{name} {count:,}" for name, count in counts.items()))
 
     start = time.monotonic()
     model.train()
@@ -186,6 +200,8 @@ def train(cfg: Config) -> dict:
     loss = train_steps(model, tokenizer, batches, steps, cfg, folder)
     seconds = time.monotonic() - start
     save_run(model, tokenizer, cfg, folder)
+    if cfg.method == "adapter-soup":
+        save_embeddings(cfg, tasks, folder)
     result = {"steps": steps, "loss": loss, "seconds": round(seconds, 1), "parameters": counts}
     if scored:
         lengths = cfg.max_input, cfg.max_output
@@ -202,10 +218,26 @@ def load_tasks(cfg: Config, split: str, parts: tuple[str, ...]) -> data.Benchmar
     return data.load(cfg.dataset, cfg.data_dir, split, parts, cfg.instructions, cfg.partition)
 
 
-def starting_point(cfg: Config, tasks: int):
+def names_of_skills(cfg: Config, tasks: list[data.Task]) -> list[str]:
+    """The skills of a method whose allocation is given, by name; [] for the others. UserError if there are none."""
+    names = skill_names(cfg.method, tasks) if cfg.method in GIVEN else []
+    if cfg.method == "expert" and not names:
+        raise UserError(f"--method expert: nothing is known of the skills of these tasks of {cfg.dataset}")
+    return names
+
+
+def save_embeddings(cfg: Config, tasks: list[data.Task], folder: Path):
+    """AdapterSoup: the embedding of each training task, (t, d), for the new tasks to be compared with."""
+    name = cfg.encoder or cfg.backbone
+    encoder, tokenizer = load_backbone(name, cfg.device, cfg.precision, encoder=bool(cfg.encoder))
+    rows = [embed(encoder.eval(), tokenizer, task, cfg.max_input) for task in tqdm(tasks, desc="embed", disable=None)]
+    save_file({"embeddings": torch.stack(rows)}, folder / "embeddings.safetensors")
+
+
+def starting_point(cfg: Config, tasks: list[data.Task], skills: list[str]):
     """(model, tokenizer) before training: fresh adapters, or those of --from-run, averaged for method mu."""
     if not cfg.from_run:
-        return build_model(cfg, tasks)
+        return build_model(cfg, len(tasks), given_table(cfg.method, tasks, skills) if skills else None)
     base = read_config(Config, Path(cfg.from_run) / "config.json")
     model, tokenizer = load_run(Path(cfg.from_run), dataclasses.replace(cfg, method=base.method))
     if cfg.method == "mu":
@@ -291,6 +323,8 @@ def make_config(**flags) -> Config:
             if flags.get("adapter", cfg.method) != cfg.method:
                 raise UserError(f"--adapter {cfg.adapter} does not fit --method {cfg.method}: leave --adapter out")
             cfg.adapter = cfg.method
+        if cfg.method in GIVEN and "skills" in flags:
+            raise UserError(f"--skills does not fit --method {cfg.method}, whose tasks say how many: leave it out")
         if cfg.adapter == "ia3" and "layers" not in flags:
             cfg.layers = ""  # the recipes' layers are LoRA's
     cfg.device = pick_device(cfg.device)
@@ -302,7 +336,10 @@ def make_config(**flags) -> Config:
     return cfg
 
 
-FIXED_BY_RUN = ("dataset", "backbone", "adapter", "layers", "rank", "skills", "heads", "instructions", "partition")
+FIXED_BY_RUN = (
+    "dataset", "backbone", "adapter", "layers", "rank", "density", "skills", "heads", "granularity", "top_k", "encoder",
+    "random_by", "instructions", "partition",
+)  # fmt: skip
 
 
 def _config_from_run(start: Config, flags: dict) -> Config:
@@ -312,13 +349,12 @@ def _config_from_run(start: Config, flags: dict) -> Config:
         raise UserError("--from-run needs --steps: how many to train on")
     for name in FIXED_BY_RUN:
         if name in flags and flags[name] != getattr(base, name):
-            raise UserError(
-                f"--{name} {flags[name]} does not fit --from-run {start.from_run}, whose is {getattr(base, name)}"
-            )
+            given = f"--{name.replace('_', '-')} {flags[name]}"
+            raise UserError(f"{given} does not fit --from-run {start.from_run}, whose is {getattr(base, name)}")
     method = flags.get("method", base.method)
-    if method != base.method and not (method == "mu" and base.method in ("poly", "mhr")):
+    if method != base.method and not (method == "mu" and base.method in ROUTED):
         raise UserError(
-            f"--method {method} cannot go on from a run of method {base.method}: mu goes on from poly or mhr"
+            f"--method {method} cannot go on from a run of method {base.method}: mu goes on from a routed method"
         )
     own = {"method": method, "output_dir": start.output_dir, "device": start.device}  # not that of the run's machine
     return dataclasses.replace(base, **flags | own)

@@ -4,6 +4,8 @@ Routers for a `poly.PolyLinear` that learn nothing: the skills are trained, who 
 that the difference between poly.py and mhr.py stays the head axis alone.
 
     PolyLinear(linear, LoRA(rank=1), FixedRouter(torch.eye(64)))
+
+Shape key, as in poly.py: b examples, t tasks, s skills, u distinct tasks in a batch.
 """
 
 import torch
@@ -49,6 +51,39 @@ class FixedRouter(nn.Module):
         """Give the table `count` rows of ones, after the old or in their place: a new task uses all skills alike."""
         fresh = torch.ones(count, self.skills).to(self.Z)
         self.Z = nn.Parameter(torch.cat([self.Z, fresh]) if keep else fresh, requires_grad=False)
+
+
+def labels(method: str, task) -> tuple[str, ...]:
+    """The names of the skills that a task (a `data.Task`) uses under a method whose allocation is given.
+
+    expert: what the task is truly made of (strings), or its kind: CrossFit's four task types as in Polytropon section
+    4.2, SuperNI's category, T0's data set. private: itself alone. A task of which nothing is known has no names.
+    """
+    names = (task.skills or (task.group,)) if method == "expert" else (task.name,)
+    return tuple(name for name in names if name)
+
+
+def skill_names(method: str, tasks) -> list[str]:
+    """The inventory that the training tasks make: a skill for each name, in order of appearance."""
+    return list(dict.fromkeys(name for task in tasks for name in labels(method, task)))
+
+
+def given_table(method: str, tasks, names: list[str]) -> Tensor:
+    """The table (t, s) of these tasks over the skills `names`: 1 where a task has the name, else 0.
+
+    A task with none of the names, as a new task under private, uses all skills alike: a row of ones.
+    """
+    own = [labels(method, task) for task in tasks]
+    table = torch.tensor([[float(name in row) for name in names] for row in own])
+    return torch.where(table.sum(-1, keepdim=True) > 0, table, torch.ones_like(table))
+
+
+def half_of_skills(tasks: int, skills: int) -> Tensor:
+    """Random per task (MHR's first version, section 5): a table (t, s), half of the skills, drawn for each task.
+
+    An odd number is rounded up: with one skill every task uses it.
+    """
+    return (torch.rand(tasks, skills).argsort(-1) < (skills + 1) // 2).float()
 
 
 class RandomRouter(FixedRouter):

@@ -1,0 +1,54 @@
+"""AdapterSoup (Chronopoulou et al. 2023, https://arxiv.org/abs/2302.07027), as in the MHR paper section 4.1.
+
+Pre-training: one adapter for each task, nothing shared: a `FixedRouter` with a table of identity. Adaptation: a new
+task starts from the average of the adapters of the n training tasks that are most like it, as ONE adapter, and trains
+that. Two tasks are alike by the cosine of their embeddings: a text encoder's hidden states, averaged over the tokens of
+an input and over the task's training inputs.
+
+Shape key, as in poly.py: b examples, l sequence length, t tasks; d is the encoder's width.
+
+Unlike `poly.py`: what a task takes from others is not learned but looked up, and only when all training is over.
+
+Deviations:
+* The adapters are trained in one run, each batch mixed over tasks, not in a run for each task: the same updates but for
+  what the optimiser shares (the clipped norm, and moments that decay while a task is not in the batch).
+* A task's embedding is averaged over at most EXAMPLES of its training inputs, evenly spaced.
+"""
+
+import torch
+from torch import Tensor
+
+from data import Task, collate
+
+EXAMPLES = 200
+
+
+@torch.no_grad()
+def embed(encoder, tokenizer, task: Task, max_input: int, batch_size: int = 16) -> Tensor:
+    """The embedding (d,) of a task, float32 on the CPU; zeros for a task without training examples.
+
+    encoder: any Hugging Face model that makes hidden states, without adapters: of an encoder-decoder model the encoder
+    is used, of a language model what is below its head. Inputs are cut to max_input tokens.
+    """
+    body = encoder.get_encoder() if encoder.config.is_encoder_decoder else encoder.base_model
+    examples = task.train[:: max(1, len(task.train) // EXAMPLES)][:EXAMPLES]
+    total = torch.zeros(encoder.config.hidden_size)
+    for start in range(0, len(examples), batch_size):
+        few = [examples[k] for k in range(start, min(start + batch_size, len(examples)))]
+        batch = collate(few, None, tokenizer, True, max_input, 0)  # True: pads on the right
+        batch = {name: tensor.to(encoder.device) for name, tensor in batch.items()}
+        hidden = body(**batch).last_hidden_state.float()  # (b, l, d)
+        mask = batch["attention_mask"][..., None]
+        total += ((hidden * mask).sum(1) / mask.sum(1).clamp(min=1)).sum(0).cpu()
+    return total / max(1, len(examples))
+
+
+def soup_weights(embeddings: Tensor, new: Tensor, n: int) -> Tensor:
+    """Weights (1, t) over training tasks: 1/n for the n whose embeddings (t, d) have the largest cosine with new (d,).
+
+    All of them if there are fewer than n; never one without training examples, whose embedding is zero.
+    """
+    known = embeddings.abs().sum(-1) > 0
+    cosine = torch.cosine_similarity(embeddings, new[None], dim=-1).masked_fill(~known, -torch.inf)  # (t,)
+    best = cosine.topk(min(n, int(known.sum()))).indices
+    return torch.zeros(1, len(cosine)).index_fill_(1, best, 1 / len(best))

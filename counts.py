@@ -1,0 +1,105 @@
+"""How many parameters each method trains, exactly, on any backbone: no weights are needed.
+
+    python evaluate.py --count-parameters --backbone t5-xl
+
+The backbone is built on torch's meta device, from its config alone, and gets the very adapters that `train.py` would
+give it; `adapt.py`'s own preparation then says what a new task trains. So the table cannot differ from what runs.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+import adapt
+import train
+from backbone import add_adapters
+from config import LEARNED, ROUTED, UserError
+from data import reach_hub
+
+CONFIGS = Path(__file__).parent / "assets" / "configs"  # t5-xl, t5-xxl and bart-large, for use without the hub
+ROWS = {  # what the papers compare, by their names; "l-": the light layers, keys, values and one of the feed-forward
+    "full": dict(method="full"),
+    "(IA)^3": dict(method="ia3", adapter="ia3"),
+    "LoRA": dict(method="lora"),
+    "LoRA-big": dict(method="lora", rank=16),
+    "Private, AdapterSoup": dict(method="private"),
+    "Expert, 4 skills": dict(method="expert", skills=4),
+    "Random": dict(method="random"),
+    "HyperFormer": dict(method="hyperformer"),
+    "Task-MoE": dict(method="task-moe"),
+    "Poly": dict(method="poly"),
+    "MHR, 8 heads": dict(method="mhr", heads=8),
+    "MHR, 64 heads": dict(method="mhr", heads=64),
+    "Poly (IA)^3": dict(method="poly", adapter="ia3"),
+    "Poly SFT, 10 %": dict(method="poly", adapter="sft"),
+    "Poly, rank 16": dict(method="poly", rank=16),
+    "l-LoRA": dict(method="lora", layers="light"),
+    "l-LoRA-big": dict(method="lora", layers="light", rank=16),
+    "l-Poly": dict(method="poly", layers="light"),
+    "l-MHR, 32 heads": dict(method="mhr", layers="light", heads=32),
+    "l-MHR, 64 heads": dict(method="mhr", layers="light", heads=64),
+}
+
+
+def meta_backbone(name: str):
+    """A model without weights: t5-xl, t5-xxl, bart-large (bundled), a hub name, a folder, or a config.json file.
+
+    Raises UserError if there is no such config.
+    """
+    bundled = CONFIGS / f"{name}.json"
+    if not bundled.exists() and not Path(name).exists():
+        reach_hub()
+    try:
+        config = AutoConfig.from_pretrained(bundled if bundled.exists() else name)
+    except (OSError, ValueError) as error:
+        known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.json")))
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--backbone {name}: no config can be read: {reason} (bundled: {known})") from None
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(config)
+        if not getattr(config, "scale_decoder_outputs", True):
+            # T5 v1.1 has an output layer of its own, which transformers 5 ties until it sees the weights
+            model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
+    return model
+
+
+def count(backbone: str, tasks: int, **settings) -> dict[str, int]:
+    """Parameters that one method trains: {"adapters", "Z"} in pre-training on so many tasks, and for one new task
+    {"all", "z", "mu", "lora"}, those of them that the method has. The size of an average of SFTs depends on how many of
+    their random places coincide, and is left out.
+
+    settings: fields of `train.Config`; what is left open is 1 for the rank and 8 for the skills.
+    """
+    cfg = train.Config(**settings)
+    if cfg.method == "private":
+        cfg.skills = tasks
+    model = meta_backbone(backbone)
+    if cfg.method != "full":
+        add_adapters(model, cfg, tasks)
+    numbers = train.count_parameters(model)
+    found = {"adapters": numbers["adapters"], "Z": numbers["routing"]}
+    for variant, methods in (("all", None), ("z", LEARNED), ("mu", ROUTED), ("lora", ("full",))):
+        if (methods is None or cfg.method in methods) and not (variant == "mu" and cfg.adapter == "sft"):
+            adapt.prepare(model, dataclasses.replace(cfg, device="meta"), adapt.Config(variant=variant))
+            found[variant] = sum(train.count_parameters(model).values())
+    return found
+
+
+def table(backbone: str, tasks: int) -> list[tuple[str, ...]]:
+    """The cells of a table over ROWS, its head first. A method whose heads do not divide a layer has no numbers."""
+    columns = ("adapters", "Z", "all", "z", "mu", "lora")
+    new = (f"a new task: {c}" for c in columns[2:])
+    lines = [("method", "rank", "trained on all tasks", f"Z of {tasks} tasks", *new)]
+    for name, settings in tqdm(ROWS.items(), desc="count", unit="method", disable=None, leave=False):
+        try:
+            found = count(backbone, tasks, **settings)
+        except UserError:
+            found = {}
+        rank = str(settings.get("rank", 1)) if settings.get("adapter", "lora") == "lora" and name != "full" else ""
+        lines.append((name, rank, *(f"{found[c]:,}" if found.get(c) else "-" for c in columns)))
+    return lines

@@ -1,0 +1,73 @@
+"""Exact parameter counts: the papers' figures, and that what is counted is what runs."""
+
+import pytest
+
+import counts
+import evaluate
+from config import UserError
+
+XL = {  # T5-XL, 313 tasks: trained on all tasks, Z, and for one new task all, z, mu
+    "full": (2_849_757_184, 0, 2_849_757_184, None, None),
+    "(IA)^3": (540_672, 0, 540_672, None, None),
+    "LoRA": (2_211_840, 0, 2_211_840, None, None),
+    "LoRA-big": (35_389_440, 0, 35_389_440, None, None),
+    "Private, AdapterSoup": (313 * 2_211_840, 0, 2_211_840, None, 2_211_840),
+    "Random": (17_694_720, 0, 17_694_720, None, 2_211_840),
+    "Poly": (17_694_720, 1_081_728, 17_694_720 + 3_456, 3_456, 2_211_840),
+    "Task-MoE": (17_694_720, 1_081_728, 17_694_720 + 3_456, 3_456, 2_211_840),
+    "HyperFormer": (17_694_720 + 432 * 72, 1_081_728, 17_694_720 + 432 * 72 + 3_456, 3_456, 2_211_840),
+    "MHR, 64 heads": (17_694_720, 69_230_592, 17_694_720 + 221_184, 221_184, 2_211_840),
+    "l-LoRA": (933_888, 0, 933_888, None, None),
+    "l-LoRA-big": (14_942_208, 0, 14_942_208, None, None),
+    "l-Poly": (7_471_104, 480_768, 7_471_104 + 1_536, 1_536, 933_888),
+    "l-MHR, 32 heads": (7_471_104, 313 * 49_152, 7_471_104 + 49_152, 49_152, 933_888),
+    "l-MHR, 64 heads": (7_471_104, 313 * 98_304, 7_471_104 + 98_304, 98_304, 933_888),
+}
+
+
+@pytest.mark.parametrize("name", XL)
+def test_t5_xl(name):
+    found = counts.count("t5-xl", 313, **counts.ROWS[name])
+    keys = ("adapters", "Z", "all", "z", "mu")
+    assert {k: found[k] for k in keys if k in found} == {
+        k: v for k, v in zip(keys, XL[name], strict=True) if v is not None
+    }
+
+
+def test_t5_xxl():
+    assert counts.count("t5-xxl", 313, **counts.ROWS["(IA)^3"])["all"] == 1_081_344
+    assert counts.count("t5-xxl", 1, **counts.ROWS["MHR, 64 heads"])["z"] == 221_184
+
+
+def test_bart_large():
+    """Polytropon's skills: LoRA of rank 16 on self-attention, 3,145,728 parameters each."""
+    found = counts.count("bart-large", 120, method="poly", rank=16, layers="self-attention")
+    assert found == {
+        "adapters": 8 * 3_145_728, "Z": 120 * 8 * 96, "all": 8 * (3_145_728 + 96), "z": 8 * 96, "mu": 3_145_728,
+    }  # fmt: skip
+    cross = counts.count("bart-large", 120, method="lora", rank=16, layers="attention")
+    assert cross["all"] == 4_718_592  # the authors' older code adapts cross-attention too
+
+
+def test_full_fine_tuning_then_lora():
+    assert counts.count("t5-xl", 1, method="full")["lora"] == 2_211_840
+
+
+def test_the_table_shows_every_row(capsys, monkeypatch):
+    few = ("LoRA", "MHR, 64 heads", "Poly SFT, 10 %")
+    monkeypatch.setattr(counts, "ROWS", {name: counts.ROWS[name] for name in few})
+    evaluate.main(dict(count_parameters=True, backbone="bart-large", tasks=10))
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert "Z of 10 tasks" in head and [line.split("  ")[0] for line in lines] == list(few)
+    assert len({len(line) for line in (head, *lines)}) == 1
+    monkeypatch.setattr(counts, "ROWS", {"MHR": dict(method="mhr", heads=7)})
+    evaluate.main(dict(count_parameters=True, backbone="bart-large", tasks=10))
+    assert capsys.readouterr().out.splitlines()[1].split()[2:] == ["-"] * 6  # 7 heads do not divide a layer
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "t5-xxxl"])
+def test_a_backbone_that_is_none(name, monkeypatch):
+    monkeypatch.setattr(counts, "reach_hub", lambda: monkeypatch.setenv("HF_HUB_OFFLINE", "1"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=rf"--backbone {name}: .* \(bundled: bart-large, t5-xl, t5-xxl\)"):
+        counts.meta_backbone(name)
