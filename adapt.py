@@ -22,7 +22,7 @@ Writes to the run folder: config.json, SPLIT/TASK.safetensors for each task, log
 from dataclasses import dataclass
 
 from config import (
-    FEW_SHOT, LEARNED, METHODS, ROUTED, UserError, check_ranges, describe, exit_on_user_error, explicit_flags, flag,
+    FEW_SHOT, VARIANTS, UserError, check_ranges, describe, exit_on_user_error, explicit_flags, flag,
     new_run_folder, read_config, read_json, recipe, refuse_used, write_json,
 )  # fmt: skip
 
@@ -32,7 +32,7 @@ class Config:
     """Adapt a pre-trained run to held-out tasks, each from a few examples."""
 
     checkpoint: str = flag("", "run folder of train.py to start from")
-    variant: str = flag("all", "what is trained", ("all", "z", "mu", "lora"))
+    variant: str = flag("all", "what is trained", tuple(VARIANTS))
     soup: int = flag(5, "adapter-soup: how many training tasks' adapters are averaged")
     tasks: str = flag("all", "all (test tasks), dev (dev tasks), or names joined by commas")
     data_dir: str = flag("", "folder of the benchmark's files, if it has moved since pre-training")
@@ -355,7 +355,7 @@ def train_config(cfg: Config) -> train.Config:
     if not cfg.checkpoint:
         raise UserError("--checkpoint is missing: give a run folder of train.py")
     base = read_config(train.Config, Path(cfg.checkpoint) / "config.json")
-    fits = {"all": METHODS, "z": LEARNED, "mu": ROUTED, "lora": ("full",)}[cfg.variant]
+    fits = VARIANTS[cfg.variant]
     if base.method not in fits:
         raise UserError(
             f"--variant {cfg.variant} needs a run of method {', '.join(fits)}, {cfg.checkpoint} is {base.method}"

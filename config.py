@@ -21,6 +21,7 @@ GIVEN = ("private", "expert", "adapter-soup")  # routed by a given table, which 
 LEARNED = ("poly", "mhr", "hyperformer", "task-moe")  # routed by a Z that is trained
 ROUTED = (*GIVEN, "random", *LEARNED)
 METHODS = ("full", *ONE_ADAPTER, *ROUTED)
+VARIANTS = {"all": METHODS, "z": LEARNED, "mu": ROUTED, "lora": ("full",)}  # what `adapt.py` can train, and after which
 
 # A run's defaults: what its data set says, then what its (data set, method) says. Sources: the papers' appendices and
 # the MHR authors' configuration files (README, "Recipes"); "strings" is ours, tuned on its dev compositions

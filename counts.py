@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 import adapt
 import train
 from backbone import add_adapters
-from config import LEARNED, ROUTED, UserError
+from config import VARIANTS, UserError
 from data import reach_hub
 
 CONFIGS = Path(__file__).parent / "assets" / "configs"  # t5-xl, t5-xxl and bart-large, for use without the hub
@@ -83,8 +83,8 @@ def count(backbone: str, tasks: int, **settings) -> dict[str, int]:
         add_adapters(model, cfg, tasks)
     numbers = train.count_parameters(model)
     found = {"adapters": numbers["adapters"], "Z": numbers["routing"]}
-    for variant, methods in (("all", None), ("z", LEARNED), ("mu", ROUTED), ("lora", ("full",))):
-        if (methods is None or cfg.method in methods) and not (variant == "mu" and cfg.adapter == "sft"):
+    for variant, methods in VARIANTS.items():
+        if cfg.method in methods and not (variant == "mu" and cfg.adapter == "sft"):
             adapt.prepare(model, dataclasses.replace(cfg, device="meta"), adapt.Config(variant=variant))
             found[variant] = sum(train.count_parameters(model).values())
     return found

@@ -279,9 +279,9 @@ def compare(folders: tuple[str, ...]) -> str:
     lines = [("run", "data set", "trained", "runs", "before", "score", "seconds")]
     for (label, dataset, trained), runs in sorted(groups.items()):
         before, after, seconds = ([v for v in column if v is not None] for column in zip(*runs, strict=True))
-        columns = _mean_std(before), _mean_std(after), f"{statistics.fmean(seconds):.0f}"
+        columns = mean_std(before), mean_std(after), f"{statistics.fmean(seconds):.0f}"
         lines.append((label, dataset, f"{trained:,}", str(len(runs)), *columns))
-    return _aligned(lines) + (f"\nwithout result.json: {', '.join(unfinished)}" if unfinished else "")
+    return aligned(lines) + (f"\nwithout result.json: {', '.join(unfinished)}" if unfinished else "")
 
 
 def _samples(result: dict) -> list[tuple]:
@@ -318,13 +318,13 @@ def _changed(config: dict, recipe: dict, shown: set[str]) -> list[str]:
     return [f"{k}={v}" for k, v in config.items() if k not in shown and v not in ("", recipe[k])]
 
 
-def _mean_std(values: list[float]) -> str:
+def mean_std(values: list[float]) -> str:
     if not values:
         return ""
     return f"{statistics.fmean(values):.1f}" + (f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def _aligned(lines: list[tuple[str, ...]]) -> str:
+def aligned(lines: list[tuple[str, ...]]) -> str:
     """Rows of cells to text: the first two columns on the left, numbers on the right."""
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
     cells = [
@@ -341,7 +341,7 @@ def main(flags: dict):
     if cfg.count_parameters:
         from counts import table  # here: it imports train.py and adapt.py, which import this file
 
-        print(_aligned(table(cfg.backbone, cfg.tasks)))
+        print(aligned(table(cfg.backbone, cfg.tasks)))
     elif cfg.compare:
         print(compare(tuple(cfg.compare)))
     elif cfg.checkpoint:

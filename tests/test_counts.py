@@ -1,5 +1,8 @@
 """Exact parameter counts: the papers' figures, and that what is counted is what runs."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 import counts
@@ -51,6 +54,15 @@ def test_bart_large():
 
 def test_full_fine_tuning_then_lora():
     assert counts.count("t5-xl", 1, method="full")["lora"] == 2_211_840
+
+
+def test_the_readmes_table():
+    """Every number of the README's table is one of those that the tests here count."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    section = readme.split("What is trained, exactly")[1].split("\n## ")[0]
+    counted = {f"{n:,}" for row in XL.values() for n in row if n} | {"1,081,344", "3,145,728"}
+    shown = re.findall(r"\d{1,3}(?:,\d{3})+", section)
+    assert len(shown) > 25 and set(shown) <= counted
 
 
 def test_the_table_shows_every_row(capsys, monkeypatch):

@@ -1,0 +1,140 @@
+"""All methods of the papers on `strings`, under the same loops: one table.
+
+    python -m experiments.methods                   pre-train and adapt what is missing, then print the table
+    python -m experiments.methods --tune            the search that chose the learning rates, on dev tasks, seed 0
+
+Every line is a few runs of `train.py` and `adapt.py`, in runs/methods/; a run that is there is not made again, so the
+command can be stopped at any time and goes on where it was. Two run side by side, with one thread each (--jobs).
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from config import LEARNED
+from evaluate import aligned, mean_std
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = {  # a name for the table: (flags of train.py, variants of adapt.py)
+    "Full": ("--method full", ("all", "lora")),
+    "LoRA (Shared)": ("--method lora", ("all",)),
+    "LoRA-big": ("--method lora --rank 16", ("all",)),
+    "(IA)^3": ("--method ia3", ("all",)),
+    "Private": ("--method private", ("all", "mu")),
+    "Expert": ("--method expert", ("all",)),
+    "Random by example": ("--method random", ("mu",)),
+    "Random by task": ("--method random --random-by task", ("mu",)),
+    "HyperFormer": ("--method hyperformer", ("all",)),
+    "Task-MoE": ("--method task-moe", ("all",)),
+    "AdapterSoup": ("--method adapter-soup", ("all",)),
+    "Poly": ("--method poly", ("all", "z", "mu")),
+    "MHR": ("--method mhr --heads 8", ("all", "z", "mu")),
+}
+
+
+def run(script: str, flags: list[str], folder: Path) -> dict:
+    """One run of a script into a folder, unless it is there already: the content of its result.json."""
+    if not (folder / "result.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)  # what was cut off
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, script, *flags, "--output-dir", str(folder)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)}\nended with code {done.returncode}:\n{done.stderr[-2000:]}")
+        print(f"{folder.name}: {done.stdout.splitlines()[-1]}", flush=True)
+    return json.loads((folder / "result.json").read_text())
+
+
+def pretrain(name: str, seed: int, root: Path, extra: tuple[str, ...] = ()) -> tuple[Path, dict]:
+    """Pre-train a method of METHODS: (run folder, result). extra: more flags, which also name the folder."""
+    folder = root / "_".join([name, str(seed), *extra]).replace(" ", "-").replace("--", "")
+    flags = [*METHODS[name][0].split(), "--dataset", "strings", "--seed", str(seed), "--split", str(seed), *extra]
+    return folder, run("train.py", flags, folder)
+
+
+def adapt(checkpoint: Path, variant: str, seed: int, extra: tuple[str, ...] = ()) -> dict:
+    """Adapt a pre-training run to the held-out tasks (or what `extra` says): the result."""
+    folder = checkpoint.parent / "_".join([checkpoint.name, variant, *extra]).replace("--", "")
+    flags = ["--checkpoint", str(checkpoint), "--variant", variant, "--seed", str(seed), "--split", str(seed), *extra]
+    return run("adapt.py", flags, folder)
+
+
+# --- The table --------------------------------------------------------------------------------------------------------
+
+
+def one_seed(name: str, seed: int, root: Path) -> dict[str, tuple[dict, dict]]:
+    """{variant: (result of the pre-training, result of the adaptation)}"""
+    checkpoint, trained = pretrain(name, seed, root)
+    return {variant: (trained, adapt(checkpoint, variant, seed)) for variant in METHODS[name][1]}
+
+
+def table(results: dict[str, list[dict]]) -> str:
+    """results: {name: what `one_seed` returns for each seed}. One line a method and variant, scores over seeds."""
+    lines = [("method", "variant", "trained on all tasks", "for a new task", "seen tasks", "held-out tasks")]
+    for name, seeds in results.items():
+        for variant in METHODS[name][1]:
+            pairs = [seed[variant] for seed in seeds]
+            counts = [f"{sum(pairs[0][k]['parameters'].values()):,}" for k in (0, 1)]
+            scores = [mean_std([pair[k]["mean"] for pair in pairs]) for k in (0, 1)]
+            lines.append((name, variant, *counts, *scores))
+    return aligned(lines)
+
+
+# --- Tuning -----------------------------------------------------------------------------------------------------------
+
+
+def tune(name: str, root: Path) -> list[tuple[str, ...]]:
+    """Lines (method, flags of train.py, flags of adapt.py, dev score, mark) of one method's search; the best is marked.
+
+    The same budget for each: pre-training of 500 steps at a third, once and three times 5e-3 (full: 1e-3); for methods
+    that learn a Z also a Z ten times slower, at the best of these; then few-shot adaptation to the dev tasks at a
+    third, once and three times 3e-3 (full: 1e-3). One step after the other, each keeping the best so far. Seed 0.
+    """
+    method, variant, lines = METHODS[name][0].split()[1], METHODS[name][1][0], {}
+    lr, few_lr = (1e-3, 1e-3) if method == "full" else (5e-3, 3e-3)
+
+    def trial(flags: dict, few_flags: dict) -> float:
+        text, few_text = (tuple(f"--{k}={v:.2g}" for k, v in d.items()) for d in (flags, few_flags))
+        checkpoint, _ = pretrain(name, 0, root, ("--steps=500", *text))
+        score = adapt(checkpoint, variant, 0, ("--tasks=dev", *few_text))["mean"]
+        lines[text, few_text] = score
+        return score
+
+    def best(choices: list[tuple[dict, dict]]) -> tuple[dict, dict]:
+        return max(choices, key=lambda choice: trial(*choice))
+
+    now = best([({"lr": lr * f}, {"lr": few_lr}) for f in (1 / 3, 1, 3)])
+    if method in LEARNED:
+        now = best([now, (now[0] | {"lr-z": 1e-2}, now[1])])
+    best([(now[0], {"lr": few_lr * f}) for f in (1, 1 / 3, 3)])
+    highest = max(lines.values())
+    cells = ((" ".join(a), " ".join(b), f"{v:.1f}", "<-" if v == highest else "") for (a, b), v in lines.items())
+    return [(name, *line) for line in cells]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
+    parser.add_argument("--tune", action="store_true", help="search learning rates on dev tasks instead")
+    args = parser.parse_args()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        if args.tune:
+            found = pool.map(lambda name: tune(name, ROOT / "runs" / "methods-tune"), args.methods)
+            head = ("method", "pre-training", "few-shot", "dev score", "")
+            print(aligned([head, *(line for lines in found for line in lines)]))
+            return
+        runs = [(name, seed) for seed in args.seeds for name in args.methods]
+        found = list(pool.map(lambda r: one_seed(*r, ROOT / "runs" / "methods"), runs))
+    by_name = {name: [f for r, f in zip(runs, found, strict=True) if r[0] == name] for name in args.methods}
+    print(table(by_name))
+
+
+if __name__ == "__main__":
+    main()
