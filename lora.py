@@ -68,8 +68,11 @@ class LoRA:
         A (b, i, r) and B (b, r, o): matmul broadcasts both. Returns (b, l, o).
         The adapter is cast to x's dtype, so float32 adapters sit on a bfloat16 backbone.
         """
-        A, B = A.to(x.dtype), B.to(x.dtype)
-        return linear(x) + (self.alpha / self.rank) * (x @ A) @ B
+        A, B, scale = A.to(x.dtype), B.to(x.dtype), self.alpha / self.rank
+        y, low = linear(x), x @ A
+        if A.dim() == 2:
+            return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), B, alpha=scale).view_as(y)
+        return torch.baddbmm(y, low, B, alpha=scale)  # as y + scale * low @ B, without writing the product down first
 
     def merge(self, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor):
         """The weight (o, i), a new tensor, and bias (o,) that do the same: W0 + (alpha / r) (A B)^T."""

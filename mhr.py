@@ -15,7 +15,8 @@ shows the head axis and nothing else.
 
 Shape key, the same in every file:
     b examples, l sequence length, i in_features, o out_features, r rank,
-    t tasks, s skills in the inventory, h heads;  d = i/h, e = o/h;  u distinct tasks in a batch (u <= b).
+    t tasks, s skills in the inventory, h heads;  d = i/h, e = o/h;  u distinct tasks in a batch (u <= b),
+    n weights over skills to mix by: one an example, or one for a batch of one task.
 
     router = MHRRouter(tasks=64, skills=8, heads=4)
     layer = MHRLinear(linear, LoRA(rank=1), router)           # one router per layer, or one shared by several
@@ -139,10 +140,10 @@ class MHRLinear(nn.Module):
     out_features = property(lambda self: self.linear.out_features)
 
     def mix(self, w: Tensor) -> dict[str, Tensor]:
-        """Weights (u, h, s) to one adapter per distinct task: {name: (u, ...)}, head by head the sum of w_hs Phi_s[h].
+        """Weights (n, h, s) to n adapters: {name: (n, ...)}, head by head the sum over s of w_hs Phi_s[h].
 
-        For LoRA: A (s, i, r) is cut into (s, h, d, r), mixed to (u, h, d, r) and concatenated to (u, i, r);
-        B (s, r, o) is cut into (s, r, h, e), mixed to (u, r, h, e) and concatenated to (u, r, o).
+        For LoRA: A (s, i, r) is cut into (s, h, d, r), mixed to (n, h, d, r) and concatenated to (n, i, r);
+        B (s, r, o) is cut into (s, r, h, e), mixed to (n, r, h, e) and concatenated to (n, r, o).
         """
         if hasattr(self.adapter, "mix"):  # SFT: its parameters cannot be added up name by name
             return self.adapter.mix(self.linear, w, **self.inventory)
@@ -151,14 +152,15 @@ class MHRLinear(nn.Module):
             axis = self.adapter.feature_axis[name] + 1  # + 1: the inventory has s in front
             blocks = p.unflatten(axis, (self.router.heads, -1))
             before, after = "abc"[: axis - 1], "def"[: p.dim() - axis]  # the other axes: A has h d e, B has a h d
-            mixed[name] = torch.einsum(f"uhs,s{before}h{after}->u{before}h{after}", w, blocks).flatten(axis, axis + 1)
+            mixed[name] = torch.einsum(f"nhs,s{before}h{after}->n{before}h{after}", w, blocks).flatten(axis, axis + 1)
         return mixed
 
     def forward(self, x: Tensor, tasks: Tensor, rows: Tensor | None = None) -> Tensor:
         """x (b, l, i) or (b, i) -> (b, l, o) or (b, o), each example adapted for its own task.
 
-        tasks (u,): task ids to mix an adapter for. rows (n,): for each example which of `tasks` is its own; None
-        means that tasks already has one id per example. So the mixing is paid once per distinct task.
+        tasks (u,): the distinct task ids. rows (n,): for each example which of `tasks` is its own; None means that
+        tasks already has one id per example. The router runs once per distinct task; the mixing, one matmul of
+        (n, s) weights and the inventory, costs no more for each example than to copy its task's adapter would.
         n may be smaller than b if it divides b: beam search, several returned sequences and the scoring of several
         choices repeat each example b/n times in a row. The repeat is read off the shapes at every call and kept
         nowhere. Raises ValueError if n does not divide b.
@@ -168,13 +170,11 @@ class MHRLinear(nn.Module):
             raise ValueError(f"{n} task ids for a batch of {x.shape[0]} rows: expected one per example")
         if self.router.per_example and rows is not None:
             tasks, rows = tasks[rows], None
-        params = self.mix(self.router(tasks))
+        w = self.router(tasks)
         if len(tasks) == 1:  # one task in the whole batch: plain matmuls
-            return self.adapter.apply(self.linear, x, **{name: p[0] for name, p in params.items()})
-        rows = torch.arange(n, device=x.device) if rows is None else rows
-        rows = rows.repeat_interleave(x.shape[0] // n)
-        params = {name: p[rows] for name, p in params.items()}  # (b, ...): each example's adapter
-        y = self.adapter.apply(self.linear, x.reshape(len(rows), -1, x.shape[-1]), **params)
+            return self.adapter.apply(self.linear, x, **{name: p[0] for name, p in self.mix(w).items()})
+        params = self.mix(w if rows is None else w[rows])  # (n, ...): each example's adapter
+        y = self.adapter.apply(self.linear, x.reshape(n, -1, x.shape[-1]), **params)  # repeats: a longer sequence
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     @torch.no_grad()

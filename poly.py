@@ -16,7 +16,8 @@ one pure function.
 
 Shape key, the same in every file:
     b examples, l sequence length, i in_features, o out_features, r rank,
-    t tasks, s skills in the inventory, h heads;  d = i/h, e = o/h;  u distinct tasks in a batch (u <= b).
+    t tasks, s skills in the inventory, h heads;  d = i/h, e = o/h;  u distinct tasks in a batch (u <= b),
+    n weights over skills to mix by: one an example, or one for a batch of one task.
 
     router = PolyRouter(tasks=64, skills=8)
     layer = PolyLinear(linear, LoRA(rank=1), router)          # one router per layer, or one shared by several
@@ -137,19 +138,20 @@ class PolyLinear(nn.Module):
     out_features = property(lambda self: self.linear.out_features)
 
     def mix(self, w: Tensor) -> dict[str, Tensor]:
-        """Weights (u, s) to one adapter per distinct task: {name: (u, ...)}, the sum over s of w_s Phi_s.
+        """Weights (n, s) to n adapters: {name: (n, ...)}, the sum over s of w_s Phi_s.
 
         An adapter whose parameters cannot be added up name by name (SFT) mixes them itself.
         """
         if hasattr(self.adapter, "mix"):
             return self.adapter.mix(self.linear, w[:, None], **self.inventory)
-        return {name: torch.einsum("us,s...->u...", w, p) for name, p in self.inventory.items()}
+        return {name: torch.einsum("ns,s...->n...", w, p) for name, p in self.inventory.items()}
 
     def forward(self, x: Tensor, tasks: Tensor, rows: Tensor | None = None) -> Tensor:
         """x (b, l, i) or (b, i) -> (b, l, o) or (b, o), each example adapted for its own task.
 
-        tasks (u,): task ids to mix an adapter for. rows (n,): for each example which of `tasks` is its own; None
-        means that tasks already has one id per example. So the mixing is paid once per distinct task.
+        tasks (u,): the distinct task ids. rows (n,): for each example which of `tasks` is its own; None means that
+        tasks already has one id per example. The router runs once per distinct task; the mixing, one matmul of
+        (n, s) weights and the inventory, costs no more for each example than to copy its task's adapter would.
         n may be smaller than b if it divides b: beam search, several returned sequences and the scoring of several
         choices repeat each example b/n times in a row. The repeat is read off the shapes at every call and kept
         nowhere. Raises ValueError if n does not divide b.
@@ -159,13 +161,11 @@ class PolyLinear(nn.Module):
             raise ValueError(f"{n} task ids for a batch of {x.shape[0]} rows: expected one per example")
         if self.router.per_example and rows is not None:
             tasks, rows = tasks[rows], None
-        params = self.mix(self.router(tasks))
+        w = self.router(tasks)
         if len(tasks) == 1:  # one task in the whole batch: plain matmuls
-            return self.adapter.apply(self.linear, x, **{name: p[0] for name, p in params.items()})
-        rows = torch.arange(n, device=x.device) if rows is None else rows
-        rows = rows.repeat_interleave(x.shape[0] // n)
-        params = {name: p[rows] for name, p in params.items()}  # (b, ...): each example's adapter
-        y = self.adapter.apply(self.linear, x.reshape(len(rows), -1, x.shape[-1]), **params)
+            return self.adapter.apply(self.linear, x, **{name: p[0] for name, p in self.mix(w).items()})
+        params = self.mix(w if rows is None else w[rows])  # (n, ...): each example's adapter
+        y = self.adapter.apply(self.linear, x.reshape(n, -1, x.shape[-1]), **params)  # repeats: a longer sequence
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     @torch.no_grad()

@@ -1,16 +1,16 @@
 """Sparse fine-tuning (SFT; Ansell et al. 2022 [1]), the other adapter of Polytropon ([2] section 2.4).
 
-Shapes, one key for all files: b examples, l length, i input features, o output features, s skills, h heads, u distinct
-tasks; k is the number of entries of the weight that an adapter may change, density * o * i of them.
+Shape key, the same in every file: b examples, l length, i input features, o output features, s skills, h heads, n
+weights over skills to mix by; k is the number of entries of the weight that an adapter may change, density * o * i.
 
-    y = x (W0 + D)^T + bias        D (o, i) is zero but at k place, drawn at random once and kept
+    y = x (W0 + D)^T + bias        D (o, i) is zero but at k places, drawn at random once and kept
 
-The place are drawn at random, as Polytropon does: [1] selects them in a phase of its own, which was found to help
-little. What is trained and saved is the k values and, as integers that never train, their place: memory is
+The places are drawn at random, as Polytropon does: [1] selects them in a phase of its own, which was found to help
+little. What is trained and saved is the k values and, as integers that never train, their places: memory is
 proportional to k. The dense D exists only inside a forward pass.
 
-Under Poly and MHR every skill has place of its own (a mask M (s, o i)), so mixing cannot add up values that stand side
-by side: the skills' values are scaled by their weights and put one after the other, place repeated or not, and D is
+Under Poly and MHR every skill has places of its own (a mask M (s, o i)), so mixing cannot add up values that stand side
+by side: the skills' values are scaled by their weights and put one after the other, places repeated or not, and D is
 the sum. MHR cuts D along o into heads.
 
 [1] https://aclanthology.org/2022.acl-long.125   [2] https://arxiv.org/abs/2202.13914
@@ -38,7 +38,7 @@ class SFT:
             raise ValueError(f"density must be above 0 and at most 1, not {self.density}")
 
     def init(self, linear: nn.Linear) -> dict[str, Tensor]:
-        """Fresh parameters of one adapter: values (k,), float32 zeros, and their place (k,), int64, ascending.
+        """Fresh parameters of one adapter: values (k,), float32 zeros, and their places (k,), int64, ascending.
 
         A place is a number o' * i + i' below o * i; all are different. With zero values the layer is its backbone.
         """
@@ -55,19 +55,19 @@ class SFT:
     def apply(self, linear: nn.Linear, x: Tensor, value: Tensor, place: Tensor) -> Tensor:
         """y = x (W0 + D)^T + bias for x (b, l, i) -> (b, l, o).
 
-        Either one adapter for all rows, values and place (k,), or one per example, (b, k).
+        Either one adapter for all rows, values and places (k,), or one per example, (b, k).
         """
         return linear(x) + x @ self.delta(linear, value, place).to(x.dtype).transpose(-1, -2)
 
     def mix(self, linear: nn.Linear, w: Tensor, value: Tensor, place: Tensor) -> dict[str, Tensor]:
-        """Skills to one adapter per task: values (s, k), place (s, k), weights w (u, h, s) -> both (u, s k).
+        """Skills to one adapter per task: values (s, k), place (s, k), weights w (n, h, s) -> both (n, s k).
 
         Each value is scaled by the weight that its skill has in the head of its place: the row of D divided into h.
         """
         heads = w.shape[1]
         head = place // linear.in_features // (linear.out_features // heads)  # (s, k)
         skill = torch.arange(len(value), device=w.device)[:, None]
-        scaled = w[:, head, skill] * value  # (u, s, k)
+        scaled = w[:, head, skill] * value  # (n, s, k)
         return {"value": scaled.flatten(1), "place": place.flatten().expand(len(w), -1)}
 
     def merge(self, weight: Tensor, bias: Tensor | None, value: Tensor, place: Tensor):
@@ -80,7 +80,7 @@ class SFTLinear(nn.Module):
     """A frozen linear layer with one SFT. Takes and returns what the linear layer does, (b, l, i) -> (b, l, o).
 
     linear: the layer to adapt; it is kept, not copied. adapter: the `SFT`.
-    params: its values and place; None draws fresh ones. Places that repeat are put together.
+    params: its values and places; None draws fresh ones. Places that repeat are put together.
     """
 
     def __init__(self, linear: nn.Linear, adapter: SFT = SFT(), params: dict[str, Tensor] | None = None):

@@ -34,7 +34,7 @@ class FixedRouter(nn.Module):
         if table.dim() != 2 or bool((table < 0).any()) or not bool((table.sum(-1) > 0).all()):
             raise ValueError("a table (tasks, skills) needs entries of 0 or more, and in each row one above 0")
         self.skills = table.shape[1]
-        self.Z = nn.Parameter(table.float(), requires_grad=False)
+        self.Z = nn.Parameter(table.detach().float().clone(), requires_grad=False)  # its own memory
 
     tasks = property(lambda self: self.Z.shape[0])
 

@@ -1,0 +1,290 @@
+"""What routing costs: ratios to the frozen backbone, beside PEFT, in one run.
+
+    python -m experiments.bench                                the tables of results/bench.md, on the CPU
+    python -m experiments.bench --device cuda                  the same on a GPU, backbone in bfloat16
+    python -m experiments.bench --only train generate --rounds 5
+
+The backbone is a T5 v1.1 of the size of T5-small (d_model 512, d_ff 1024, 8 + 8 layers) with random weights. The floor
+of a training step is the frozen backbone's own forward pass and the gradient of its activations; of generation and
+scoring it is the bare backbone. All contestants of a line are timed in turn, round after round, so that what else the
+machine does meets all alike: the median over rounds, divided by the floor's, and in brackets half the distance between
+the quartiles of the rounds' ratios. PEFT's Poly cannot score choices, nor search with beams (it crashes).
+"""
+
+import argparse
+import copy
+import functools
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
+from transformers.utils import logging
+
+from choices import _encoder_decoder_logits
+from evaluate import aligned
+from inject import LORA_LAYERS, freeze, inject, merge, task_ids, unmerge
+from lora import LoRA, LoRALinear
+from mhr import MHRLinear, MHRRouter
+from poly import PolyLinear, PolyRouter
+
+TASKS, SKILLS, OUTPUT = 16, 8, 32
+BASE = dict(batch=16, length=128, rank=1, heads=8)
+GRID = [{}, dict(batch=1), dict(batch=8), dict(batch=32), dict(length=16), dict(length=512), dict(rank=16),
+        dict(heads=1), dict(heads=64)]  # fmt: skip
+LINEARS = ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]
+
+
+# --- Contestants ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def bare(device: str) -> T5ForConditionalGeneration:
+    """The backbone, frozen; the same weights for all."""
+    torch.manual_seed(0)
+    config = T5Config(d_model=512, d_ff=1024, d_kv=64, num_heads=6, num_layers=8, feed_forward_proj="gated-gelu",
+                      dropout_rate=0.0, decoder_start_token_id=0)  # fmt: skip
+    model = T5ForConditionalGeneration(config).to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    freeze(model)
+    return model
+
+
+def make(name: str, device: str, rank: int, heads: int) -> nn.Module:
+    """A contestant by name: floor, full, LoRA, Poly, MHR, PEFT LoRA or PEFT Poly (with `heads` splits)."""
+    model = copy.deepcopy(bare(device))
+    if name == "floor":  # the inputs of the first layer ask for a gradient: so every activation gets one
+        for module in (model.encoder, model.decoder):
+            module.embed_tokens.register_forward_hook(lambda m, args, y: y.detach().requires_grad_())
+    elif name == "full":
+        model.requires_grad_(True)
+    elif name.startswith("PEFT"):
+        from peft import LoraConfig, PolyConfig, get_peft_model
+
+        options = dict(r=rank, target_modules=LINEARS, task_type="SEQ_2_SEQ_LM")
+        poly = dict(n_tasks=TASKS, n_skills=SKILLS, n_splits=heads)
+        config = PolyConfig(**options, **poly) if name == "PEFT Poly" else LoraConfig(**options, lora_alpha=1)
+        model = get_peft_model(model, config)
+    else:
+        adapter = LoRA(rank)
+        layer = {
+            "LoRA": lambda _, linear: LoRALinear(linear, adapter),
+            "Poly": lambda _, linear: PolyLinear(linear, adapter, PolyRouter(TASKS, SKILLS)),
+            "MHR": lambda _, linear: MHRLinear(linear, adapter, MHRRouter(TASKS, SKILLS, heads)),
+        }[name]
+        inject(model, layer, LORA_LAYERS["t5"])
+    return model.to(device)
+
+
+def call(name: str, method, ids: torch.Tensor, **arguments):
+    """Call a model (or its `generate`) with the task ids as this contestant takes them."""
+    if name == "PEFT Poly":
+        return method(**arguments, task_ids=ids)
+    with task_ids(ids):
+        return method(**arguments)
+
+
+def batch_of(size: int, length: int, device: str) -> dict[str, torch.Tensor]:
+    x = torch.randint(3, 32000, (size, length), device=device)
+    labels = torch.randint(3, 32000, (size, OUTPUT), device=device)
+    return dict(input_ids=x, attention_mask=torch.ones_like(x), labels=labels)
+
+
+# --- Timing -----------------------------------------------------------------------------------------------------------
+
+
+def ratios(runs: dict, rounds: int, device: str) -> dict[str, tuple[float, float]]:
+    """{name: (median seconds / the first one's median, half the interquartile range of the rounds' ratios)}."""
+    seconds = {name: [] for name in runs}
+    for k in range(rounds + 1):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if k:  # the first round warms up
+                seconds[name].append(time.perf_counter() - begin)
+    floor = next(iter(seconds.values()))
+    result = {}
+    for name, values in seconds.items():
+        low, _, high = statistics.quantiles([a / b for a, b in zip(values, floor, strict=True)], n=4)
+        result[name] = statistics.median(values) / statistics.median(floor), (high - low) / 2
+    return result | {"seconds": (statistics.median(floor), 0.0)}
+
+
+def training(name: str, point: dict, device: str, ids: torch.Tensor):
+    """A function that takes one training step: forward, backward, AdamW."""
+    model = make(name, device, point["rank"], point["heads"]).train()
+    batch = batch_of(point["batch"], point["length"], device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3) if trained else None
+
+    def step():
+        if name == "PEFT Poly":
+            model(**batch, task_ids=ids).loss.backward()
+        else:
+            with task_ids(ids):
+                model(**batch).loss.backward()
+        if optimizer:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def bench_train(point: dict, device: str, rounds: int, one_task: bool = False) -> dict:
+    names = ["floor", "LoRA", "PEFT LoRA", "Poly", "MHR", "PEFT Poly"] + (["full"] if point == BASE else [])
+    ids = torch.zeros(point["batch"], dtype=torch.long) if one_task else torch.arange(point["batch"]) % TASKS
+    return ratios({n: training(n, point, device, ids.to(device)) for n in names}, rounds, device)
+
+
+def generation(name: str, point: dict, device: str, ids: torch.Tensor, beams: int):
+    """A function that generates 24 tokens for a batch. MHR with one task is merged for it, and unmerged."""
+    model = make(name, device, point["rank"], point["heads"]).eval()
+    batch = batch_of(len(ids), point["length"], device)
+    del batch["labels"]
+    options = dict(max_new_tokens=24, min_new_tokens=24, num_beams=beams, do_sample=False)
+
+    @torch.no_grad()
+    def run():
+        layers = merge(model, int(ids[0])) if name == "MHR" and len(ids.unique()) == 1 else {}
+        call(name, model.generate, ids, **batch, **options)
+        unmerge(model, layers)
+
+    return run
+
+
+def bench_generate(point: dict, device: str, rounds: int, one_task: bool, beams: int) -> dict:
+    names = ["floor", "PEFT LoRA", "MHR"] + (["PEFT Poly"] if beams == 1 else [])
+    ids = torch.zeros(point["batch"], dtype=torch.long) if one_task else torch.arange(point["batch"]) % TASKS
+    return ratios({n: generation(n, point, device, ids.to(device), beams) for n in names}, rounds, device)
+
+
+def bench_choices(point: dict, device: str, rounds: int) -> dict:
+    """Four choices of 8 tokens an example, the encoder run once (`choices.py`), a batch of mixed tasks."""
+    ids = torch.arange(point["batch"], device=device) % TASKS
+    batch = batch_of(point["batch"], point["length"], device)
+    del batch["labels"]
+    tokens = torch.randint(3, 32000, (4 * point["batch"], 8), device=device)
+    runs = {}
+    for name in ("floor", "MHR"):
+        model = make(name, device, point["rank"], point["heads"]).eval()
+        score = functools.partial(_encoder_decoder_logits, model, batch, tokens, 4)
+        runs[name] = torch.no_grad()(functools.partial(_within, ids, score))
+    return ratios(runs, rounds, device)
+
+
+def _within(ids: torch.Tensor, run):
+    with task_ids(ids):
+        return run()
+
+
+def bench_layer(device: str, rounds: int) -> dict:
+    """One layer of 1024 x 1024, forward and backward, 32 examples of different tasks and 64 tokens, rank 16."""
+    x, ids = torch.randn(32, 64, 1024, device=device, requires_grad=True), torch.arange(32, device=device)
+    linear = nn.Linear(1024, 1024, device=device).requires_grad_(False)
+    layers = {"floor": linear}
+    for heads in (1, 8):
+        layers[f"MHR, {heads} heads"] = MHRLinear(linear, LoRA(16), MHRRouter(32, SKILLS, heads)).to(device)
+        layers[f"PEFT Poly, {heads} heads"] = _peft_layer(linear, heads).to(device)
+
+    def run(name: str, layer: nn.Module):
+        ids_for = {"floor": {}, "PEFT": {"task_ids": ids}}.get(name.split()[0], {"tasks": ids})
+        layer(x, **ids_for).sum().backward()
+
+    return ratios({name: functools.partial(run, name, layer) for name, layer in layers.items()}, rounds, device)
+
+
+def _peft_layer(linear: nn.Linear, heads: int) -> nn.Module:
+    from peft import PolyConfig
+    from peft.tuners.poly.layer import Linear
+
+    return Linear(linear, "a", PolyConfig(r=16, n_tasks=32, n_skills=SKILLS, n_splits=heads))
+
+
+# --- Memory and start-up ----------------------------------------------------------------------------------------------
+
+
+def bench_memory(device: str, rounds: int) -> dict[str, tuple[float, float]]:
+    """{name: (peak memory in MB of a fresh process with three training steps, seconds from its start to the first)}"""
+    found = {}
+    for name in ("floor", "LoRA", "PEFT LoRA", "Poly", "MHR", "PEFT Poly", "full"):
+        command = [sys.executable, "-m", "experiments.bench", "--memory-of", name, "--device", device]
+        peak, first = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        found[name] = float(peak), float(first)
+    return found
+
+
+def memory_of(name: str, device: str, begin: float):
+    """Print this process's peak memory in MB after three training steps, and the seconds to the first."""
+    step = training(name, BASE, device, torch.arange(BASE["batch"]).to(device) % TASKS)
+    step()
+    first = time.perf_counter() - begin
+    step()
+    step()
+    cuda = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else 0
+    print(cuda or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, first)
+
+
+# --- The tables -------------------------------------------------------------------------------------------------------
+
+
+def shown(point: dict) -> str:
+    return f"b={point['batch']} l={point['length']} r={point['rank']} h={point['heads']}"
+
+
+def print_table(title: str, lines: dict[str, dict[str, tuple[float, float]]]):
+    """One line a point, one column a contestant: ratio (spread). seconds: of the floor."""
+    names = list(dict.fromkeys(name for line in lines.values() for name in line))
+    cells = [["", "", *names]]
+    for label, line in lines.items():
+        texts = [f"{line[n][0]:.3f}" if n == "seconds" else f"{line[n][0]:.2f} ({line[n][1]:.2f})" if n in line else ""
+                 for n in names]  # fmt: skip
+        cells.append([label, "", *texts])
+    print(f"\n{title}\n\n{aligned(cells)}", flush=True)
+
+
+def main():
+    begin = time.perf_counter()
+    parts = ("train", "adapt", "generate", "choices", "layer", "memory")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--memory-of", default="", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    if args.memory_of:
+        memory_of(args.memory_of, args.device, begin)
+        return
+    device, rounds = args.device, args.rounds
+    points = {shown(BASE | change): BASE | change for change in GRID}
+    if "train" in args.only:
+        lines = {label: bench_train(point, device, rounds) for label, point in points.items()}
+        print_table("Training step, a batch of mixed tasks", lines)
+    if "adapt" in args.only:
+        lines = {label: bench_train(point, device, rounds, one_task=True) for label, point in points.items()}
+        print_table("Training step, one task: adaptation", lines)
+    if "generate" in args.only:
+        lines = {
+            f"{shown(BASE)}, {'one task' if one else 'mixed'}, {beams} beams": bench_generate(
+                BASE, device, rounds, one, beams
+            )
+            for one in (True, False) for beams in (1, 4)
+        }  # fmt: skip
+        print_table("Generation of 24 tokens", lines)
+    if "choices" in args.only:
+        print_table("Scoring of four choices", {shown(BASE): bench_choices(BASE, device, rounds)})
+    if "layer" in args.only:
+        print_table("One layer, 1024 x 1024, r=16, 32 tasks", {"forward and backward": bench_layer(device, rounds)})
+    if "memory" in args.only:
+        found = bench_memory(device, rounds)
+        print("\nPeak memory (MB) and seconds to the first step, " + shown(BASE) + "\n")
+        print(aligned([("", "", "MB", "s"), *((n, "", f"{mb:.0f}", f"{s:.1f}") for n, (mb, s) in found.items())]))
+
+
+if __name__ == "__main__":
+    main()
