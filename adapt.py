@@ -78,6 +78,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
+import parallel
 import train
 from backbone import (
     SINGLE, add_adapters, average_skills, build_model, collapse, load_adapter_file, load_backbone, load_run,
@@ -98,7 +99,7 @@ def prepare(model: nn.Module, base: train.Config, cfg: Config) -> Callable[[data
     they are the same for all tasks: fresh rows of Z in place of those of the training tasks, and what was pre-trained.
     """
     if cfg.variant == "lora":
-        add_adapters(model, dataclasses.replace(base, method="lora"), tasks=1)
+        add_adapters(model, dataclasses.replace(base, method="lora", adapter="lora"), tasks=1)
         model.to(base.device)
     elif cfg.variant == "mu":
         average_skills(model, base.adapter)
@@ -144,6 +145,9 @@ def begin_with_soup(model: nn.Module, base: train.Config, cfg: Config) -> Callab
         w = soup_weights(embeddings, embed(encoder[0].eval(), encoder[1], task, base.max_input), cfg.soup)
         for name, layer in routed.items():
             params = {key: p[0] for key, p in layer.mix(w.to(base.device)).items()}
+            if "place" in params:  # of the chosen SFTs alone: the values of the others are zero, but would be trained
+                kept = (w[0] > 0).repeat_interleave(len(params["place"]) // w.shape[1])
+                params = {key: p[kept.to(p.device)] for key, p in params.items()}
             model.set_submodule(name, SINGLE[base.adapter](layer.linear, layer.adapter, params))
 
     return begin
@@ -272,7 +276,9 @@ def adapt(cfg: Config) -> dict:
     check_ranges(cfg)
     if cfg.steps == 0:
         raise UserError("--steps must be above 0, not 0")
-    refuse_used(cfg.output_dir)
+    parallel.join(train.pick_device(cfg.device))
+    if parallel.first():
+        refuse_used(cfg.output_dir)
     print(describe(cfg))
     base = train_config(cfg)
     train.warn_if_too_large(base)
@@ -281,8 +287,11 @@ def adapt(cfg: Config) -> dict:
     model, tokenizer = load_run(Path(cfg.checkpoint), base)
     begin = prepare(model, base, cfg)
     begin(next(iter(splits.values()))[0])
-    folder = new_run_folder(cfg.output_dir)
-    write_json(folder / "config.json", dataclasses.asdict(cfg))
+    folder = Path(cfg.output_dir)
+    if parallel.first():
+        new_run_folder(cfg.output_dir)
+        write_json(folder / "config.json", dataclasses.asdict(cfg))
+    parallel.wait()
     counts = train.count_parameters(model)
     number = len(next(iter(splits.values())))
     print(f"{number} tasks in {len(splits)} splits; trainable for each:", *(f"{k} {n:,}" for k, n in counts.items()))
@@ -295,7 +304,9 @@ def adapt(cfg: Config) -> dict:
     result = summary(results) | {
         "seconds": round(time.monotonic() - clock, 1), "parameters": counts, "metrics": metrics,
     }  # fmt: skip
-    write_json(folder / "result.json", result)
+    if parallel.first():
+        write_json(folder / "result.json", result)
+    parallel.wait()
     over = f", mean of {len(splits)} splits (std {result['std']:.1f}, median {result['median']:.1f})"
     print(f"mean score of {number} held-out tasks: before adaptation {result['mean_before']:.1f}, after", end=" ")
     print(f"{result['mean']:.1f}{over if len(splits) > 1 else ''} ({result['seconds']:.0f} s, saved in {folder})")
@@ -312,7 +323,9 @@ def adapt_split(model, tokenizer, tasks, begin, split: str, base, cfg: Config, f
     scoring = dict(lengths=lengths, limit=cfg.test_examples, batch_size=cfg.eval_batch)
     before, after, stops = {}, {}, {}  # {task: main score}, {task: {metric: score}}, {task: when it stopped}
     (folder / split).mkdir(exist_ok=True)
-    for task in (bar := tqdm(tasks, desc=f"adapt {cfg.variant}, split {split}", unit="task", disable=None)):
+    for task in (
+        bar := tqdm(parallel.share(tasks), desc=f"adapt {cfg.variant}, split {split}", unit="task", disable=None)
+    ):
         begin(task)
         before |= evaluate_tasks(model, tokenizer, [task], [0], **scoring)
         torch.manual_seed(cfg.seed)  # a task's result does not depend on the tasks before it
@@ -323,6 +336,9 @@ def adapt_split(model, tokenizer, tasks, begin, split: str, base, cfg: Config, f
         bar.set_postfix(task=task.name, before=f"{then:.1f}", after=f"{now:.1f}")
         if bar.disable:
             print(f"{task.name:40} split {split:5} before {then:5.1f}  after {now:5.1f}", flush=True)
+    before, after, stops = (  # of all processes, in the tasks' order
+        {task.name: found[task.name] for task in tasks} for found in map(parallel.together, (before, after, stops))
+    )
     tasks_after = main_scores(after)
     groups = by_group(tasks_after, tasks)
     return {"before": before, "tasks": tasks_after, "groups": groups, "metrics": after, "stops": stops}

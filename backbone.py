@@ -55,7 +55,8 @@ def load_backbone(name: str, device: str, precision: str = "fp32", encoder: bool
         return model.to(device), AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--backbone {name} cannot be loaded: {reason} (--backbone tiny is bundled)") from None
+        flag = "--encoder" if encoder else "--backbone"
+        raise UserError(f"{flag} {name} cannot be loaded: {reason} ({flag} tiny is bundled)") from None
 
 
 def tiny_from_scratch() -> T5ForConditionalGeneration:

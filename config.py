@@ -97,7 +97,13 @@ def recipe(recipes: dict, dataset: str, method: str) -> dict:
 
 
 def explicit_flags(Config: type, recipes: dict, argv: list[str] | None = None) -> dict:
-    """The flags given on the command line, by field name; misuse ends the program with one sentence and code 2."""
+    """The flags given on the command line, by field name; misuse ends the program with one sentence and code 2.
+
+    Of several processes (`parallel.py`) only the first one talks from here on.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        os.environ["TQDM_DISABLE"] = "1"
+        sys.stdout = open(os.devnull, "w")
     parser = _Parser(description=(Config.__doc__ or "").strip(), allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(Config):
         by_dataset = [
@@ -126,7 +132,7 @@ class _Parser(argparse.ArgumentParser):
 
 ABOVE_ZERO = (
     "rank skills heads density top_k batch_size lr lr_z clip max_input max_output log_every eval_every eval_batch "
-    "patience soup beams"
+    "patience soup beams tasks"
 ).split()
 NOT_NEGATIVE = "steps epochs micro_batch weight_decay warmup eval_examples test_examples shots seed".split()
 
@@ -135,7 +141,7 @@ def check_ranges(cfg):
     """Raise UserError for a number outside its range (or not a number), naming its flag."""
     for name, value in dataclasses.asdict(cfg).items():
         flag = f"--{name.replace('_', '-')}"
-        if name in ABOVE_ZERO and not 0 < value < math.inf:
+        if name in ABOVE_ZERO and not isinstance(value, str) and not 0 < value < math.inf:  # adapt's --tasks are names
             raise UserError(f"{flag} must be above 0, not {value}")
         if name in NOT_NEGATIVE and not 0 <= value < 2**63:
             raise UserError(f"{flag} must not be negative or huge, not {value}")

@@ -116,12 +116,29 @@ _contexts: list[tuple[Tensor, Tensor, int]] = []  # innermost last: distinct ids
 
 
 @contextmanager
-def task_ids(ids):
+def task_ids(ids, among=None):
     """Within this context, example k of a batch belongs to task ids[k]. Covers forward, backward and generation.
 
     ids (n,): a list or tensor of integers >= 0. Contexts nest; leaving one restores the one around it.
-    Raises ValueError if ids are not integers, negative, or not a flat list of at least one.
+    among: the ids of a larger batch that this one is a part of; routing noise is then drawn for all of its tasks, so
+    that every part (in another process) draws the same. None: the batch is all there is.
+    Raises ValueError if ids are not integers, negative, not among `among`, or not a flat list of at least one.
     """
+    ids = _checked(ids)
+    tasks, rows = torch.unique(ids if among is None else _checked(among), return_inverse=True)  # once a batch
+    if among is not None:
+        rows = torch.searchsorted(tasks, ids)
+        if not torch.equal(tasks[rows.clamp(max=len(tasks) - 1)], ids):
+            raise ValueError(f"task ids {ids.tolist()} are not all among {tasks.tolist()}")
+    _contexts.append((tasks, rows, int(tasks[-1])))
+    try:
+        yield
+    finally:
+        _contexts.pop()
+
+
+def _checked(ids) -> Tensor:
+    """Task ids as a tensor (n,) of int64. Raises ValueError as `task_ids` says."""
     try:
         ids = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError):
@@ -129,14 +146,9 @@ def task_ids(ids):
     integers = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
     if ids.dim() != 1 or len(ids) == 0 or not integers:
         raise ValueError(f"task ids must be a flat list of integers, not {_kind(ids)}")
-    tasks, rows = torch.unique(ids.long(), return_inverse=True)  # once per batch, not once per layer
-    if tasks[0] < 0:
-        raise ValueError(f"task ids must not be negative, got {int(tasks[0])}")
-    _contexts.append((tasks, rows, int(tasks[-1])))
-    try:
-        yield
-    finally:
-        _contexts.pop()
+    if ids.min() < 0:
+        raise ValueError(f"task ids must not be negative, got {int(ids.min())}")
+    return ids.long()
 
 
 def _give_task_ids(layer: nn.Module, args: tuple, kwargs: dict):

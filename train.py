@@ -81,6 +81,7 @@ if __name__ == "__main__":  # Read the flags before the slow imports, so that --
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +93,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import data
+import parallel
 from baselines.adapter_soup import embed
 from baselines.fixed import given_table, skill_names
 from evaluate import evaluate_tasks, mean
@@ -140,16 +142,26 @@ def batch_loss(model, tokenizer, items: list[data.Item], max_input: int, max_out
     return cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
 
-def backward_in_parts(loss_of, items: list[data.Item], micro_batch: int) -> float:
+def output_tokens(model, tokenizer, items: list[data.Item], max_output: int) -> int:
+    """How many tokens `batch_loss` averages over."""
+    outputs = [item.output for item in items]
+    return sum(map(len, data.encode_outputs(outputs, tokenizer, model.config.is_encoder_decoder, max_output)))
+
+
+def backward_in_parts(loss_of, items: list[data.Item], micro_batch: int, weight=len, batch=None) -> float:
     """Forward and backward over a batch in parts of micro_batch examples (0: all at once); returns the mean loss.
 
-    loss_of(items): a scalar, averaged over examples or tokens. Parts count by their examples. Deviation: where parts
-    have different numbers of output tokens this is not quite the average over all tokens.
+    loss_of(items): a scalar, an average over what weight(items) counts, examples or tokens. All parts draw the same
+    routing noise, so a batch in parts has the loss and gradients of the whole (where the backbone has no dropout).
+    batch: the items of all processes, where `items` is one's share.
     """
-    total, size = 0.0, micro_batch or len(items)
-    for part in (items[k : k + size] for k in range(0, len(items), size)):
-        with task_ids([item.task for item in part]):
-            loss = loss_of(part) * (len(part) / len(items))
+    batch, total, size = batch or items, 0.0, micro_batch or max(1, len(items))
+    ids, whole = [item.task for item in batch], weight(batch)
+    gpu = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    for k in range(0, len(items), size):
+        part, last = items[k : k + size], k + size >= len(items)
+        with torch.random.fork_rng(gpu, enabled=not last), task_ids([item.task for item in part], among=ids):
+            loss = loss_of(part) * (weight(part) / whole)
             loss.backward()
         total += loss.item()
     return total
@@ -167,7 +179,9 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 def train(cfg: Config) -> dict:
     """Pre-train as cfg says and write the run folder; returns what result.json holds."""
     check_ranges(cfg)
-    refuse_used(cfg.output_dir)
+    parallel.join(cfg.device)
+    if parallel.first():
+        refuse_used(cfg.output_dir)
     print(describe(cfg))
     warn_if_too_large(cfg)
     tasks = load_tasks(cfg, cfg.split, ("train",)).train
@@ -186,9 +200,12 @@ def train(cfg: Config) -> dict:
     model, tokenizer = starting_point(cfg, tasks, skills)
     if cfg.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    folder = new_run_folder(cfg.output_dir)
-    write_json(folder / "config.json", dataclasses.asdict(cfg))
-    write_json(folder / "tasks.json", {"tasks": [task.name for task in tasks], "skills": skills})
+    embeddings = embed_tasks(cfg, tasks) if cfg.method == "adapter-soup" else None  # first: a wrong --encoder is told
+    folder = Path(cfg.output_dir)
+    if parallel.first():
+        new_run_folder(cfg.output_dir)
+        write_json(folder / "config.json", dataclasses.asdict(cfg))
+        write_json(folder / "tasks.json", {"tasks": [task.name for task in tasks], "skills": skills})
     counts = count_parameters(model)
     present = sum(1 for task in tasks if len(task.train))
     print(f"{present} training tasks, {examples:,} examples, {steps:,} steps, {len(routers(model))} routers", end="; ")
@@ -199,16 +216,22 @@ def train(cfg: Config) -> dict:
     batches = data.batches(tasks, cfg.batch_size, cfg.seed, start=steps_before(cfg))
     loss = train_steps(model, tokenizer, batches, steps, cfg, folder)
     seconds = time.monotonic() - start
-    save_run(model, tokenizer, cfg, folder)
-    if cfg.method == "adapter-soup":
-        save_embeddings(cfg, tasks, folder)
+    if parallel.first():
+        save_run(model, tokenizer, cfg, folder)
+        if embeddings is not None:
+            save_file({"embeddings": embeddings}, folder / "embeddings.safetensors")
     result = {"steps": steps, "loss": loss, "seconds": round(seconds, 1), "parameters": counts}
     if scored:
         lengths = cfg.max_input, cfg.max_output
-        scores = evaluate_tasks(model, tokenizer, [tasks[t] for t in scored], scored, lengths, cfg.eval_examples)
+        mine = parallel.share(scored)
+        found = evaluate_tasks(model, tokenizer, [tasks[t] for t in mine], mine, lengths, cfg.eval_examples)
+        found = parallel.together(found)
+        scores = {tasks[t].name: found[tasks[t].name] for t in scored}
         result |= {"mean": mean(scores), "tasks": scores}
         print(f"training tasks, {cfg.eval_examples} unseen examples each: mean score {result['mean']:.1f}")
-    write_json(folder / "result.json", result)
+    if parallel.first():
+        write_json(folder / "result.json", result)
+    parallel.wait()
     print(f"{seconds:.0f} s of training, final loss {loss:.4f}, saved in {folder}")
     return result
 
@@ -226,12 +249,12 @@ def names_of_skills(cfg: Config, tasks: list[data.Task]) -> list[str]:
     return names
 
 
-def save_embeddings(cfg: Config, tasks: list[data.Task], folder: Path):
+def embed_tasks(cfg: Config, tasks: list[data.Task]) -> torch.Tensor:
     """AdapterSoup: the embedding of each training task, (t, d), for the new tasks to be compared with."""
     name = cfg.encoder or cfg.backbone
     encoder, tokenizer = load_backbone(name, cfg.device, cfg.precision, encoder=bool(cfg.encoder))
-    rows = [embed(encoder.eval(), tokenizer, task, cfg.max_input) for task in tqdm(tasks, desc="embed", disable=None)]
-    save_file({"embeddings": torch.stack(rows)}, folder / "embeddings.safetensors")
+    bar = tqdm(tasks, desc="embed", unit="task", disable=None)
+    return torch.stack([embed(encoder.eval(), tokenizer, task, cfg.max_input) for task in bar])
 
 
 def starting_point(cfg: Config, tasks: list[data.Task], skills: list[str]):
@@ -274,13 +297,16 @@ def train_steps(model, tokenizer, batches: Iterator[list[data.Item]], steps: int
     optimizer = make_optimizer(model, cfg)
     rate = lambda step: warmup_then_decay(step, steps, cfg.warmup)  # noqa: E731
     loss_of = lambda items: batch_loss(model, tokenizer, items, cfg.max_input, cfg.max_output)  # noqa: E731
+    weight = lambda items: output_tokens(model, tokenizer, items, cfg.max_output)  # noqa: E731
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     recent, seconds, begin = [], 0.0, time.monotonic()
     bar = tqdm(range(1, steps + 1), desc=f"train {cfg.method}", unit="step", disable=None)
-    with open(folder / "log.jsonl", "a") as log:
+    with open(folder / "log.jsonl" if parallel.first() else os.devnull, "a") as log:
         for step in bar:
-            loss = backward_in_parts(loss_of, next(batches), cfg.micro_batch)
+            batch = next(batches)
+            loss = backward_in_parts(loss_of, parallel.share(batch), cfg.micro_batch, weight, batch)
+            loss = parallel.add_up(trainable, loss)
             norm = nn.utils.clip_grad_norm_(trainable, cfg.clip)
             optimizer.step()
             scheduler.step()

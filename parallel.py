@@ -1,0 +1,66 @@
+"""Several processes, one run: each takes its share of every batch, and gradients are added up over all.
+
+    accelerate launch --num_processes 2 train.py --method mhr --dataset strings     or: torchrun --nproc-per-node 2 ...
+
+Started like this (or in any way that sets RANK, WORLD_SIZE and MASTER_ADDR), `train.py` does what one process would do
+with the same batch, to rounding: every process holds the whole model, draws the same routing noise (`inject.task_ids`
+is told all tasks of the batch), and weighs its loss by its share. `adapt.py` gives each process every n-th task. Only
+the first process talks and writes. On CUDA each process takes the GPU of its LOCAL_RANK. Without these variables all
+functions here do nothing.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def join(device: str):
+    """Meet the other processes, if there are any. device: cpu or cuda."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def first() -> bool:
+    """Whether this process is the one that writes."""
+    return rank() == 0
+
+
+def share(items: list) -> list:
+    """This process's part of a list: every n-th item of n processes. May be empty."""
+    return items[rank() :: dist.get_world_size()] if dist.is_initialized() else items
+
+
+def wait():
+    """Until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def together(results: dict) -> dict:
+    """The dictionaries of all processes as one, in each of them."""
+    if not dist.is_initialized():
+        return results
+    every = [None] * dist.get_world_size()
+    dist.all_gather_object(every, results)
+    return {key: value for one in every for key, value in one.items()}
+
+
+@torch.no_grad()
+def add_up(parameters: list[nn.Parameter], loss: float) -> float:
+    """Gradients become their sums over all processes, where they are missing they count as zero; so does the loss."""
+    if not dist.is_initialized():
+        return loss
+    total = torch.tensor([loss], dtype=torch.float64, device=parameters[0].device)
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    for sent in [dist.all_reduce(x, async_op=True) for x in (total, *(p.grad for p in parameters))]:
+        sent.wait()
+    return total.item()
