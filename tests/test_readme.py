@@ -11,19 +11,22 @@ import torch
 import adapt
 import config
 import evaluate
+import export
 import train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-RECIPES = {"train.py": config.PRETRAINING, "adapt.py": config.FEW_SHOT, "evaluate.py": {}}
-CONFIGS = {"train.py": train.Config, "adapt.py": adapt.Config, "evaluate.py": evaluate.Config}
+RECIPES = {"train.py": config.PRETRAINING, "adapt.py": config.FEW_SHOT, "evaluate.py": {}, "export.py": {}}
+CONFIGS = {
+    "train.py": train.Config, "adapt.py": adapt.Config, "evaluate.py": evaluate.Config, "export.py": export.Config,
+}  # fmt: skip
 
 
 def commands() -> list[tuple[str, list[str]]]:
     """Every `python SCRIPT.py FLAGS` of the README, also inside && chains, as (script, flags)."""
     texts = [README, (ROOT / "assets" / "tiny" / "README.md").read_text()]
     texts += [path.read_text() for path in (ROOT / "results").glob("*.md")]
-    found = [m for text in texts for m in re.findall(r"python ((?:train|adapt|evaluate)\.py)([^&`#\n]*)", text)]
+    found = [m for text in texts for m in re.findall(r"python ((?:train|adapt|evaluate|export)\.py)([^&`#\n]*)", text)]
     for variable, value in {"$method": "mhr", "$variant": "z", "$seed": "0"}.items():
         found = [(script, flags.replace(variable, value)) for script, flags in found]
     return [(script, flags.split()) for script, flags in found]

@@ -1,0 +1,395 @@
+"""Export: hand a run to PEFT or to plain Hugging Face code, and take PEFT's Poly and the authors' checkpoints back.
+
+    python export.py --checkpoint RUN --task NAME --format peft --output-dir DIR      one task, as PEFT's LoRA or (IA)^3
+    python export.py --checkpoint RUN --task mu --format merged --output-dir DIR      ... merged into a plain model
+    python export.py --checkpoint RUN --format peft-poly --output-dir DIR             all tasks of a Poly or MHR run
+    python export.py --checkpoint DIR_OR_FILE --format run --output-dir RUN           the way back, for adapt.py
+
+One flag says what is converted and one what is written: --checkpoint is a run folder of train.py or adapt.py; with
+--format run it is a folder of PEFT's Poly or a checkpoint file of the MHR authors' code, whichever it turns out to be.
+
+One task is one adapter, exactly: skills are mixed before they are applied, so a mixture of LoRAs of rank r, also head
+by head, is a LoRA of rank r. So `peft` and `merged` fit every method; sparse fine-tuning only `merged`, for PEFT has no
+such adapter. PEFT's Poly holds LoRA skills of `poly` and `mhr` with one router a layer, sigmoid or Gumbel-sigmoid (in
+training it always draws noise), and no Conv1D (GPT-2). What does not fit is refused with a sentence.
+
+PEFT's Poly and the authors' code keep a layer in the same three tensors (letters as in mhr.py):
+
+    A (s, i, r)                  poly_lora_A, lora_a  (h, s, d, r)
+    B (s, r, o)                  poly_lora_B, lora_b  (h, s, r, e)
+    Z (t, s) or (t, h, s)        module_logits        (t, h s)
+
+Files of the authors' code are pickles: only tensors, numbers and text are read from them, no code is ever run. They do
+not say which task is which, so the tasks of such a run are called 0, 1, 2, ...
+"""
+
+from dataclasses import dataclass
+
+from config import (
+    ONE_ADAPTER, PRETRAINING, UserError, exit_on_user_error, explicit_flags, flag, new_run_folder, read_config,
+    read_json, recipe, write_json,
+)  # fmt: skip
+
+DATASETS = tuple(name for name in PRETRAINING if isinstance(name, str))
+
+
+@dataclass
+class Config:
+    """Export a run to PEFT or as a merged model; import PEFT's Poly or a checkpoint of the MHR authors' code."""
+
+    checkpoint: str = flag("", "run folder; with --format run: PEFT Poly folder, or .pt or .ckpt file of the authors")
+    task: str = flag("", "peft, merged: a task of the run, or mu, the average of all skills; one adapter needs none")
+    split: str = flag("", "peft, merged: which split of an adaptation run, if it has several")
+    format: str = flag("peft", "what to write", ("peft", "merged", "peft-poly", "run"))
+    backbone: str = flag("", "run: backbone that it was trained on, if not where the checkpoint says")
+    dataset: str = flag("", "run: benchmark whose recipe the run goes by, if the checkpoint does not say", DATASETS)
+    output_dir: str = flag("", "new folder to write to")
+
+
+if __name__ == "__main__":  # Read the flags before the slow imports, so that --help and mistakes answer at once
+    FLAGS = explicit_flags(Config, {})
+
+import dataclasses
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import adapt
+import train
+from backbone import TINY, add_adapters, average_skills, collapse, load_adapter_file, load_backbone, load_run
+from inject import adapted_layers, merge, save_adapters
+from lora import LoRA
+from sft import SFT
+
+# --- One task -> one adapter ------------------------------------------------------------------------------------------
+
+
+def one_adapter(cfg: Config):
+    """(model, tokenizer, name of its backbone) with the one adapter of --task in each layer, without routers."""
+    folder = Path(cfg.checkpoint)
+    if "checkpoint" in read_json(folder / "config.json"):
+        return _adapted(cfg, folder)
+    base = _base(folder)
+    if base.method == "full":
+        raise UserError(f"{folder} is a run of method full: {folder / 'backbone'} is a plain model folder already")
+    if cfg.split:
+        raise UserError(f"--split {cfg.split} is for runs of adapt.py, {folder} is one of train.py: leave it out")
+    names = read_json(folder / "tasks.json")["tasks"]
+    if base.method not in ONE_ADAPTER:
+        _check_task(cfg, ["mu", *names])
+    elif cfg.task:
+        raise UserError(f"--task {cfg.task}: {folder} has one adapter for all tasks, leave --task out")
+    model, tokenizer = load_run(folder, base)
+    if cfg.task == "mu":
+        average_skills(model, base.adapter)
+    elif cfg.task:
+        collapse(model, base.adapter, lambda layer: mixture(layer, names.index(cfg.task)))
+    return model, tokenizer, base.backbone
+
+
+def _adapted(cfg: Config, folder: Path):
+    """`one_adapter` of an adaptation run. No data are needed: the saved files hold all that differs between tasks."""
+    run = dataclasses.replace(read_config(adapt.Config, folder / "config.json"), device="cpu")
+    base = adapt.train_config(run)
+    split = cfg.split or run.split[0]
+    if split not in run.split or not cfg.split and len(run.split) > 1:
+        given = f"--split {cfg.split}" if cfg.split else "--split is missing"
+        raise UserError(f"{given}: {folder} has an adapter of each task for each of {', '.join(run.split)}")
+    if base.method == "full" and run.variant != "lora":
+        raise UserError(f"{folder} is a run of method full: {folder / split}/TASK are plain model folders already")
+    _check_task(cfg, sorted(path.name.removesuffix(".safetensors") for path in (folder / split).glob("*.safetensors")))
+    model, tokenizer = load_run(Path(run.checkpoint), base)
+    if base.method == "adapter-soup" and run.variant == "all":  # `prepare` would embed the tasks, to weigh the adapters
+        collapse(model, base.adapter, lambda layer: None)
+    else:
+        adapt.prepare(model, base, run)
+    load_adapter_file(model, folder / split / f"{cfg.task}.safetensors")
+    collapse(model, base.adapter, lambda layer: mixture(layer, 0))
+    return model, tokenizer, str(Path(run.checkpoint) / "backbone") if base.method == "full" else base.backbone
+
+
+def _base(folder: Path) -> train.Config:
+    """The settings of a run of train.py, for the CPU."""
+    return adapt.train_config(adapt.Config(checkpoint=str(folder), device="cpu"))
+
+
+def _check_task(cfg: Config, names: list[str]):
+    if cfg.task not in names:
+        problem = f"--task {cfg.task} is no task of {cfg.checkpoint}" if cfg.task else "--task is missing"
+        raise UserError(f"{problem}: choose from {', '.join(names)}")
+
+
+def mixture(layer: nn.Module, task: int) -> dict[str, Tensor]:
+    """The one adapter that a routed layer is for a task, in evaluation mode: {name: (...)}, as `merged` uses it."""
+    w = layer.router(torch.tensor([task]), sample=False)
+    return {name: p[0] for name, p in layer.mix(w).items()}
+
+
+# --- To PEFT ----------------------------------------------------------------------------------------------------------
+
+
+def import_peft():
+    try:
+        import peft  # here: only this file needs it
+    except ImportError:
+        raise UserError("--format peft and peft-poly need the package peft: pip install 'peft>=0.18,<1'") from None
+    return peft
+
+
+def endings(model: nn.Module, names: list[str]) -> list[str]:
+    """The shortest endings of names that mean these layers and no other module: so PEFT reads target_modules."""
+    inside = tuple(f"{name}." for name in adapted_layers(model))  # what adapters brought along is not in the backbone
+    others = [f".{n}" for n, _ in model.named_modules() if n not in names and not n.startswith(inside)]
+    ends = []
+    for depth in range(1, 1 + max((name.count(".") + 1 for name in names), default=0)):
+        ends = sorted({".".join(name.split(".")[-depth:]) for name in names})
+        if not any(other.endswith(tuple(f".{end}" for end in ends)) for other in others):
+            break
+    return ends
+
+
+def write_peft(model: nn.Module, backbone: str, folder: Path):
+    """A model with one LoRA or (IA)^3 in each layer as a PEFT folder. PEFT keeps A (r, i), B (o, r) and l = 1 + v."""
+    peft, tensors, layers = import_peft(), {}, adapted_layers(model)
+    adapter = next(iter(layers.values())).adapter
+    if isinstance(adapter, LoRA):
+        for name, layer in layers.items():
+            tensors[f"{name}.lora_A.weight"] = layer.params["A"].T
+            tensors[f"{name}.lora_B.weight"] = layer.params["B"].T
+        config = peft.LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=endings(model, list(layers)))
+    else:
+        sides = {side: [n for n, layer in layers.items() if layer.adapter.side == side] for side in ("in", "out")}
+        ends = {side: endings(model, names) for side, names in sides.items()}
+        for name, layer in layers.items():
+            tensors[f"{name}.ia3_l"] = (1 + layer.params["v"]).unsqueeze(0 if name in sides["in"] else 1)
+        config = peft.IA3Config(target_modules=ends["in"] + ends["out"], feedforward_modules=ends["in"])
+        config.feedforward_modules = ends["in"]
+    config.fan_in_fan_out = any(hasattr(layer.linear, "conv1d") for layer in layers.values())
+    _write_peft(model, config, tensors, backbone, folder)
+
+
+def _write_peft(model, config, tensors: dict[str, Tensor], backbone: str, folder: Path):
+    config.target_modules = sorted(config.target_modules)  # PEFT makes it a set: another order in every process
+    config.task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    config.inference_mode = True
+    if backbone != "scratch":  # a path, if it is one, that holds wherever PEFT is called
+        path = TINY if backbone == "tiny" else Path(backbone)
+        config.base_model_name_or_path = str(path.resolve()) if path.is_dir() else backbone
+    config.save_pretrained(str(folder))
+    tensors = {f"base_model.model.{name}": p.detach().contiguous() for name, p in tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def to_blocks(layer: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a routed layer as PEFT's Poly and the authors' code keep them: the table in the file's docstring.
+
+    The number of heads h of a `PolyRouter` is 1.
+    """
+    A, B, h = layer.inventory["A"], layer.inventory["B"], getattr(layer.router, "heads", 1)
+    return {
+        "A": A.unflatten(1, (h, -1)).transpose(0, 1),  # s (h d) r -> h s d r
+        "B": B.unflatten(2, (h, -1)).permute(2, 0, 1, 3),  # s r (h e) -> h s r e
+        "Z": layer.router.Z.flatten(1),
+    }
+
+
+@torch.no_grad()
+def from_blocks(layer: nn.Module, A: Tensor, B: Tensor, Z: Tensor):
+    """The way back, into a layer of the same sizes."""
+    layer.inventory["A"].copy_(A.transpose(0, 1).flatten(1, 2))
+    layer.inventory["B"].copy_(B.permute(1, 2, 0, 3).flatten(2, 3))
+    layer.router.Z.copy_(Z.view_as(layer.router.Z))
+
+
+PEFT_POLY = {"A": "poly_lora_A", "B": "poly_lora_B", "Z": "poly_router.module_logits"}
+AUTHORS = {"A": "lora_a", "B": "lora_b", "Z": "selector.module_logits"}
+# The settings of a run that PEFT's Poly can hold.
+POLY_HAS = {
+    "method": ("poly", "mhr"), "adapter": ("lora",), "granularity": ("linear",), "routing": ("gumbel", "sigmoid"),
+}  # fmt: skip
+
+
+def export_poly(cfg: Config):
+    """A whole run as a folder of PEFT's Poly; run.json and tasks.json, which PEFT ignores, are for the way back."""
+    peft, folder = import_peft(), Path(cfg.checkpoint)
+    if "checkpoint" in read_json(folder / "config.json"):
+        raise UserError(f"--format peft-poly needs a run of train.py: {folder} is one of adapt.py, use --format peft")
+    base = _base(folder)
+    for name, values in POLY_HAS.items():
+        if (value := getattr(base, name)) not in values:
+            raise UserError(f"PEFT's Poly has no --{name} {value}, as {folder} has: use --format peft, for one task")
+    model, _ = load_run(folder, base)
+    layers = adapted_layers(model)
+    if any(hasattr(layer.linear, "conv1d") for layer in layers.values()):
+        raise UserError(f"PEFT's Poly has no Conv1D layers, as {folder} has: use --format peft, for one task")
+    tensors = {f"{n}.{PEFT_POLY[key]}": p for n, layer in layers.items() for key, p in to_blocks(layer).items()}
+    router = next(iter(layers.values())).router
+    config = peft.PolyConfig(
+        r=base.rank, n_tasks=router.tasks, n_skills=router.skills, n_splits=getattr(router, "heads", 1),
+        target_modules=endings(model, list(layers)),
+    )  # fmt: skip
+    out = new_run_folder(cfg.output_dir)
+    _write_peft(model, config, tensors, base.backbone, out)
+    write_json(out / "run.json", read_json(folder / "config.json"))
+    write_json(out / "tasks.json", read_json(folder / "tasks.json"))
+    print(f"{router.tasks} tasks, {len(layers)} layers, saved in {out}")
+
+
+# --- To a run ---------------------------------------------------------------------------------------------------------
+
+
+def read_peft_poly(folder: Path):
+    """(layers, what is known of the run's settings) of a folder of PEFT's Poly; layers: see `by_layer`."""
+    config = read_json(folder / "adapter_config.json")
+    if config.get("peft_type") != "POLY":
+        raise UserError(f"{folder} holds PEFT's {config.get('peft_type')}: only its POLY becomes a run")
+    try:
+        state = load_file(folder / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / 'adapter_model.safetensors'} cannot be read: {error}") from None
+    known = {"backbone": config.get("base_model_name_or_path") or "", "routing": "gumbel"}
+    if (folder / "run.json").exists():
+        known = dataclasses.asdict(read_config(train.Config, folder / "run.json"))
+    return by_layer(state, "base_model.model.", PEFT_POLY, folder), known
+
+
+# Settings of the authors' code under which its layer is another function: the values that we have too.
+PLAIN = {
+    "poly_granularity": ("finegrained",), "router_granularity": ("finegrained",), "poly_selector": ("poly", None),
+    "router_selector": ("poly", None), "poly_average_correction": (False,), "poly_use_shared_skill": (False,),
+    "module_logits_l2_norm": (False,), "module_logits_dropout": (0,), "lora_warmup": (False,),
+    "lora_scaling_rank": (0, None),
+}  # fmt: skip
+
+
+def read_authors(path: Path):
+    """The same of a checkpoint of the MHR authors' code: PyTorch Lightning's state_dict and hyper_parameters."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle fails in as many ways as there are
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        holds = f"it asks for {found[1]}" if found else "it may be damaged"
+        raise UserError(f"{path} is refused, for it is more than tensors, numbers and text: {holds}") from None
+    hyper, state = (content.get(k) if isinstance(content, dict) else None for k in ("hyper_parameters", "state_dict"))
+    if not isinstance(hyper, dict) or not isinstance(state, dict):
+        raise UserError(f"{path} has no state_dict and hyper_parameters: give a checkpoint of the authors' training")
+    for name, plain in PLAIN.items():
+        if hyper.get(name, plain[0]) not in plain:
+            raise UserError(f"{path}: its {name} is {hyper[name]}, which is not done here")
+    layers = by_layer(state, "model.", AUTHORS, path)
+    for name, layer in layers.items():
+        if list(layer["A"].shape[:2]) != [hyper.get("n_splits", 1), hyper.get("n_skills")]:  # later versions turn them
+            raise UserError(f"{path}: {name}.lora_a does not begin with its n_splits and n_skills")
+        layer["B"] *= hyper.get("lora_alpha") or 1.0  # ours is 1
+    relaxed = "gumbel" if hyper.get("module_logits_relaxed_bernoulli", True) else "sigmoid"
+    known = {
+        "routing": "straight-through" if hyper.get("module_logits_straight_through") else relaxed,
+        "backbone": hyper.get("model") or "",
+        "dataset": {"t0": "t0", "ni": "superni", "xfit": "crossfit"}.get(str(hyper.get("dataset")), ""),
+    }
+    return layers, known
+
+
+def by_layer(state: dict, prefix: str, names: dict[str, str], source: Path) -> dict[str, dict[str, Tensor]]:
+    """Tensors by full name to {layer: {"A", "B", "Z"}}. UserError for anything that is not one of a layer's three."""
+    layers, keys = {}, {name: key for key, name in names.items()}
+    for full, tensor in state.items():
+        match = re.fullmatch(rf"{re.escape(prefix)}(.+)\.({'|'.join(map(re.escape, keys))})", str(full))
+        if not match or not isinstance(tensor, Tensor):
+            raise UserError(f"{source}: {full} is no part of a Poly of LoRAs")
+        layers.setdefault(match[1], {})[keys[match[2]]] = tensor.float()
+    for layer, found in layers.items():
+        for key, axes in {"A": 4, "B": 4, "Z": 2}.items():
+            if key not in found or found[key].dim() != axes:
+                raise UserError(f"{source}: layer {layer} has no {names[key]} of {axes} axes")
+    if not layers:
+        raise UserError(f"{source} has no layers")
+    return layers
+
+
+def import_run(cfg: Config):
+    """A folder of PEFT's Poly or a checkpoint of the authors' code as a run folder of train.py."""
+    source = Path(cfg.checkpoint)
+    layers, known = read_peft_poly(source) if source.is_dir() else read_authors(source)
+    known |= {name: value for name in ("backbone", "dataset") if (value := getattr(cfg, name))}
+    for name in ("backbone", "dataset"):
+        if not known.get(name):
+            raise UserError(f"--{name} is missing: {source} does not say it")
+    first = next(iter(layers.values()))
+    (h, s, _, r), t = first["A"].shape, len(first["Z"])
+    method = "mhr" if h > 1 or known.get("method") == "mhr" else "poly"
+    fixed = dict(method=method, adapter="lora", rank=r, skills=s, granularity="linear", output_dir=cfg.output_dir)
+    fixed |= {"heads": h} if method == "mhr" else {}
+    model, _ = load_backbone(known["backbone"], "cpu")
+    if lost := layers.keys() - dict(model.named_modules()):
+        raise UserError(f"{source}: --backbone {known['backbone']} has no layer {min(lost)}")
+    pattern = rf"(.*\.)?({'|'.join(map(re.escape, endings(model, list(layers))))})"
+    start = recipe(PRETRAINING, known["dataset"], method) | dict(layers=pattern, device="cpu")
+    base = train.Config(**start | known | fixed)
+    add_adapters(model, base, tasks=t)
+    if (adapted := adapted_layers(model)).keys() != layers.keys():
+        raise UserError(f"{source / 'run.json'} is of another run: its layers are not those of the weights")
+    for name, layer in adapted.items():
+        for key, own in to_blocks(layer).items():
+            if (given := layers[name][key].shape) != own.shape:
+                raise UserError(f"{source}: {key} of layer {name} is {tuple(given)} and should be {tuple(own.shape)}")
+        from_blocks(layer, **layers[name])
+    tasks = {"tasks": [str(k) for k in range(t)], "skills": []}
+    if source.is_dir() and (source / "tasks.json").exists():
+        saved = read_json(source / "tasks.json")
+        tasks = saved if len(saved["tasks"]) == t else tasks
+    folder = new_run_folder(cfg.output_dir)
+    save_adapters(model, str(folder / "adapter.safetensors"))
+    write_json(folder / "config.json", dataclasses.asdict(base))
+    write_json(folder / "tasks.json", tasks)
+    counts = train.count_parameters(model)
+    write_json(folder / "result.json", {"steps": 0, "seconds": 0.0, "parameters": counts})  # no step of our own order
+    print(f"method {method}, {t} tasks, {len(layers)} layers, {s} skills of rank {r}, {h} heads, saved in {folder}")
+
+
+# --- Main -------------------------------------------------------------------------------------------------------------
+
+
+def export_task(cfg: Config):
+    """One task as a PEFT folder or merged into a Hugging Face model folder."""
+    if cfg.format == "peft":
+        import_peft()  # before the backbone, which may take minutes
+    with torch.no_grad():
+        model, tokenizer, backbone = one_adapter(cfg)
+    layers = adapted_layers(model)
+    if cfg.format == "peft" and isinstance(next(iter(layers.values())).adapter, SFT):
+        raise UserError("--format peft: PEFT has no sparse fine-tuning, use --format merged")
+    folder = new_run_folder(cfg.output_dir)
+    if cfg.format == "peft":
+        write_peft(model, backbone, folder)
+    else:
+        merge(model, 0)
+        if getattr(model, "hf_quantizer", None):  # of a GGUF file, whose weights are plain once they are loaded
+            model.hf_quantizer.remove_quantization_config(model)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    print(f"{f'task {cfg.task}' if cfg.task else 'one adapter'}, {len(layers)} layers, saved in {folder}")
+
+
+def main(flags: dict):
+    cfg = Config(**flags)
+    for name in ("checkpoint", "output_dir"):
+        if not getattr(cfg, name):
+            raise UserError(f"--{name.replace('_', '-')} is missing")
+    for name in ("task", "split", "backbone", "dataset"):
+        formats = ("peft", "merged") if name in ("task", "split") else ("run",)
+        if getattr(cfg, name) and cfg.format not in formats:
+            raise UserError(f"--{name} does not fit --format {cfg.format}: leave it out")
+    if not Path(cfg.checkpoint).exists():
+        raise UserError(f"--checkpoint {cfg.checkpoint} does not exist")
+    if Path(cfg.output_dir).is_dir() and any(Path(cfg.output_dir).iterdir()):
+        raise UserError(f"--output-dir {cfg.output_dir} is not empty: choose another folder")
+    {"peft-poly": export_poly, "run": import_run}.get(cfg.format, export_task)(cfg)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main, FLAGS)

@@ -1,0 +1,505 @@
+"""Export and import: what PEFT, plain Hugging Face code and the authors' layout compute is what the run computes."""
+
+import copy
+import dataclasses
+import json
+import os
+import pickle
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+from models import (
+    GIVEN, HEADS, IDS, LEARNED, NAMES, RANK, SINGLE, SKILLS, TABLES, TASKS, adapted, backbone, difference, grid, inputs,
+    layers_of, logits, randomise,
+)  # fmt: skip
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, ByT5Tokenizer
+
+import adapt
+import backbone as backbones
+import config
+import export
+import train
+from baselines.fixed import FixedRouter
+from config import UserError, write_json
+from inject import adapted_layers, save_adapters
+
+peft = pytest.importorskip("peft")
+
+NEAR = 1e-5  # relative, of logits
+NAMES_OF_TASKS = ["ante", "b.c", "d e", "mu2", "ζ"]
+IN_PEFT = [kind for kind in (*SINGLE, *LEARNED, *GIVEN) if kind[1] != "sft"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The tiny random backbones as model folders, by name."""
+    root = tmp_path_factory.mktemp("backbones")
+    for name in NAMES:
+        backbone(name).save_pretrained(root / name)
+        ByT5Tokenizer().save_pretrained(root / name)
+    return root
+
+
+def make_run(folders, folder, name, method, adapter, **settings):
+    """A run folder as train.py leaves it, of a random adapted model; returns the model."""
+    shared = {"router": FixedRouter(TABLES[method])} if method in config.GIVEN else {}  # a given table is one for all
+    model = adapted(name, method, adapter, **shared, **settings)
+    by = dict(method="random", random_by="task") if method == "random-by-task" else dict(method=method)
+    skills = TASKS if method in ("private", "adapter-soup") else SKILLS
+    sizes = dict(rank=RANK, skills=skills, heads=HEADS, density=0.2, backbone=str(folders / name), device="cpu")
+    folder.mkdir()
+    write_json(
+        folder / "config.json", dataclasses.asdict(train.Config(**by | sizes | dict(adapter=adapter) | settings))
+    )
+    write_json(folder / "tasks.json", {"tasks": NAMES_OF_TASKS, "skills": []})
+    save_adapters(model, str(folder / "adapter.safetensors"))
+    return model
+
+
+def run_export(folder, out, format="peft", **flags):
+    export.main(dict(checkpoint=str(folder), output_dir=str(out), format=format) | flags)
+    return out
+
+
+def plain_logits(model, batch):
+    with torch.no_grad():
+        return model.eval()(**batch).logits
+
+
+def auto(name):
+    return AutoModelForSeq2SeqLM if name in ("t5", "bart") else AutoModelForCausalLM
+
+
+def adapted_in_peft(model) -> set[str]:
+    """The names of the layers that PEFT adapted."""
+    kinds = (peft.tuners.lora.LoraLayer, peft.tuners.ia3.IA3Layer, peft.tuners.poly.PolyLayer)
+    return {n.removeprefix("base_model.model.") for n, m in model.named_modules() if isinstance(m, kinds)}
+
+
+# --- One task ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name,method,adapter", grid(IN_PEFT))
+def test_one_task_in_peft(name, method, adapter, folders, tmp_path):
+    """A PEFT folder gives the run's logits for every exported task, and adapts the run's layers and no others."""
+    model, batch = make_run(folders, tmp_path / "run", name, method, adapter), inputs(name)
+    tasks = [""] if method in config.ONE_ADAPTER else ["ante", "mu2", "mu"] if name == "t5" else ["mu2", "mu"]
+    for task in tasks:
+        out = run_export(tmp_path / "run", tmp_path / f"out-{task}", task=task)
+        theirs = peft.PeftModel.from_pretrained(backbone(name), str(out))
+        assert adapted_in_peft(theirs) == adapted_layers(model).keys()
+        assert not any(re.search("missing|unexpected", key) for key in load_file(out / "adapter_model.safetensors"))
+        routed = copy.deepcopy(model)
+        if task == "mu":
+            backbones.average_skills(routed, adapter)
+        ids = [NAMES_OF_TASKS.index(task)] * 4 if task in NAMES_OF_TASKS else [0] * 4
+        ours = logits(routed, batch, ids)
+        assert difference(plain_logits(theirs, batch), ours) < NEAR
+        assert difference(plain_logits(backbone(name), batch), ours) > 0.01  # the adapter matters
+
+
+@pytest.mark.parametrize("name,method,adapter", grid([*SINGLE, *LEARNED, ("random", "lora")]))
+def test_merged_model_is_plain(name, method, adapter, folders, tmp_path):
+    """The merged folder loads with from_pretrained alone, with nothing left over, and is the routed model."""
+    model, batch = make_run(folders, tmp_path / "run", name, method, adapter), inputs(name)
+    single = method in config.ONE_ADAPTER
+    out = run_export(tmp_path / "run", tmp_path / "out", "merged", task="" if single else "b.c")
+    merged, info = auto(name).from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())
+    assert type(merged) is type(backbone(name))
+    assert difference(plain_logits(merged, batch), logits(model, batch, [1] * 4)) < NEAR
+    assert (out / "tokenizer_config.json").exists()
+
+
+@pytest.mark.parametrize("layers", [r".*\.decoder\..*self_attn\.q_proj", r".*encoder\.layers\.1\.fc1", r".*\.fc[12]"])
+@pytest.mark.parametrize("adapter", ["lora", "ia3"])
+def test_target_modules_are_exact(layers, adapter, folders, tmp_path):
+    """Also layers that share their last names with others (BART's cross-attention, another block) are named exactly."""
+    model = make_run(folders, tmp_path / "run", "bart", "poly", adapter, layers=layers)
+    out = run_export(tmp_path / "run", tmp_path / "out", task="ante")
+    theirs = peft.PeftModel.from_pretrained(backbone("bart"), str(out))
+    assert adapted_in_peft(theirs) == adapted_layers(model).keys()
+    assert difference(plain_logits(theirs, inputs("bart")), logits(model, inputs("bart"), [0] * 4)) < NEAR
+
+
+def test_target_modules_are_short_and_the_same_every_time(folders, tmp_path):
+    """What other programs read: last names where they suffice, sorted, for PEFT itself writes sets in any order."""
+    make_run(folders, tmp_path / "run", "t5", "lora", "lora")
+    make_run(folders, tmp_path / "gpt2", "gpt2", "ia3", "ia3")
+    content = json.loads((run_export(tmp_path / "run", tmp_path / "a") / "adapter_config.json").read_text())
+    assert content["target_modules"] == ["k", "o", "q", "v", "wi_0", "wi_1", "wo"]
+    assert (content["r"], content["lora_alpha"], content["fan_in_fan_out"]) == (RANK, 1, False)
+    assert content["base_model_name_or_path"] == str(folders / "t5")
+    content = json.loads((run_export(tmp_path / "gpt2", tmp_path / "b") / "adapter_config.json").read_text())
+    assert content["target_modules"] == ["c_attn", "mlp.c_proj"]
+    assert (content["feedforward_modules"], content["fan_in_fan_out"]) == (["mlp.c_proj"], True)
+
+
+# --- PEFT's Poly ------------------------------------------------------------------------------------------------------
+
+
+def same_run(one, two):
+    """Two run folders hold the same run: every tensor to the bit, names of tasks, settings but the folder's name."""
+    a, b = load_file(one / "adapter.safetensors"), load_file(two / "adapter.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert (one / "tasks.json").read_text() == (two / "tasks.json").read_text()
+    settings = [json.loads((folder / "config.json").read_text()) for folder in (one, two)]
+    assert settings[1].pop("output_dir") == str(two)
+    settings[0].pop("output_dir")
+    assert settings[0] == settings[1]
+
+
+@pytest.mark.parametrize(
+    "name,method,routing",
+    [
+        ("t5", "poly", "gumbel"), ("t5", "mhr", "sigmoid"), ("bart", "mhr", "gumbel"), ("bart", "poly", "sigmoid"),
+        ("llama", "mhr", "gumbel"),
+    ],
+)  # fmt: skip
+def test_peft_poly_and_back(name, method, routing, folders, tmp_path):
+    """PEFT's Poly gives the run's logits for a batch of different tasks; the way back is exact, to the settings."""
+    model = make_run(folders, tmp_path / "run", name, method, "lora", routing=routing)
+    out = run_export(tmp_path / "run", tmp_path / "poly", "peft-poly")
+    theirs, batch = peft.PeftModel.from_pretrained(backbone(name), str(out)).eval(), inputs(name)
+    assert adapted_in_peft(theirs) == adapted_layers(model).keys()
+    with torch.no_grad():
+        y = theirs(**batch, task_ids=torch.tensor(IDS)).logits
+    assert difference(y, logits(model, batch, IDS)) < NEAR
+    same_run(tmp_path / "run", run_export(out, tmp_path / "back", "run"))
+    write_json(out / "run.json", json.loads((out / "run.json").read_text()) | {"layers": r".*\.0\..*[qv](_proj)?"})
+    assert "is of another run" in refused(out, tmp_path / "odd", format="run")
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_poly_that_peft_saved(name, heads, folders, tmp_path):
+    """A Poly of PEFT's own becomes a run with its function: the number of tasks, skills and heads from the file."""
+    torch.manual_seed(0)
+    targets = ["q", "wo"] if name == "t5" else r"model\.encoder\..*\.(fc1|self_attn\.v_proj)"
+    settings = peft.PolyConfig(
+        r=2, n_tasks=6, n_skills=3, n_splits=heads, target_modules=targets, task_type="SEQ_2_SEQ_LM"
+    )
+    theirs = peft.get_peft_model(backbone(name), settings)
+    with torch.no_grad():
+        for parameter, p in theirs.named_parameters():
+            if "poly_" in parameter:
+                p.normal_(0, 2.0 if "logits" in parameter else 0.4)
+    theirs.eval().save_pretrained(tmp_path / "peft")
+    run_export(tmp_path / "peft", tmp_path / "run", "run", backbone=str(folders / name), dataset="crossfit")
+    base = config.read_config(train.Config, tmp_path / "run" / "config.json")
+    assert (base.method, base.skills, base.rank) == ("poly" if heads == 1 else "mhr", 3, 2)
+    assert (base.dataset, base.routing, base.batch_size) == ("crossfit", "gumbel", 32)
+    model, _ = backbones.load_run(tmp_path / "run", base)
+    assert adapted_layers(model).keys() == adapted_in_peft(theirs)
+    batch = inputs(name)
+    with torch.no_grad():
+        y = theirs(**batch, task_ids=torch.tensor([5, 0, 4, 1])).logits
+    assert difference(logits(model.eval(), batch, [5, 0, 4, 1]), y) < NEAR
+    assert json.loads((tmp_path / "run" / "tasks.json").read_text())["tasks"] == ["0", "1", "2", "3", "4", "5"]
+
+
+# --- The authors' files -----------------------------------------------------------------------------------------------
+
+HYPER = dict(
+    model="?", dataset="t0", n_tasks=TASKS, n_skills=3, n_splits=4, lora_rank=2, lora_alpha=1.0, lora_warmup=False,
+    model_modifier="poly", router_granularity="finegrained", router_selector=None, poly_average_correction=False,
+    poly_use_shared_skill=False, module_logits_relaxed_bernoulli=False, module_logits_straight_through=False,
+    module_logits_dropout=0.0, module_logits_l2_norm=False, trainable_param_names=".*lora_[ab].*|.*module_logits.*",
+)  # fmt: skip
+
+
+def authors_file(path, folders, name="t5", layers="", **hyper):
+    """A Lightning checkpoint in the authors' layout, of random skills: (state_dict, hyper_parameters)."""
+    hyper = HYPER | {"model": str(folders / name)} | hyper
+    h, s, r = hyper["n_splits"], hyper["n_skills"], hyper["lora_rank"]
+    state, g = {}, torch.Generator().manual_seed(0)
+    for layer, module in backbone(name).named_modules():
+        if re.fullmatch(layers or layers_of("lora", name), layer):
+            o, i = module.weight.shape
+            state[f"model.{layer}.lora_a"] = 0.3 * torch.randn(h, s, i // h, r, generator=g)
+            state[f"model.{layer}.lora_b"] = 0.3 * torch.randn(h, s, r, o // h, generator=g)
+            state[f"model.{layer}.selector.module_logits"] = 3 * torch.randn(TASKS, h * s, generator=g)
+    content = {"state_dict": state, "hyper_parameters": hyper, "epoch": 3, "global_step": 100, "optimizer_states": []}
+    torch.save(content | {"pytorch-lightning_version": "2.0.2"}, path)
+    return state, hyper
+
+
+def naive(name, state, hyper, task):
+    """The backbone with the task's update added to each weight, in plain loops over heads and skills."""
+    model = backbone(name)
+    h, s, r = hyper["n_splits"], hyper["n_skills"], hyper["lora_rank"]
+    for key in [key for key in state if key.endswith("lora_a")]:
+        layer = key.removeprefix("model.").removesuffix(".lora_a")
+        a, b = state[key], state[f"model.{layer}.lora_b"]
+        z = torch.sigmoid(state[f"model.{layer}.selector.module_logits"][task])
+        A, B = [], []
+        for head in range(h):
+            on = [z[head * s + skill] for skill in range(s)]
+            on = [x.round() for x in on] if hyper["module_logits_straight_through"] else on
+            w = [x / (sum(on) + 1e-12) for x in on]
+            A.append(sum(w[skill] * a[head, skill] for skill in range(s)))
+            B.append(sum(w[skill] * b[head, skill] for skill in range(s)))
+        update = torch.cat(A, 0) @ torch.cat(B, 1) * (hyper["lora_alpha"] / r)
+        with torch.no_grad():
+            model.get_submodule(layer).weight.add_(update.T)
+    return model
+
+
+@pytest.mark.parametrize(
+    "name,changed,routing",
+    [
+        ("t5", {}, "sigmoid"),
+        ("t5", {"n_splits": 1, "module_logits_relaxed_bernoulli": True, "dataset": "ni"}, "gumbel"),
+        ("t5", {"n_splits": 2, "lora_alpha": 2.0, "module_logits_straight_through": True}, "straight-through"),
+        ("bart", {"dataset": "xfit", "lora_rank": 3}, "sigmoid"),
+        ("llama", {"n_splits": 8, "lora_rank": 1}, "sigmoid"),
+    ],
+)
+def test_authors_file_is_the_same_function(name, changed, routing, folders, tmp_path):
+    """Every task of a file in the authors' layout gives the logits of a naive mixture of its tensors."""
+    state, hyper = authors_file(tmp_path / "finish.pt", folders, name, **changed)
+    run = run_export(tmp_path / "finish.pt", tmp_path / "run", "run")
+    base = config.read_config(train.Config, run / "config.json")
+    assert (base.routing, base.rank, base.skills) == (routing, hyper["lora_rank"], 3)
+    assert (base.method, base.heads) == (("mhr", hyper["n_splits"]) if hyper["n_splits"] > 1 else ("poly", 8))
+    assert base.dataset == {"t0": "t0", "ni": "superni", "xfit": "crossfit"}[hyper["dataset"]]
+    model, _ = backbones.load_run(run, dataclasses.replace(base, precision="fp32"))
+    batch = inputs(name)
+    for task in range(TASKS):
+        ours = logits(model.eval(), batch, [task] * 4)
+        assert difference(ours, plain_logits(naive(name, state, hyper, task), batch)) < NEAR
+
+
+def test_authors_file_on_another_backbone_and_data_set(folders, tmp_path):
+    """--backbone and --dataset win over the file; light layers (k, v, wi_1) are found from the names alone."""
+    light = r".*\.(SelfAttention|EncDecAttention)\.(k|v)|.*\.DenseReluDense\.wi_1"
+    authors_file(tmp_path / "a.ckpt", folders, layers=light, model="nowhere/to-be-found", dataset="sordonia/flat")
+    flags = dict(backbone=str(folders / "t5"), dataset="superni")
+    run = run_export(tmp_path / "a.ckpt", tmp_path / "run", "run", **flags)
+    base = config.read_config(train.Config, run / "config.json")
+    assert base.layers == r"(.*\.)?(k|v|wi_1)" and base.clip == 0.1
+
+
+def refused(folder, out, **flags) -> str:
+    """The one sentence with which an export is refused. It leaves nothing behind."""
+    with pytest.raises(UserError) as caught:
+        run_export(folder, out, **flags)
+    text = str(caught.value)
+    assert "\n" not in text and not out.exists()
+    return text
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["HOSTILE"],)
+
+
+def test_no_code_of_a_file_is_run(folders, tmp_path, monkeypatch):
+    """A pickle that would make a folder when it is loaded is refused, and the folder is not made."""
+    made = tmp_path / "made"
+    monkeypatch.setenv("HOSTILE", str(made))
+    for file in ("legacy.pt", "zip.pt"):
+        content = {"state_dict": {}, "hyper_parameters": {"model": Hostile()}}
+        torch.save(content, tmp_path / file, _use_new_zipfile_serialization=file == "zip.pt")
+        assert "it asks for posix.mkdir" in refused(tmp_path / file, tmp_path / "out", format="run")
+    (tmp_path / "bare.pt").write_bytes(pickle.dumps(Hostile(), protocol=2))
+    refused(tmp_path / "bare.pt", tmp_path / "out", format="run")
+    assert not made.exists()
+    torch.load(tmp_path / "zip.pt", weights_only=False)  # the file does what it is feared for
+    assert made.exists()
+
+
+@pytest.mark.parametrize(
+    "changed,says",
+    [
+        ({"n_skills": 4, "n_splits": 3}, "n_splits and n_skills"),  # the layout of later versions: skills first
+        ({"poly_average_correction": True}, "poly_average_correction is True"),
+        ({"poly_granularity": "coarsegrained"}, "poly_granularity is coarsegrained"),
+        ({"router_selector": "private"}, "router_selector is private"),
+        ({"lora_warmup": True}, "lora_warmup is True"),
+        ({"model": None}, "--backbone is missing"),
+        ({"dataset": "flan"}, "--dataset is missing"),
+        ({"model": "bart"}, "has no layer decoder.block.0.layer.0.SelfAttention.k"),
+        ({"drop": "lora_b"}, "has no lora_b of 4 axes"),
+        ({"rename": ("lora_a", "lora_c")}, "lora_c is no part of a Poly of LoRAs"),
+        ({"drop": "hyper_parameters"}, "no state_dict and hyper_parameters"),
+        ({"shape": "k.lora_a"}, "A of layer encoder.block.0.layer.0.SelfAttention.k is (4, 3, 7, 2) and should be"),
+    ],
+)
+def test_authors_files_that_do_not_fit(changed, says, folders, tmp_path):
+    authors_file(tmp_path / "a.pt", folders)
+    content = torch.load(tmp_path / "a.pt", weights_only=True)
+    drop, (old, new) = changed.pop("drop", None), changed.pop("rename", ("", ""))
+    state = {key.replace(old, new): p for key, p in content["state_dict"].items() if not key.endswith(drop or "?")}
+    if shape := changed.pop("shape", None):
+        state = {key: p[:, :, 1:] if key.endswith(shape) else p for key, p in state.items()}
+    if changed.get("model"):
+        changed["model"] = str(folders / changed["model"])
+    content |= {"state_dict": state, "hyper_parameters": content["hyper_parameters"] | changed}
+    content.pop(drop, None)
+    torch.save(content, tmp_path / "a.pt")
+    assert says in refused(tmp_path / "a.pt", tmp_path / "out", format="run")
+
+
+def test_damaged_files(folders, tmp_path):
+    authors_file(tmp_path / "a.pt", folders)
+    whole = (tmp_path / "a.pt").read_bytes()
+    for k, part in enumerate((b"", b"not a pickle", whole[: len(whole) // 2], whole[:100])):
+        (tmp_path / f"{k}.pt").write_bytes(part)
+        assert "may be damaged" in refused(tmp_path / f"{k}.pt", tmp_path / "out", format="run")
+    assert "does not exist" in refused(tmp_path / "none.pt", tmp_path / "out", format="run")
+    (tmp_path / "peft").mkdir()
+    assert "adapter_config.json" in refused(tmp_path / "peft", tmp_path / "out", format="run")
+    write_json(tmp_path / "peft" / "adapter_config.json", {"peft_type": "LORA"})
+    assert "PEFT's LORA" in refused(tmp_path / "peft", tmp_path / "out", format="run")
+    write_json(tmp_path / "peft" / "adapter_config.json", {"peft_type": "POLY"})
+    assert "adapter_model.safetensors cannot be read" in refused(tmp_path / "peft", tmp_path / "out", format="run")
+    (tmp_path / "peft" / "adapter_model.safetensors").write_bytes(b"12345678")
+    assert "adapter_model.safetensors cannot be read" in refused(tmp_path / "peft", tmp_path / "out", format="run")
+    save_file({}, tmp_path / "peft" / "adapter_model.safetensors")
+    assert "has no layers" in refused(tmp_path / "peft", tmp_path / "out", format="run")
+
+
+# --- Refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "run,flags,says",
+    [
+        (("mhr", "lora"), {}, "--task is missing: choose from mu, ante, b.c"),
+        (("mhr", "lora"), {"task": "c"}, "--task c is no task of"),
+        (("mhr", "lora"), {"task": "ante", "split": "0"}, "--split 0 is for runs of adapt.py"),
+        (("lora", "lora"), {"task": "ante"}, "one adapter for all tasks"),
+        (("mhr", "sft"), {"task": "ante"}, "PEFT has no sparse fine-tuning, use --format merged"),
+        (("mhr", "lora"), {"task": "ante", "backbone": "tiny"}, "--backbone does not fit --format peft"),
+        (("mhr", "lora"), {"task": "ante", "format": "peft-poly"}, "--task does not fit --format peft-poly"),
+        (("mhr", "lora"), {"task": "ante", "format": "run"}, "--task does not fit --format run"),
+        (("mhr", "lora"), {"format": "run"}, "adapter_config.json"),
+        (("mhr", "ia3"), {"format": "peft-poly"}, "PEFT's Poly has no --adapter ia3"),
+        (("task-moe", "lora"), {"format": "peft-poly"}, "has no --method task-moe"),
+        (("hyperformer", "lora"), {"format": "peft-poly"}, "has no --method hyperformer"),
+        (("lora", "lora"), {"format": "peft-poly"}, "has no --method lora"),
+    ],
+)
+def test_what_does_not_fit(run, flags, says, folders, tmp_path):
+    make_run(folders, tmp_path / "run", "t5", *run)
+    assert says in refused(tmp_path / "run", tmp_path / "out", **flags)
+
+
+@pytest.mark.parametrize(
+    "name,settings,says",
+    [
+        ("t5", {"granularity": "block"}, "has no --granularity block"),
+        ("t5", {"routing": "straight-through"}, "has no --routing straight-through"),
+        ("gpt2", {}, "has no Conv1D layers"),
+    ],
+)
+def test_runs_that_pefts_poly_cannot_hold(name, settings, says, folders, tmp_path):
+    make_run(folders, tmp_path / "run", name, "mhr", "lora")
+    path = tmp_path / "run" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    assert says in refused(tmp_path / "run", tmp_path / "out", format="peft-poly")
+
+
+def test_full_runs_and_missing_peft(folders, tmp_path, monkeypatch):
+    make_run(folders, tmp_path / "run", "t5", "mhr", "lora")
+    with pytest.raises(UserError, match="is not empty"):
+        run_export(tmp_path / "run", tmp_path / "run", task="mu")
+    with pytest.raises(UserError, match="--output-dir is missing"):
+        export.main({"checkpoint": "a"})
+    with pytest.raises(UserError, match="--checkpoint is missing"):
+        export.main({})
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be made"):
+        run_export(tmp_path / "run", tmp_path / "file", task="mu")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    for flags in ({"task": "mu"}, {"format": "peft-poly"}):
+        assert "need the package peft: pip install" in refused(tmp_path / "run", tmp_path / "out", **flags)
+    monkeypatch.undo()
+    write_json(tmp_path / "run" / "config.json", dataclasses.asdict(train.Config(method="full", device="cpu")))
+    assert "is a plain model folder already" in refused(tmp_path / "run", tmp_path / "out", format="merged")
+
+
+# --- From the command line --------------------------------------------------------------------------------------------
+
+SMALL = dict(rank=2, batch_size=4, steps=1, max_input=16, max_output=8, eval_examples=0, device="cpu")
+FEW = dict(steps=1, eval_every=1, shots=1, batch_size=4, test_examples=1, device="cpu")
+
+
+def exports_are(found, few, name, tmp_path):
+    """Each split's task, as PEFT and merged, has the logits that are known of it. found: {(split, task): logits}."""
+    batch = inputs(name)
+    assert difference(*list(found.values())[:2]) > 0.01
+    for k, ((split, task), y) in enumerate(found.items()):
+        out = run_export(few, tmp_path / f"peft-{k}", task=task, split=split)
+        theirs = peft.AutoPeftModelForSeq2SeqLM.from_pretrained(str(out))
+        assert difference(plain_logits(theirs, batch), y) < NEAR
+        out = run_export(few, tmp_path / f"merged-{k}", "merged", task=task, split=split)
+        assert difference(plain_logits(AutoModelForSeq2SeqLM.from_pretrained(out), batch), y) < NEAR
+
+
+@pytest.mark.parametrize(
+    "method,adapter,variant",
+    [
+        ("mhr", "lora", "all"), ("mhr", "lora", "mu"), ("poly", "ia3", "z"), ("random", "lora", "all"),
+        ("adapter-soup", "lora", "all"), ("lora", "lora", "all"), ("full", "lora", "lora"),
+    ],
+)  # fmt: skip
+def test_tasks_of_an_adaptation_run(method, adapter, variant, folders, tmp_path):
+    """Every split and task of an adaptation run is exported without its data, which are not there."""
+    if method == "full":
+        base = train.Config(method="full", rank=RANK, device="cpu", backbone="t5")
+        shutil.copytree(folders / "t5", tmp_path / "run" / "backbone")
+        write_json(tmp_path / "run" / "config.json", dataclasses.asdict(base))
+    else:
+        make_run(folders, tmp_path / "run", "t5", method, adapter)
+    few = tmp_path / "few"
+    run = adapt.Config(checkpoint=str(tmp_path / "run"), variant=variant, split=("0", "1"), device="cpu")
+    base, found = adapt.train_config(run), {}
+    for split, task in (("0", "a.b"), ("1", "ζ c")):
+        model, _ = backbones.load_run(tmp_path / "run", base)
+        if method == "adapter-soup":  # its start needs the tasks' examples
+            backbones.collapse(model, adapter, lambda layer: None)
+        else:
+            adapt.prepare(model, base, run)
+        torch.manual_seed(len(found))
+        randomise(model)
+        found[split, task] = logits(model.eval(), inputs("t5"), [0] * 4)
+        (few / split).mkdir(parents=True, exist_ok=True)
+        save_adapters(model, str(few / split / f"{task}.safetensors"))
+    write_json(few / "config.json", dataclasses.asdict(run))
+    exports_are(found, few, "t5", tmp_path)
+    out = tmp_path / "out"
+    assert "--split is missing" in refused(few, out, task="a.b")
+    assert "--split 2: " in refused(few, out, task="a.b", split="2")
+    assert "--task mu is no task" in refused(few, out, task="mu", split="0")
+    assert refused(few, out, split="1").endswith("--task is missing: choose from ζ c")
+    assert "is one of adapt.py" in refused(few, out, format="peft-poly")
+
+
+def test_pretraining_and_adaptation(tmp_path):
+    """Real runs on the bundled backbone: a task of adapt.py's, an imported run that goes on as the run that it was."""
+    train.main(SMALL | dict(method="mhr", heads=4, dataset="strings", output_dir=str(tmp_path / "run")))
+    poly = run_export(tmp_path / "run", tmp_path / "poly", "peft-poly")
+    back = run_export(poly, tmp_path / "back", "run")
+    task = train.load_tasks(train.Config(), "0", ("test",)).test[0].name
+    results = []
+    for run in (tmp_path / "run", back):
+        results.append(adapt.main(FEW | dict(checkpoint=str(run), tasks=task, output_dir=f"{run}-few")))
+        train.main(dict(from_run=str(run), method="mu", steps=1, output_dir=f"{run}-mu", device="cpu"))
+    assert results[0]["splits"] == results[1]["splits"]
+    few = tmp_path / "back-few"
+    path = few / "0" / f"{task}.safetensors"
+    saved, fingerprint = load_file(path), safe_open(str(path), "pt").metadata()
+    save_file({key: p + 0.1 * torch.randn_like(p) for key, p in saved.items()}, path, fingerprint)
+    (_, _, model, _, _), *_ = adapt.load_adapted(config.read_config(adapt.Config, few / "config.json"), few)
+    out = run_export(few, tmp_path / "peft", task=task)
+    theirs, batch = peft.AutoPeftModelForSeq2SeqLM.from_pretrained(str(out)), inputs("t5")
+    y = logits(model.eval(), batch, [0] * 4)
+    assert difference(plain_logits(theirs, batch), y) < NEAR
+    assert difference(plain_logits(backbones.load_backbone("tiny", "cpu")[0], batch), y) > 0.01
