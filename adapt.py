@@ -142,6 +142,8 @@ def begin_with_soup(model: nn.Module, base: train.Config, cfg: Config) -> Callab
 
     @torch.no_grad()
     def begin(task: data.Task):
+        if not len(task.train):
+            raise UserError(f"adapter-soup: task {task.name} has no training inputs to find similar tasks by")
         w = soup_weights(embeddings, embed(encoder[0].eval(), encoder[1], task, base.max_input), cfg.soup)
         for name, layer in routed.items():
             params = {key: p[0] for key, p in layer.mix(w.to(base.device)).items()}

@@ -11,8 +11,8 @@ python evaluate.py --count-parameters --backbone t5-xl  what each method trains 
 from dataclasses import asdict, dataclass, replace
 
 from config import (
-    FEW_SHOT, PRETRAINING, UserError, check_ranges, exit_on_user_error, explicit_flags, flag, read_config, read_json,
-    recipe,
+    FEW_SHOT, GIVEN, PRETRAINING, UserError, check_ranges, exit_on_user_error, explicit_flags, flag, read_config,
+    read_json, recipe,
 )  # fmt: skip
 
 
@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 from choices import choose
 from data import Example, Task, collate
-from inject import task_ids
+from inject import adapted_layers, merged, task_ids
 from metrics import score
 
 # --- Predictions ------------------------------------------------------------------------------------------------------
@@ -61,16 +61,22 @@ def predict(
     """The model's outputs for these examples, in their order: generated (greedily, or by beam search), or chosen.
 
     ids: the task id of each example. lengths: (max_input, max_output) in tokens. by_choice: the best of each example's
-    choices, by `choices.choose`. The longest inputs go first, so that a batch holds like lengths.
+    choices, by `choices.choose`. The longest inputs go first, so that a batch holds like lengths. If there is one task
+    in all, its adapter is merged for the time (not into bfloat16 weights, which would round it away).
     """
     was_training = model.training
     model.eval()
+    if len(set(ids)) == 1 and model.dtype == torch.float32 and adapted_layers(model):
+        with merged(model, ids[0]):
+            outputs = predict(model, tokenizer, examples, ids, lengths, batch_size, beams, by_choice)
+        model.train(was_training)
+        return outputs
     order = sorted(range(len(examples)), key=lambda k: -len(examples[k].input))
     outputs, name = [""] * len(examples), "choose" if by_choice else "generate"
     for start in tqdm(range(0, len(order), batch_size), desc=name, unit="batch", disable=None, leave=False):
         rows = order[start : start + batch_size]
         batch = [examples[k] for k in rows]
-        with task_ids([ids[k] for k in rows]):
+        with task_ids([ids[k] for k in rows], keep=True):
             if by_choice:
                 chosen = choose(model, tokenizer, batch, *lengths)
                 texts = [example.choices[k] for example, k in zip(batch, chosen, strict=True)]
@@ -226,6 +232,7 @@ def _score_held_out(cfg: Config, folder: Path, adapt):
         if not tasks:
             raise UserError("--constant: no held-out task has training and test examples here, leave the flag out")
         return constant_scores(tasks, cfg.test_examples), tasks
+    torch.manual_seed(base.seed)  # a new task's embedding under HyperFormer is drawn
     model, tokenizer = adapt.load_run(folder, base)
     begin = adapt.prepare(model, base, adapt.Config(checkpoint=str(folder)))
     scores, lengths = {}, (base.max_input, base.max_output)
@@ -306,7 +313,7 @@ def _label(folder: Path) -> tuple[str, str]:
     words += [f"h={base['heads']}"] if method == "mhr" else []
     words += [f"r={base['rank']}"] if method != "full" and base["adapter"] == "lora" else []
     words += [f"-> {config['variant']}"] if adapted else []
-    shown = {"method", "dataset", "heads", "rank", "variant", *SAME_RUN}
+    shown = {"method", "dataset", "heads", "rank", "variant", *SAME_RUN, *(["skills"] if method in GIVEN else [])}
     adapter = dict(adapter=base["adapter"]) if method == "ia3" else {}
     if not base["from_run"]:  # else the label of that run has said it
         words += _changed(base, asdict(train.Config(**adapter)) | recipe(PRETRAINING, dataset, method), shown)

@@ -20,6 +20,7 @@ import hashlib
 import os
 import re
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -112,16 +113,26 @@ def sharing_key(name: str, granularity: str) -> str:
 
 # --- Task ids ---------------------------------------------------------------------------------------------------------
 
-_contexts: list[tuple[Tensor, Tensor, int]] = []  # innermost last: distinct ids (u,), row -> distinct (n,), largest id
+
+class _Context(NamedTuple):
+    tasks: Tensor  # (u,) distinct ids
+    rows: Tensor  # (n,) which of them each example has
+    largest: int
+    kept: dict | None  # layer -> its mixed adapters, where they are kept
+
+
+_contexts: list[_Context] = []  # innermost last
 
 
 @contextmanager
-def task_ids(ids, among=None):
+def task_ids(ids, among=None, keep=False):
     """Within this context, example k of a batch belongs to task ids[k]. Covers forward, backward and generation.
 
     ids (n,): a list or tensor of integers >= 0. Contexts nest; leaving one restores the one around it.
     among: the ids of a larger batch that this one is a part of; routing noise is then drawn for all of its tasks, so
     that every part (in another process) draws the same. None: the batch is all there is.
+    keep: each layer mixes its adapters once and keeps them until the context ends. For generation, which calls it for
+    every token; only where no parameter changes and nothing is learned (it is an error where gradients are on).
     Raises ValueError if ids are not integers, negative, not among `among`, or not a flat list of at least one.
     """
     ids = _checked(ids)
@@ -130,7 +141,9 @@ def task_ids(ids, among=None):
         rows = torch.searchsorted(tasks, ids)
         if not torch.equal(tasks[rows.clamp(max=len(tasks) - 1)], ids):
             raise ValueError(f"task ids {ids.tolist()} are not all among {tasks.tolist()}")
-    _contexts.append((tasks, rows, int(tasks[-1])))
+    if keep and torch.is_grad_enabled():
+        raise RuntimeError("task_ids(keep=True) is for torch.no_grad() alone: kept adapters would not learn")
+    _contexts.append(_Context(tasks, rows, int(tasks[-1]), {} if keep else None))
     try:
         yield
     finally:
@@ -157,11 +170,15 @@ def _give_task_ids(layer: nn.Module, args: tuple, kwargs: dict):
         return None  # called directly, with ids of its own
     if not _contexts:
         raise RuntimeError("a routed layer was called without task ids: wrap the call in `with task_ids(ids):`")
-    tasks, rows, largest = _contexts[-1]
+    tasks, rows, largest, kept = _contexts[-1]
     if largest >= layer.router.tasks:
         raise IndexError(f"task id {largest} is out of range: this model knows tasks 0 .. {layer.router.tasks - 1}")
-    device = args[0].device
-    return args, kwargs | {"tasks": tasks.to(device), "rows": rows.to(device)}
+    ids = {"tasks": tasks.to(args[0].device), "rows": rows.to(args[0].device)}
+    if kept is None:
+        return args, kwargs | ids
+    if layer not in kept:
+        kept[layer] = layer.adapters(**ids)
+    return args, kwargs | ids | {"params": kept[layer]}
 
 
 # --- Injection --------------------------------------------------------------------------------------------------------
@@ -285,6 +302,16 @@ def unmerge(model: nn.Module, layers: dict[str, nn.Module]):
     """Undo `merge`: put the layers that it returned back."""
     for name, layer in layers.items():
         _put(model, name, layer)
+
+
+@contextmanager
+def merged(model: nn.Module, task: int):
+    """`merge` for the length of a context, then `unmerge`. A model without adapters stays as it is."""
+    layers = merge(model, task) if adapted_layers(model) else {}
+    try:
+        yield
+    finally:
+        unmerge(model, layers)
 
 
 # --- Saving and loading -----------------------------------------------------------------------------------------------

@@ -155,26 +155,33 @@ class MHRLinear(nn.Module):
             mixed[name] = torch.einsum(f"nhs,s{before}h{after}->n{before}h{after}", w, blocks).flatten(axis, axis + 1)
         return mixed
 
-    def forward(self, x: Tensor, tasks: Tensor, rows: Tensor | None = None) -> Tensor:
-        """x (b, l, i) or (b, i) -> (b, l, o) or (b, o), each example adapted for its own task.
+    def adapters(self, tasks: Tensor, rows: Tensor | None = None) -> dict[str, Tensor]:
+        """Each example's adapter, {name: (n, ...)}; if there is one task in all, its adapter, {name: (1, ...)}.
 
         tasks (u,): the distinct task ids. rows (n,): for each example which of `tasks` is its own; None means that
         tasks already has one id per example. The router runs once per distinct task; the mixing, one matmul of
         (n, s) weights and the inventory, costs no more for each example than to copy its task's adapter would.
-        n may be smaller than b if it divides b: beam search, several returned sequences and the scoring of several
-        choices repeat each example b/n times in a row. The repeat is read off the shapes at every call and kept
-        nowhere. Raises ValueError if n does not divide b.
+        """
+        if self.router.per_example and rows is not None:
+            tasks, rows = tasks[rows], None
+        w = self.router(tasks)
+        return self.mix(w if rows is None or len(w) == 1 else w[rows])
+
+    def forward(self, x: Tensor, tasks: Tensor, rows: Tensor | None = None, params=None) -> Tensor:
+        """x (b, l, i) or (b, i) -> (b, l, o) or (b, o), each example adapted for its own task.
+
+        tasks, rows: see `adapters`. params: what `adapters` gave for them, if it is at hand. Their number n may be
+        smaller than b if it divides b: beam search, several returned sequences and the scoring of several choices
+        repeat each example b/n times in a row, and are read as one longer sequence. The repeat is read off the shapes
+        at every call and kept nowhere. Raises ValueError if n does not divide b.
         """
         n = len(tasks) if rows is None else len(rows)
         if n == 0 or x.shape[0] % n:
             raise ValueError(f"{n} task ids for a batch of {x.shape[0]} rows: expected one per example")
-        if self.router.per_example and rows is not None:
-            tasks, rows = tasks[rows], None
-        w = self.router(tasks)
-        if len(tasks) == 1:  # one task in the whole batch: plain matmuls
-            return self.adapter.apply(self.linear, x, **{name: p[0] for name, p in self.mix(w).items()})
-        params = self.mix(w if rows is None else w[rows])  # (n, ...): each example's adapter
-        y = self.adapter.apply(self.linear, x.reshape(n, -1, x.shape[-1]), **params)  # repeats: a longer sequence
+        params = self.adapters(tasks, rows) if params is None else params
+        if all(len(p) == 1 for p in params.values()):  # one adapter for all: plain matmuls
+            return self.adapter.apply(self.linear, x, **{name: p[0] for name, p in params.items()})
+        y = self.adapter.apply(self.linear, x.reshape(n, -1, x.shape[-1]), **params)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     @torch.no_grad()

@@ -41,7 +41,7 @@ class Config:
     )
     rank: int = flag(1, "rank r of LoRA")
     density: float = flag(0.1, "sft: share of a layer's weights that may change")
-    skills: int = flag(8, "skills s in a layer's inventory (private, expert and adapter-soup: as the tasks say)")
+    skills: int = flag(8, "skills s in a layer's inventory (private, expert, adapter-soup: 0, as the tasks say)")
     heads: int = flag(8, "heads h of mhr; must divide every adapted layer")
     routing: str = flag("gumbel", "how training turns logits into weights", ("gumbel", "sigmoid", "straight-through"))
     granularity: str = flag(
@@ -349,8 +349,12 @@ def make_config(**flags) -> Config:
             if flags.get("adapter", cfg.method) != cfg.method:
                 raise UserError(f"--adapter {cfg.adapter} does not fit --method {cfg.method}: leave --adapter out")
             cfg.adapter = cfg.method
-        if cfg.method in GIVEN and "skills" in flags:
-            raise UserError(f"--skills does not fit --method {cfg.method}, whose tasks say how many: leave it out")
+        if cfg.method in GIVEN:
+            if "skills" in flags:
+                raise UserError(f"--skills does not fit --method {cfg.method}, whose tasks say how many: leave it out")
+            cfg.skills = 0
+        if cfg.method == "task-moe" and cfg.top_k > cfg.skills:
+            raise UserError(f"--top-k {cfg.top_k} is more than --skills {cfg.skills}")
         if cfg.adapter == "ia3" and "layers" not in flags:
             cfg.layers = ""  # the recipes' layers are LoRA's
     cfg.device = pick_device(cfg.device)

@@ -10,18 +10,36 @@ from transformers import (
     T5ForConditionalGeneration,
 )  # fmt: skip
 
-from ia3 import IA3, IA3Linear
-from inject import IA3_INPUT_SIDE, adapter_parameters, freeze, inject, named_layers, task_ids
-from lora import LoRA, LoRALinear
-from mhr import MHRLinear, MHRRouter
-from poly import PolyLinear, PolyRouter
+import train
+from backbone import SINGLE as ONE_LAYER
+from backbone import make_adapter, make_router
+from config import ONE_ADAPTER
+from inject import adapter_parameters, freeze, inject, named_layers, task_ids
+from mhr import MHRLinear
+from poly import PolyLinear
 
 NAMES = ("t5", "bart", "llama", "gpt2")
-SINGLE = (("lora", "lora"), ("ia3", "ia3"))  # (method, adapter) with one adapter for all tasks
-ROUTED = (("poly", "lora"), ("poly", "ia3"), ("mhr", "lora"), ("mhr", "ia3"))
 VOCAB, WIDTH = 100, 32
 TASKS, SKILLS, HEADS, RANK = 5, 3, 4, 4
 IDS = [3, 0, 4, 1]  # the tasks of a batch of four: all different, out of order, and task 2 is absent
+
+# (method, adapter); random-by-task is `--method random --random-by task`. All of them on T5, some on the others.
+SINGLE = (("lora", "lora"), ("ia3", "ia3"), ("shared", "sft"))  # one adapter for all tasks
+POLY_MHR = tuple((method, adapter) for method in ("poly", "mhr") for adapter in ("lora", "ia3", "sft"))
+GIVEN = tuple((method, "lora") for method in ("private", "adapter-soup", "expert", "random-by-task", "random"))
+LEARNED = (*POLY_MHR, ("hyperformer", "lora"), ("task-moe", "lora"))  # with a Z that is trained
+ROUTED = (*LEARNED, *GIVEN)
+ELSEWHERE = {*SINGLE, *POLY_MHR, ("random", "lora")}  # random: the one router that is asked for each example
+TABLES = {  # of the TASKS tasks
+    "private": torch.eye(TASKS),
+    "adapter-soup": torch.eye(TASKS),
+    "expert": torch.tensor([[1.0, 1, 0], [0, 1, 0], [0, 1, 1], [1, 1, 1], [0, 0, 1]]),
+}
+
+
+def grid(kinds) -> list[tuple[str, str, str]]:
+    """(name, method, adapter) for each model and those of the kinds that are tried on it."""
+    return [(name, *kind) for name in NAMES for kind in kinds if name == "t5" or kind in ELSEWHERE]
 
 
 def small_config(name: str):
@@ -76,19 +94,27 @@ def backbone(name: str, seed: int = 0) -> nn.Module:
     return copy.deepcopy(_backbone(name, seed))
 
 
-def layer_maker(
-    method, adapter, tasks=TASKS, skills=SKILLS, heads=HEADS, rank=RANK, routing="gumbel", router=None, alpha=1.0
-):
-    """make_layer for `inject`, as `train.build_model` has it. router: one for all layers; None: one for each."""
+def layers_of(adapter: str, name: str) -> str:
+    """The pattern of the layers that an adapter changes by default."""
+    return named_layers("ia3" if adapter == "ia3" else "lora", name)
+
+
+def layer_maker(method, adapter, tasks=TASKS, router=None, **settings):
+    """make_layer for `inject`, as `backbone.add_adapters` has it. router: one for all layers; None: one for each.
+
+    settings: of `train.Config`. With other `tasks` than TASKS there is no table yet, as before a file is loaded.
+    """
+    table = TABLES.get(method)
+    small = dict(rank=RANK, skills=SKILLS if table is None else table.shape[1], heads=HEADS, density=0.2)
+    by = dict(method="random", random_by="task") if method == "random-by-task" else dict(method=method)
+    cfg = train.Config(**by | dict(adapter=adapter) | small | settings)
 
     def make_layer(name: str, linear: nn.Linear) -> nn.Module:
-        side = "in" if name.endswith(IA3_INPUT_SIDE) else "out"
-        spec = IA3(side) if adapter == "ia3" else LoRA(rank, alpha)
-        if method == "poly":
-            return PolyLinear(linear, spec, router or PolyRouter(tasks, skills, routing))
-        if method == "mhr":
-            return MHRLinear(linear, spec, router or MHRRouter(tasks, skills, heads, routing))
-        return {"lora": LoRALinear, "ia3": IA3Linear}[method](linear, spec)
+        spec = make_adapter(cfg, name)
+        if method in ONE_ADAPTER:
+            return ONE_LAYER[adapter](linear, spec)
+        own = router or make_router(cfg, tasks, table if tasks == TASKS else None)
+        return (MHRLinear if method == "mhr" else PolyLinear)(linear, spec, own)
 
     return make_layer
 
@@ -101,7 +127,7 @@ def adapted(name: str, method: str, adapter: str, seed: int = 0, fresh: bool = F
     model = backbone(name)
     freeze(model)
     torch.manual_seed(seed)
-    inject(model, layer_maker(method, adapter, **settings), layers or named_layers(adapter, name))
+    inject(model, layer_maker(method, adapter, **settings), layers or layers_of(adapter, name))
     if not fresh:
         randomise(model)
     return model.eval()
@@ -109,10 +135,12 @@ def adapted(name: str, method: str, adapter: str, seed: int = 0, fresh: bool = F
 
 @torch.no_grad()
 def randomise(model: nn.Module):
-    """Skills far from zero, and logits so far apart that tasks choose different skills."""
-    scale = {"A": 0.2, "B": 0.6, "v": 0.6, "Z": 3.0}
+    """Skills far from zero, and logits so far apart that tasks choose different skills. What is given stays."""
+    spread = {"A": 0.2, "B": 0.6, "v": 0.6, "value": 0.3, "Z": 3.0, "weight": 0.05, "bias": 0.05}
     for name, p in adapter_parameters(model).items():
-        p.normal_(0, scale[name.rsplit(".", 1)[1]])
+        if p.requires_grad:
+            leaf = name.rsplit(".", 1)[1]
+            p.normal_(0.5 if leaf == "bias" else 0.0, spread[leaf])  # HyperFormer's hidden units are on, about 1/2 each
 
 
 def inputs(name: str, b: int = 4, length: int = 7, seed: int = 1) -> dict[str, torch.Tensor]:

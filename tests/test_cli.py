@@ -34,15 +34,18 @@ import evaluate
 import metrics
 import train
 from backbone import build_model, load_backbone, tiny_from_scratch
+from baselines import adapter_soup
+from baselines.adapter_soup import embed
 from benchmarks import crossfit, strings
 from config import FEW_SHOT, PRETRAINING, UserError
-from inject import adapter_parameters, routers
+from inject import adapted_layers, adapter_parameters, merge, routers
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"train": (train, PRETRAINING), "adapt": (adapt, FEW_SHOT), "evaluate": (evaluate, {})}
 
 LAYERS = 54  # of the tiny T5: 3 x (4 attention + 3 feed-forward), and 3 x (8 + 3) in the decoder
 LORA_SIZE = 36 * 2 * (128 + 128) + 18 * 2 * (128 + 256)  # r = 2: 36 attention layers, 18 feed-forward layers
+SFT_SIZE = 36 * 164 + 18 * 328  # density 1 %, rounded
 IA3_SIZE = 18 * 128 + 6 * 256  # keys and values at their output, the second feed-forward layer at its input
 FULL_SIZE = 1_231_232
 
@@ -62,6 +65,19 @@ METHODS = {
     "shared-ia3": dict(method="shared", adapter="ia3"),
     "poly-ia3": dict(method="poly", adapter="ia3"),
     "mhr-ia3": dict(method="mhr", adapter="ia3"),
+    "shared-sft": dict(method="shared", adapter="sft"),
+    "poly-sft": dict(method="poly", adapter="sft", density=0.01),
+    "mhr-sft": dict(method="mhr", adapter="sft", density=0.01),
+    "private": dict(method="private"),
+    "expert": dict(method="expert"),
+    "random": dict(method="random"),
+    "random-by-task": dict(method="random", random_by="task"),
+    "hyperformer": dict(method="hyperformer"),
+    "task-moe": dict(method="task-moe"),
+    "adapter-soup": dict(method="adapter-soup"),
+    "private-ia3": dict(method="private", adapter="ia3"),
+    "expert-sft": dict(method="expert", adapter="sft", density=0.01),
+    "soup-sft": dict(method="adapter-soup", adapter="sft", density=0.01),
 }
 SIZES = {  # adapters, Z of 64 training tasks
     "full": (FULL_SIZE, 0),
@@ -73,7 +89,33 @@ SIZES = {  # adapters, Z of 64 training tasks
     "shared-ia3": (IA3_SIZE, 0),
     "poly-ia3": (8 * IA3_SIZE, 64 * 8 * 24),
     "mhr-ia3": (8 * IA3_SIZE, 64 * 8 * 8 * 24),
+    "shared-sft": (36 * 1638 + 18 * 3277, 0),  # a tenth of 128 * 128 and of 128 * 256, rounded
+    "poly-sft": (8 * SFT_SIZE, 64 * 8 * LAYERS),
+    "mhr-sft": (8 * SFT_SIZE, 64 * 8 * 8 * LAYERS),
+    "private": (64 * LORA_SIZE, 0),
+    "expert": (8 * LORA_SIZE, 0),
+    "random": (8 * LORA_SIZE, 0),
+    "random-by-task": (8 * LORA_SIZE, 0),
+    "hyperformer": (8 * LORA_SIZE + LAYERS * (8 * 8 + 8), 64 * 8 * LAYERS),
+    "task-moe": (8 * LORA_SIZE, 64 * 8 * LAYERS),
+    "adapter-soup": (64 * LORA_SIZE, 0),
+    "private-ia3": (64 * IA3_SIZE, 0),
+    "expert-sft": (8 * SFT_SIZE, 0),
+    "soup-sft": (64 * SFT_SIZE, 0),
 }
+METHOD = {name: flags["method"] for name, flags in METHODS.items()}
+ADAPTER = {name: flags.get("adapter", "ia3" if name == "ia3" else "lora") for name, flags in METHODS.items()}
+OWN = ("private", "adapter-soup")  # methods with an adapter for each training task
+
+
+def skills_of(name: str) -> int:
+    return 64 if METHOD[name] in OWN else 8
+
+
+def flags_of(name: str, **more) -> dict:
+    """Flags of a small pre-training run; methods whose tasks say how many skills there are take no --skills."""
+    small = {flag: value for flag, value in SMALL.items() if flag != "skills" or METHOD[name] not in config.GIVEN}
+    return small | METHODS[name] | more
 
 
 def fingerprint(predictions, references) -> float:
@@ -86,6 +128,7 @@ def strict_metric():
     with pytest.MonkeyPatch.context() as patch:
         for metric in metrics.METRICS:
             patch.setitem(metrics.METRICS, metric, fingerprint)
+        patch.setattr(adapter_soup, "EXAMPLES", 8)  # to save time
         yield
 
 
@@ -115,7 +158,7 @@ def runs(folder, backbones):
     def get(name: str) -> Path:
         if name not in made:
             made[name] = folder / f"pretrained-{name}"
-            train.main(SMALL | METHODS[name] | dict(backbone=backbones[0], output_dir=str(made[name])))
+            train.main(flags_of(name, backbone=backbones[0], output_dir=str(made[name])))
         return made[name]
 
     return get
@@ -136,7 +179,7 @@ def adapted(folder, runs):
                 FEW
                 | dict(checkpoint=str(runs(name)), variant=variant, tasks=",".join(HELD_OUT[:2]))
                 | dict(output_dir=str(made[name, variant]))
-                | (dict(lr=1e-3) if name == "full" else {})
+                | (dict(lr=1e-3) if (name, variant) == ("full", "all") else {})
             )
         return made[name, variant]
 
@@ -284,10 +327,17 @@ def test_a_run_writes_its_folder(runs, name):
     run = runs(name)
     saved = {path.name for path in run.iterdir()}
     what = "backbone" if name == "full" else "adapter.safetensors"
-    assert saved == {"config.json", "log.jsonl", "result.json", what}
+    embeddings = {"embeddings.safetensors"} if METHOD[name] == "adapter-soup" else set()
+    assert saved == {"config.json", "tasks.json", "log.jsonl", "result.json", what} | embeddings
 
     cfg = train.Config(**read(run / "config.json"))
-    assert {field: getattr(cfg, field) for field in SMALL | METHODS[name]} == SMALL | METHODS[name]
+    assert {field: getattr(cfg, field) for field in flags_of(name)} == flags_of(name)
+    assert cfg.skills == skills_of(name)
+
+    tasks = [task.name for task in strings.strings().train]
+    known = sorted(strings.OPERATIONS) if METHOD[name] == "expert" else sorted(tasks) if METHOD[name] in OWN else []
+    names = read(run / "tasks.json")
+    assert names["tasks"] == tasks and sorted(names["skills"]) == known
 
     log = lines_of(run / "log.jsonl")
     assert [line["step"] for line in log] == [3, 6, 8]
@@ -296,7 +346,7 @@ def test_a_run_writes_its_folder(runs, name):
 
     result = read(run / "result.json")
     assert result["steps"] == 8 and result["loss"] == log[-1]["loss"]
-    assert list(result["tasks"]) == [task.name for task in strings.strings().train]
+    assert list(result["tasks"]) == tasks
     assert result["mean"] == pytest.approx(sum(result["tasks"].values()) / 64)
     assert (result["parameters"]["adapters"], result["parameters"]["routing"]) == SIZES[name]
 
@@ -304,15 +354,32 @@ def test_a_run_writes_its_folder(runs, name):
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
 def test_the_adapter_file_holds_what_was_trained_and_nothing_else(runs, name):
     tensors = load_file(runs(name) / "adapter.safetensors")
-    z = sum(value.numel() for key, value in tensors.items() if key.endswith(".router.Z"))
-    assert (sum(value.numel() for value in tensors.values()) - z, z) == SIZES[name]
-    start = {key: value for key, value in tensors.items() if key.endswith(".B")}
-    assert all(value.abs().max() > 0 for value in start.values())  # B starts at zero
-    ones = {key: value for key, value in tensors.items() if key.endswith(".v")}
-    assert all((value - 1).abs().max() > 0 for value in ones.values())  # (IA)^3 starts at one
+    routing = {key: value for key, value in tensors.items() if key.endswith(".router.Z")}
+    given = routing if METHOD[name] not in config.LEARNED else {}
+    trained = {key: value for key, value in tensors.items() if key not in given and not key.endswith(".place")}
+    z = sum(value.numel() for key, value in trained.items() if key in routing)
+    assert (sum(value.numel() for value in trained.values()) - z, z) == SIZES[name]
+    start = [key for key in trained if key.endswith({"lora": ".B", "ia3": ".v", "sft": ".value"}[ADAPTER[name]])]
+    assert len(start) == (24 if ADAPTER[name] == "ia3" else LAYERS)
+    assert all(trained[key].abs().max() > 0 for key in start)  # they start at zero
     if z:
-        assert all(v.abs().max() > 1e-3 for k, v in tensors.items() if k.endswith(".router.Z"))  # Z within 1e-3
-    assert name in ("ia3", "shared-ia3", "poly-ia3", "mhr-ia3") or len(start) == LAYERS
+        assert all(value.abs().max() > 1e-3 for value in routing.values())  # all but HyperFormer's start within 1e-3
+    else:
+        assert len(routing) == (LAYERS if METHOD[name] == "random" else METHOD[name] in config.GIVEN)  # one for all
+
+
+def test_tables_that_are_given(runs):
+    """What the file of a run says of the 64 training tasks: by a loop over them."""
+    z = {name: [v for k, v in load_file(runs(name) / "adapter.safetensors").items() if k.endswith(".router.Z")]
+         for name in ("private", "adapter-soup", "expert", "random", "random-by-task")}  # fmt: skip
+    assert torch.equal(z["private"][0], torch.eye(64)) and torch.equal(z["adapter-soup"][0], torch.eye(64))
+    names = read(runs("expert") / "tasks.json")["skills"]
+    for task, row in zip(strings.strings().train, z["expert"][0].tolist(), strict=True):
+        assert [name for name, on in zip(names, row, strict=True) if on] == [n for n in names if n in task.skills]
+    assert all(torch.equal(table, torch.ones(64, 8)) for table in z["random"])
+    assert all((table.sum(-1) == 4).all() for table in z["random-by-task"])  # half of the skills
+    assert all(len(table.unique(dim=0)) > 20 for table in z["random-by-task"])  # drawn for each task, of 70 halves
+    assert not torch.equal(*z["random-by-task"][:2])  # and for each layer
 
 
 @pytest.fixture(scope="module")
@@ -330,11 +397,13 @@ def test_training_learns(learnt):
     assert "mean" not in result and "tasks" not in result
 
 
-@pytest.mark.parametrize("name", ["full", "mhr", "poly", "lora"])
+@pytest.mark.parametrize(
+    "name", ["full", "mhr", "poly", "lora", "poly-sft", "random", "random-by-task", "hyperformer", "adapter-soup"]
+)
 def test_the_same_seed_gives_the_same_run(runs, folder, backbones, name):
     torch.manual_seed(12345)  # what went before must not matter
     again = folder / f"again-{name}"
-    train.main(SMALL | METHODS[name] | dict(backbone=backbones[0], output_dir=str(again)))
+    train.main(flags_of(name, backbone=backbones[0], output_dir=str(again)))
     saved = "backbone/model.safetensors" if name == "full" else "adapter.safetensors"
     assert same_tensors(runs(name) / saved, again / saved)
     timeless = [[line | {"seconds": 0} for line in lines_of(run / "log.jsonl")] for run in (runs(name), again)]
@@ -366,8 +435,10 @@ def build(method: str, backbone: str):
     return build_model(train.make_config(dataset="strings", method=method, backbone=backbone), tasks=5)[0]
 
 
-def test_two_learning_rates_and_no_decay_of_z(backbones):
-    model = build("mhr", backbones[0])
+@pytest.mark.parametrize("method", ["mhr", "hyperformer"])
+def test_two_learning_rates_and_no_decay_of_z(backbones, method):
+    """HyperFormer's hidden layer, which all tasks share, is no Z."""
+    model = build(method, backbones[0])
     optimizer = train.make_optimizer(model, ADAMW)
     rest, z = optimizer.param_groups
     assert (rest["lr"], rest["weight_decay"], z["lr"], z["weight_decay"]) == (0.01, 0.1, 0.5, 0.0)
@@ -413,10 +484,40 @@ def test_the_backbone_stays_frozen(backbones, name):
     assert trained == set(adapter_parameters(model)) != set()
 
 
+@pytest.mark.parametrize(
+    "granularity, number", [("linear", LAYERS), ("layer", 15), ("block", 6), ("coder", 2), ("model", 1)]
+)
+def test_granularity(folder, backbones, capsys, granularity, number):
+    """How many routers share the 54 layers: it is printed, and so many are saved, and adapted."""
+    run, few = folder / f"shared-{granularity}", folder / f"shared-{granularity}-few"
+    flags = dict(granularity=granularity, backbone=backbones[0], steps=2, eval_examples=0, output_dir=str(run))
+    train.main(flags_of("poly", **flags))
+    said = f", {number} routers; trainable: adapters {8 * LORA_SIZE:,} routing {64 * 8 * number:,}\n"
+    assert said in capsys.readouterr().out
+    assert sum(key.endswith(".router.Z") for key in load_file(run / "adapter.safetensors")) == number
+    result = adapt.main(FEW | dict(checkpoint=str(run), tasks=HELD_OUT[0], output_dir=str(few), variant="z"))
+    assert result["parameters"] == {"adapters": 0, "routing": 8 * number}
+    assert evaluate.evaluate(evaluate.Config(checkpoint=str(few))) == result["tasks"]
+
+
+@pytest.mark.parametrize("name", ["hyperformer", "random", "private"])
+def test_granularity_of_the_others(folder, backbones, name):
+    """Routers that hold more than a Z, or that adaptation replaces; a table that is given is one for all anyhow."""
+    run, few = folder / f"shared-{name}", folder / f"shared-{name}-few"
+    flags = dict(granularity="block", backbone=backbones[0], steps=2, eval_examples=0, output_dir=str(run))
+    train.main(flags_of(name, **flags))
+    leaves = [key.rsplit(".", 1)[1] for key in load_file(run / "adapter.safetensors")]
+    assert leaves.count("Z") == (1 if name == "private" else 6)
+    assert leaves.count("bias") == leaves.count("weight") == (6 if name == "hyperformer" else 0)
+    result = adapt.main(FEW | dict(checkpoint=str(run), tasks=HELD_OUT[0], output_dir=str(few)))
+    assert evaluate.evaluate(evaluate.Config(checkpoint=str(few))) == result["tasks"]
+
+
 # --- Adaptation -------------------------------------------------------------------------------------------------------
 
-ADAPTED = [(name, "all") for name in METHODS if "shared" not in name]
-ADAPTED += [(name, variant) for name in ("poly", "mhr", "poly-ia3", "mhr-ia3") for variant in ("z", "mu")]
+VARIANTS = {"all": config.METHODS, "z": config.LEARNED, "mu": config.ROUTED, "lora": ("full",)}
+ADAPTED = [(name, variant) for variant, fits in VARIANTS.items() for name in METHODS if METHOD[name] in fits]
+LEARNED = [name for name in METHODS if METHOD[name] in config.LEARNED]
 
 
 @pytest.mark.parametrize("name, variant", ADAPTED)
@@ -424,7 +525,7 @@ def test_an_adaptation_writes_its_folder(runs, adapted, name, variant):
     checkpoint = contents(runs(name))
     run = adapted(name, variant)
     assert contents(runs(name)) == checkpoint  # it only reads the pre-training run
-    suffix = "" if name == "full" else ".safetensors"
+    suffix = "" if (name, variant) == ("full", "all") else ".safetensors"
     assert {path.name for path in run.iterdir()} == {"config.json", "log.jsonl", "result.json", "0"}
     assert {path.name for path in (run / "0").iterdir()} == {f"{task}{suffix}" for task in HELD_OUT[:2]}
 
@@ -444,17 +545,23 @@ def test_an_adaptation_writes_its_folder(runs, adapted, name, variant):
 
 @pytest.mark.parametrize("name, variant", ADAPTED)
 def test_what_is_trained(runs, adapted, name, variant):
-    """Parameter counts: everything with one row of Z, or Z alone, or one adapter."""
+    """Parameter counts: everything with one row of Z, or Z alone, or one adapter: of SFTs the union of their places."""
     adapters, z = SIZES[name]
-    expected = {"all": (adapters, z // 64), "z": (0, z // 64), "mu": (adapters // 8, 0)}[variant]
+    averaged = variant == "mu" or METHOD[name] == "adapter-soup"
+    if averaged and ADAPTER[name] == "sft":
+        chosen = range(skills_of(name)) if variant == "mu" else nearest(runs(name), strings.strings().test[0], 5)
+        places = [v for k, v in load_file(runs(name) / "adapter.safetensors").items() if k.endswith(".place")]
+        expected = sum(len(place[list(chosen)].unique()) for place in places), 0
+        assert expected[0] <= len(chosen) * SFT_SIZE
+    elif averaged or METHOD[name] == "private":
+        expected = {"lora": LORA_SIZE, "ia3": IA3_SIZE}[ADAPTER[name]], 0
+    else:
+        expected = {"all": (adapters, z // 64), "z": (0, z // 64), "lora": (LORA_SIZE, 0)}[variant]
     counts = read(adapted(name, variant) / "result.json")["parameters"]
     assert (counts["adapters"], counts["routing"]) == expected
-    if variant == "mu":
-        single = "ia3" if "ia3" in name else "lora"
-        assert counts["adapters"] == read(runs(single) / "result.json")["parameters"]["adapters"]
 
 
-@pytest.mark.parametrize("name", ["poly", "mhr", "poly-ia3", "mhr-ia3"])
+@pytest.mark.parametrize("name", LEARNED)
 def test_z_changes_nothing_but_z(runs, adapted, name):
     before = load_file(runs(name) / "adapter.safetensors")
     after = [load_file(adapted(name, "z") / f"0/{task}.safetensors") for task in HELD_OUT[:2]]
@@ -471,22 +578,36 @@ def test_z_changes_nothing_but_z(runs, adapted, name):
     assert any(not torch.equal(after[0][key], after[1][key]) for key in before)
 
 
-@pytest.mark.parametrize("name", ["poly", "mhr", "poly-ia3", "mhr-ia3"])
+def layers_off(tensors: dict[str, torch.Tensor]) -> tuple[str, ...]:
+    """The layers of a HyperFormer of which no hidden unit is on: no gradient passes, to the skills neither."""
+    routers = [key.removesuffix("hidden.bias") for key in tensors if key.endswith(".hidden.bias")]
+    hidden = {r: tensors[r + "Z"] @ tensors[r + "hidden.weight"].T + tensors[r + "hidden.bias"] for r in routers}
+    return tuple(r.removesuffix("router.") for r, values in hidden.items() if not bool((values > 0).any()))
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if METHOD[n] in config.ROUTED and METHOD[n] not in OWN])
 def test_all_changes_skills_and_z(runs, adapted, name):
+    """And keeps which places an SFT changes, and what is given of the routing: see `test_expert`."""
     before = load_file(runs(name) / "adapter.safetensors")
     best = read(adapted(name) / "result.json")["splits"]["0"]["stops"]
     task = max(best, key=lambda task: best[task]["best_step"])
     assert best[task]["best_step"] > 0
     after = load_file(adapted(name) / f"0/{task}.safetensors")
-    skills = [key for key in before if not key.endswith(".router.Z")]
+    kept = [key for key in before if key.endswith(".place")]
+    off = layers_off(after)
+    assert len(off) <= LAYERS / 10  # one of 256 has none of 8 units on
+    skills = [key for key in before if not key.endswith((".place", ".router.Z")) and not key.startswith(off)]
     assert before.keys() == after.keys() and all(not torch.equal(before[key], after[key]) for key in skills)
+    assert all(torch.equal(before[key], after[key]) for key in kept) and bool(kept) == (ADAPTER[name] == "sft")
 
 
-@pytest.mark.parametrize("name", ["poly", "mhr"])
-def test_mu_is_one_adapter_of_the_lora_kind(runs, adapted, name):
+@pytest.mark.parametrize(
+    "name, variant", [(n, v) for n, v in ADAPTED if ADAPTER[n] == "lora" and (v in ("mu", "lora") or METHOD[n] in OWN)]
+)
+def test_what_is_one_adapter_is_of_the_lora_kind(runs, adapted, name, variant):
     lora = load_file(runs("lora") / "adapter.safetensors")
-    mu = load_file(adapted(name, "mu") / f"0/{HELD_OUT[0]}.safetensors")
-    assert {key: value.shape for key, value in mu.items()} == {key: value.shape for key, value in lora.items()}
+    one = load_file(adapted(name, variant) / f"0/{HELD_OUT[0]}.safetensors")
+    assert {key: value.shape for key, value in one.items()} == {key: value.shape for key, value in lora.items()}
 
 
 WORSE = dict(steps=50, eval_every=1, patience=3, lr=1e6, lr_z=1e6, clip=1e9, warmup=0.0)
@@ -551,7 +672,7 @@ def test_early_stopping_keeps_the_values_of_the_lowest_dev_loss(
 def test_dev_loss_is_per_example_and_without_noise(runs):
     base = adapt.train_config(adapt.Config(checkpoint=str(runs("mhr"))))
     model, tokenizer = adapt.load_run(runs("mhr"), base)
-    adapt.prepare(model, "all", "lora")
+    adapt.prepare(model, base, adapt.Config())
     task = strings.strings().test[1]
     model.train()
     losses = [adapt.dev_loss(model, tokenizer, task, (16, 8), size) for size in (1, 32)]
@@ -566,17 +687,19 @@ def test_dev_loss_is_per_example_and_without_noise(runs):
 
 
 @pytest.mark.parametrize(
-    "name, variant", [("mhr", "all"), ("poly", "z"), ("mhr", "mu"), ("lora", "all"), ("full", "all")]
+    "name, variant",
+    [(n, "all") for n in ("mhr", "lora", "full", "expert", "private", "adapter-soup", "soup-sft", "random")]
+    + [("poly", "z"), ("hyperformer", "z"), ("mhr", "mu"), ("full", "lora")],
 )
 def test_every_task_starts_from_the_checkpoint(runs, adapted, folder, name, variant):
     """The second task of a list comes out as it does alone."""
     together, alone, task = adapted(name, variant), folder / f"alone-{name}-{variant}", HELD_OUT[1]
     flags = FEW | dict(checkpoint=str(runs(name)), variant=variant, tasks=task, output_dir=str(alone))
-    adapt.main(flags | (dict(lr=1e-3) if name == "full" else {}))
+    adapt.main(flags | (dict(lr=1e-3) if (name, variant) == ("full", "all") else {}))
     one, both = read(alone / "result.json"), read(together / "result.json")
     assert one["splits"]["0"]["stops"][task] == both["splits"]["0"]["stops"][task]
     assert one["tasks"][task] == both["tasks"][task]
-    saved = f"0/{task}/model.safetensors" if name == "full" else f"0/{task}.safetensors"
+    saved = f"0/{task}/model.safetensors" if (name, variant) == ("full", "all") else f"0/{task}.safetensors"
     assert same_tensors(alone / saved, together / saved)
 
 
@@ -640,6 +763,158 @@ def test_a_run_on_the_untrained_backbone_can_be_adapted_and_scored(folder, name)
     assert evaluate.evaluate(evaluate.Config(checkpoint=str(few))) == result["tasks"]
 
 
+# --- Where a new task starts under the baselines ----------------------------------------------------------------------
+
+
+def begun(run: Path, task: data.Task, variant: str = "all", change=lambda model: None, **flags) -> nn.Module:
+    """The model with which a task's adaptation starts. change: done to the run's model before that."""
+    cfg = adapt.Config(checkpoint=str(run), variant=variant, shots=FEW["shots"], **flags)
+    base = adapt.train_config(cfg)
+    model, _ = adapt.load_run(run, base)
+    change(model)
+    torch.manual_seed(0)
+    adapt.prepare(model, base, cfg)(adapt.few_shot(task, cfg))
+    return model.eval()
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, task: int = 0) -> torch.Tensor:
+    """Logits for two inputs of bytes under a task id."""
+    x = torch.arange(10, 26).view(2, 8)
+    with adapt.task_ids([task, task]):
+        return model(input_ids=x, labels=x + 1).logits
+
+
+def nearest(run: Path, task: data.Task, n: int) -> list[int]:
+    """The n training tasks that are most like a new one with its few examples, by a loop over cosines."""
+    encoder, tokenizer = load_backbone(read(run / "config.json")["backbone"], "cpu")
+    few = adapt.few_shot(task, adapt.Config(shots=FEW["shots"]))
+    new, known = embed(encoder, tokenizer, few, SMALL["max_input"]), load_file(run / "embeddings.safetensors")
+    cosines = [(new @ row / (new.norm() * row.norm())).item() for row in known["embeddings"]]
+    return sorted(range(len(cosines)), key=lambda k: -cosines[k])[:n]
+
+
+def test_expert(runs, adapted):
+    """A new task uses the skills that it truly has; nothing of that is trained."""
+    names = read(runs("expert") / "tasks.json")["skills"]
+    for task in strings.strings().test[:2]:
+        expected = torch.tensor([[float(name in task.skills) for name in names]])
+        saved = load_file(adapted("expert") / f"0/{task.name}.safetensors")
+        assert all(torch.equal(value, expected) for key, value in saved.items() if key.endswith(".Z"))
+        assert all(torch.equal(router.Z, expected) for router in routers(begun(runs("expert"), task)))
+    one, other = strings.strings().test[:2]
+    assert not torch.equal(outputs(begun(runs("expert"), one)), outputs(begun(runs("expert"), other)))
+    unknown = begun(runs("expert"), dataclasses.replace(one, skills=("translate",)))
+    torch.testing.assert_close(outputs(unknown), outputs(begun(runs("expert"), one, "mu")), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["random", "random-by-task"])
+def test_random(runs, name):
+    """A new task draws nothing any more, in training either: it mixes all skills alike, as mu does."""
+    task = strings.strings().test[0]
+    model = begun(runs(name), task).train()
+    expected = outputs(begun(runs(name), task, "mu"))
+    for _ in range(2):
+        torch.testing.assert_close(outputs(model), expected, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(router.Z, torch.ones(1, 8)) for router in routers(model))
+
+
+@pytest.mark.parametrize("name", ["private", "private-ia3"])
+def test_private(runs, backbones, name):
+    """A new task starts from the backbone, whatever the adapters of the training tasks have become."""
+    task = strings.strings().test[0]
+    one, other = (adapter_parameters(begun(runs(name), task, change=change)) for change in (lambda model: None, spoil))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert torch.equal(outputs(begun(runs(name), task)), outputs(load_backbone(backbones[0], "cpu")[0].eval()))
+    assert not torch.equal(outputs(begun(runs(name), task, "mu")), outputs(begun(runs(name), task)))
+
+
+@torch.no_grad()
+def spoil(model: nn.Module):
+    for p in adapter_parameters(model).values():
+        p.add_(1)
+
+
+@pytest.mark.parametrize("name, n", [("adapter-soup", 1), ("adapter-soup", 5), ("soup-sft", 1), ("soup-sft", 3)])
+def test_adapter_soup_starts_at_an_average(runs, name, n):
+    """Of the adapters of the n most similar training tasks; with one, it is that task's model."""
+    task, saved = strings.strings().test[1], load_file(runs(name) / "adapter.safetensors")
+    model, chosen = begun(runs(name), task, soup=n), nearest(runs(name), task, n)
+    for layer, module in adapted_layers(model).items():
+        skills = {key: saved[f"{layer}.inventory.{key}"][chosen] for key in module.params}
+        if ADAPTER[name] == "sft":
+            D = module.adapter.delta(module.linear, **module.params)
+            torch.testing.assert_close(D, module.adapter.delta(module.linear, **skills).mean(0))
+        else:
+            assert all(torch.allclose(module.params[key], p.mean(0), atol=1e-7) for key, p in skills.items())
+    if n == 1:
+        whole = adapt.load_run(runs(name), adapt.train_config(adapt.Config(checkpoint=str(runs(name)))))[0].eval()
+        merge(whole, chosen[0])
+        torch.testing.assert_close(outputs(model), outputs(whole), rtol=1e-4, atol=1e-4)
+
+
+def test_adapter_soup_of_all_tasks_is_mu(runs):
+    task = strings.strings().test[0]
+    everything, mu = begun(runs("adapter-soup"), task, soup=999), begun(runs("adapter-soup"), task, "mu")
+    torch.testing.assert_close(outputs(everything), outputs(mu), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+@torch.no_grad()
+def test_the_embedding_of_a_task_by_a_loop(backbones, llama, monkeypatch, kind):
+    """The mean over tokens, then over inputs, one input at a time: no padding enters. Over at most EXAMPLES, from all
+    of the task. Inputs of up to 13 bytes are cut to 12 tokens."""
+    encoder, tokenizer = load_backbone(llama if kind == "llama" else backbones[0], "cpu")
+    body = encoder.model if kind == "llama" else encoder.encoder
+    task = dataclasses.replace(strings.strings().test[0], train=strings.strings().test[0].train[:10])
+    monkeypatch.setattr(adapter_soup, "EXAMPLES", 4)
+    rows = [tokenizer(e.input, truncation=True, max_length=12).input_ids for e in task.train[::3]]
+    assert len(rows) == 4 and len({len(row) for row in rows}) > 1 and max(len(row) for row in rows) == 12
+    expected = sum(body(torch.tensor([row])).last_hidden_state[0].mean(0) for row in rows) / 4
+    torch.testing.assert_close(embed(encoder, tokenizer, task, 12, batch_size=3), expected, rtol=1e-4, atol=1e-5)
+    none = dataclasses.replace(task, train=[])
+    assert torch.equal(embed(encoder, tokenizer, none, 12), torch.zeros(encoder.config.hidden_size))
+
+
+def test_another_model_may_embed_the_tasks(folder, backbones, llama):
+    run, few = folder / "encoder", folder / "encoder-few"
+    flags = flags_of("adapter-soup", backbone=backbones[0], encoder=llama, steps=1, eval_examples=0)
+    train.main(flags | dict(output_dir=str(run)))
+    assert load_file(run / "embeddings.safetensors")["embeddings"].shape == (64, 32)
+    result = adapt.main(FEW | dict(checkpoint=str(run), tasks=HELD_OUT[0], output_dir=str(few)))
+    assert evaluate.evaluate(evaluate.Config(checkpoint=str(few))) == result["tasks"]
+
+
+def test_lora_on_a_full_run(runs, adapted, folder):
+    """It starts as the fine-tuned backbone, is saved without it, and is a LoRA whatever --adapter said."""
+    few, whole = read(adapted("full", "lora") / "result.json"), read(adapted("full") / "result.json")
+    assert few["before"] == whole["before"] and few["parameters"] == {"adapters": LORA_SIZE, "routing": 0}
+    saved = adapted("full", "lora") / f"0/{HELD_OUT[0]}.safetensors"
+    assert saved.stat().st_size < 0.1 * (runs("full") / "backbone/model.safetensors").stat().st_size
+    odd = folder / "full-ia3"
+    shutil.copytree(runs("full"), odd)
+    (odd / "config.json").write_text(json.dumps(read(odd / "config.json") | dict(adapter="ia3")))
+    own = adapter_parameters(begun(odd, strings.strings().test[0], "lora"))
+    assert {key.rsplit(".", 1)[1] for key in own} == {"A", "B"}
+
+
+@pytest.mark.parametrize("name", ["private", "poly-sft", "soup-sft", "expert", "random", "hyperformer"])
+def test_mu_of_every_kind_goes_on(runs, folder, name):
+    """One adapter, the average of all: saved, loaded, trained on and adapted, though SFTs then have more places."""
+    run, more, few = (folder / f"mu-{name}{part}" for part in ("", "-more", "-few"))
+    flags = dict(from_run=str(runs(name)), method="mu", steps=1, output_dir=str(run))
+    result = train.main(flags | dict(lr=5e-324))  # above 0, as the flags demand, but 0 as a float32
+    assert evaluate.evaluate(evaluate.Config(checkpoint=str(run), test_examples=2)) == result["tasks"]
+    task = strings.strings().test[0]
+    torch.testing.assert_close(outputs(begun(run, task)), outputs(begun(runs(name), task, "mu")), rtol=1e-4, atol=1e-4)
+    train.main(dict(from_run=str(run), steps=1, lr=0.05, output_dir=str(more)))
+    one, other = load_file(run / "adapter.safetensors"), load_file(more / "adapter.safetensors")
+    assert {key: p.shape for key, p in one.items()} == {key: p.shape for key, p in other.items()}
+    assert all(torch.equal(p, other[key]) == key.endswith(".place") for key, p in one.items())
+    result = adapt.main(FEW | dict(checkpoint=str(more), tasks=HELD_OUT[0], output_dir=str(few)))
+    assert evaluate.evaluate(evaluate.Config(checkpoint=str(few))) == result["tasks"]
+
+
 # --- Scoring again ----------------------------------------------------------------------------------------------------
 
 
@@ -653,15 +928,17 @@ def test_scoring_an_adaptation_again_gives_its_scores(adapted, capsys, name, var
     assert [line.split()[0] for line in lines] == [*HELD_OUT[:2], "mean"]
 
 
-def test_zero_shot(runs, capsys, monkeypatch):
+@pytest.mark.parametrize("name", ["mhr", "expert", "private", "adapter-soup", "soup-sft", "hyperformer", "task-moe"])
+def test_zero_shot(runs, capsys, monkeypatch, name):
     whole = strings.strings()  # kept for all tests: change a copy
     few = [dataclasses.replace(task, test=task.test[:4]) for task in whole.test]
     whole = dataclasses.replace(whole, test=few)
     monkeypatch.setattr(strings, "strings", lambda *_: whole)
-    before = contents(runs("mhr"))
-    one, again = (evaluate.evaluate(evaluate.Config(checkpoint=str(runs("mhr")), zero_shot=True)) for _ in range(2))
+    before = contents(runs(name))
+    capsys.readouterr()
+    one, again = (evaluate.evaluate(evaluate.Config(checkpoint=str(runs(name)), zero_shot=True)) for _ in range(2))
     assert list(one) == HELD_OUT
-    assert contents(runs("mhr")) == before
+    assert contents(runs(name)) == before
     assert capsys.readouterr().out.count("mean ") == 2
     assert one == again  # a fresh row of Z is as good as uniform: no seed matters
 
@@ -807,6 +1084,7 @@ def command(script: str, argv: list[str], capsys) -> str:
 def places(folder, backbones, gym, runs, adapted, llama_run) -> dict:
     """The paths that the command lines below name, broken ones among them."""
     where = {"backbone": backbones[0], "gym": gym, "missing": folder / "missing", "cfrun": llama_run}
+    where |= {"private": runs("private"), "private_few": adapted("private"), "ia3": runs("ia3")}
     where |= {"mhr": runs("mhr"), "lora": runs("lora"), "full": runs("full"), "few": adapted("mhr")}
 
     (folder / "empty").mkdir()
@@ -831,6 +1109,9 @@ def places(folder, backbones, gym, runs, adapted, llama_run) -> dict:
     copied("other_layers", runs("lora"), layers=r"encoder.*SelfAttention\.q")
     copied("single", runs("lora"), dataset="strings-single", instructions=True)
     (copied("unfinished", runs("mhr")) / "adapter.safetensors").unlink()
+    (copied("unfinished_soup", runs("adapter-soup")) / "embeddings.safetensors").unlink()
+    (copied("no_names", runs("expert")) / "tasks.json").unlink()
+    copied("other_density", runs("poly-sft"), density=0.02)
     shutil.rmtree(copied("unfinished_full", runs("full")) / "backbone")
     whole = (runs("mhr") / "adapter.safetensors").read_bytes()
     for name, content in (("garbage", b"garbage" * 99), ("truncated", whole[: len(whole) // 2]), ("emptied", b"")):
@@ -905,6 +1186,19 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
         (TRAIN + "--split x", "--split x"),
         (TRAIN + "--method mhr --heads 7", r"layer encoder\.block\.0\.layer\.0\.SelfAttention\.q: 7 heads .*128"),
         (TRAIN + "--method mhr --heads 256", r"DenseReluDense|SelfAttention\.q: 256 heads .*128"),
+        (TRAIN + "--method private --skills 4", "--skills does not fit --method private"),
+        (TRAIN + "--method expert --skills 4", "--skills does not fit --method expert"),
+        (TRAIN + "--method lora --adapter sft", "--adapter sft does not fit --method lora"),
+        (TRAIN + "--method poly --adapter sft --density 1.5", "density must be above 0 and at most 1, not 1.5"),
+        (TRAIN + "--density 0", "--density must be above 0"),
+        (TRAIN + "--adapter sft --method mhr --heads 7", r"layer encoder\.block\.0\.layer\.0\..*\.q: 7 heads .*128"),
+        (TRAIN + "--top-k 0", "--top-k must be above 0"),
+        (TRAIN + "--method task-moe --skills 2 --top-k 3", "--top-k 3 is more than --skills 2"),
+        (TRAIN + "--method random --random-by layer", "--random-by.*layer"),
+        (TRAIN + "--granularity head", "--granularity.*head"),
+        (TRAIN + "--granularity block --layers lm_head", "lm_head is in no numbered block: use --granularity linear"),
+        (TRAIN + "--method adapter-soup --encoder {missing}", "--encoder .*missing"),
+        (CROSSFIT + "--data-dir {gym} --method expert", "--method expert: nothing is known of the skills"),
         (TRAIN + "--layers no_such_layer", "no_such_layer"),
         (TRAIN + "--layers encoder", "layer encoder is a T5Stack"),
         (TRAIN + "--layers (", r"--layers"),
@@ -948,6 +1242,14 @@ ADAPT = "--steps 1 --batch-size 2 --eval-every 1 --test-examples 1 --tasks dev "
         ("--checkpoint {lora} --variant z", "--variant z .*lora"),
         ("--checkpoint {lora} --variant mu", "--variant mu .*lora"),
         ("--checkpoint {full} --variant z", "--variant z .*full"),
+        ("--checkpoint {full} --variant mu", "--variant mu .*full"),
+        ("--checkpoint {ia3} --variant mu", "--variant mu .*ia3"),
+        ("--checkpoint {private} --variant z", "--variant z .* poly, mhr, hyperformer, task-moe, .* private"),
+        ("--checkpoint {mhr} --variant lora", "--variant lora needs a run of method full, .* is mhr"),
+        ("--checkpoint {mhr} --soup 0", "--soup must be above 0"),
+        ("--checkpoint {unfinished_soup}", r"unfinished_soup/embeddings\.safetensors does not exist"),
+        ("--checkpoint {no_names}", r"no_names/tasks\.json"),
+        ("--checkpoint {other_density}", r"other_density.*inventory\.place"),
         ("--checkpoint {mhr} --tasks nonsense", "--tasks nonsense"),
         ("--checkpoint {mhr} --tasks reverse", "--tasks reverse"),
         ("--checkpoint {mhr} --steps 0", "--steps must be above 0"),
@@ -1005,6 +1307,8 @@ def test_adapt_tells_mistakes(places, tmp_path, capsys, argv, named):
         ("--checkpoint {few} --beams 0", "--beams must be above 0"),
         ("--checkpoint {few} --device nonsense", "--device"),
         pytest.param("--checkpoint {few} --device cuda", "--device cuda", marks=no_gpu),
+        ("--checkpoint {private_few} --zero-shot", "--zero-shot"),
+        ("--checkpoint {unfinished_soup} --zero-shot", r"unfinished_soup/embeddings\.safetensors does not exist"),
         ("--checkpoint {few_missing}", r"few_missing/.*\.safetensors does not exist"),
         ("--checkpoint {few_garbage}", r"few_garbage/.*\.safetensors"),
         ("--checkpoint {few_truncated}", r"few_truncated/.*\.safetensors"),

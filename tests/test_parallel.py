@@ -90,7 +90,7 @@ def test_adaptation_shares_the_tasks(runs):
 def test_a_part_draws_the_noise_of_the_whole():
     whole, part = [5, 2, 2, 9], [9, 2]
     with task_ids(part, among=whole):
-        tasks, rows, largest = _contexts[-1]
+        tasks, rows, largest, _ = _contexts[-1]
     assert tasks.tolist() == [2, 5, 9] and tasks[rows].tolist() == part and largest == 9
     for wrong in ([3], [10], [2, 3]):
         with pytest.raises(ValueError, match="not all among"), task_ids(wrong, among=whole):

@@ -5,6 +5,7 @@ equal only if all predictions are. The samples in assets/ are always there; the 
 """
 
 import contextlib
+import copy
 import dataclasses
 import io
 import itertools
@@ -40,7 +41,7 @@ import models
 import train
 from config import FEW_SHOT, PRETRAINING, UserError
 from data import Benchmark, Example, Item, Task
-from inject import inject, named_layers
+from inject import GRANULARITIES, adapter_parameters, inject, named_layers, routers
 from lora import LoRA, LoRALinear
 from poly import PolyLinear, PolyRouter
 
@@ -314,6 +315,19 @@ def test_real_files(folder, backbones, dataset, name):
     assert score_again(few, test_examples=2) == result["tasks"]
 
 
+# How many routers adapt two T5, BART (self-attention) or Llama layers: see ROUTER_NUMBERS in test_inject.py.
+ROUTERS = {"t5": (36, 10, 4, 2, 1), "bart": (16, 4, 4, 2, 1), "llama": (14, 4, 2, 1, 1)}
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("name", ROUTERS)
+def test_the_number_of_routers_is_printed(tmp_path, backbones, name, granularity):
+    flags = TRAIN | dict(backbone=backbones[name], steps=1, eval_examples=0, granularity=granularity)
+    _, said = said_by(train.main, flags | dict(output_dir=str(tmp_path / "run")))
+    number = ROUTERS[name][GRANULARITIES.index(granularity)]
+    assert f" 1 steps, {number} routers; trainable: " in said and f"routing {64 * 4 * 2 * number:,}\n" in said
+
+
 # --- Recipes ----------------------------------------------------------------------------------------------------------
 
 LARGE = dict(rank=1, skills=8, heads=8, routing="sigmoid", lr=1e-3, lr_z=1e-1, epochs=0, warmup=0.06)
@@ -524,7 +538,7 @@ def test_zero_shot_of_mu(base, mu):
     scores = score_again(mu, zero_shot=True, test_examples=6)
     cfg = adapt.train_config(adapt.Config(checkpoint=str(base)))
     model, tokenizer = backbone.load_run(base, cfg)
-    adapt.prepare(model, "mu", "lora")
+    adapt.prepare(model, cfg, adapt.Config(variant="mu"))
     tasks = data.load("crossfit", str(SAMPLES / "crossfit"), "100").test
     assert scores == evaluate.evaluate_tasks(model, tokenizer, tasks, [0, 0], (40, 6), 6)
 
@@ -548,13 +562,15 @@ def small_runs(folder):
         if method not in made:
             made[method] = folder / f"small-{method}"
             flags = TINY | dict(dataset="crossfit", data_dir=str(SAMPLES / "crossfit"), method=method, steps=1)
+            if method in config.GIVEN:
+                del flags["skills"]  # the tasks say how many
             train.main(flags | dict(output_dir=str(made[method])))
         return made[method]
 
     return get
 
 
-@pytest.mark.parametrize("method", ["poly", "lora", "full"])
+@pytest.mark.parametrize("method", ["poly", "lora", "full", "expert", "private", "random", "hyperformer"])
 def test_a_method_goes_on_from_its_own_values(small_runs, folder, method):
     base, more = small_runs(method), folder / f"more-{method}"
     saved = "backbone/model.safetensors" if method == "full" else "adapter.safetensors"
@@ -563,6 +579,44 @@ def test_a_method_goes_on_from_its_own_values(small_runs, folder, method):
     moved = folder / f"moved-{method}"
     train.main(dict(from_run=str(base), steps=2, output_dir=str(moved)))
     assert not same(base / saved, moved / saved)
+
+
+def test_what_a_model_is_made_of_is_fixed_by_the_run(small_runs, tmp_path):
+    for name in train.FIXED_BY_RUN:
+        field = next(f for f in dataclasses.fields(train.Config) if f.name == name)
+        value = another(field, getattr(train.Config(**read(small_runs("mhr") / "config.json")), name))
+        flags = dict(from_run=str(small_runs("mhr")), steps=1, output_dir=str(tmp_path / "out"))
+        said = refusal(train.main, flags | {name: value})
+        assert said.startswith(f"--{name.replace('_', '-')} {value} does not fit --from-run "), said
+
+
+SHAPES = (dict(method="mhr"), dict(method="poly", adapter="sft"), dict(method="task-moe"), dict(method="random"))
+
+
+def test_every_flag_that_shapes_a_model_is_fixed_by_the_run():
+    """Those that change what is in the file of a run, or how a router turns it into weights, but for --routing, which
+    may change, and the method, which is checked apart."""
+    whole, _ = backbone.load_backbone("scratch", "cpu")
+    small = dict(skills=4, heads=4, layers=r".*0\.SelfAttention\.(q|k)")
+
+    def shape(**settings):
+        model = copy.deepcopy(whole)
+        cfg = train.Config(**small | settings)
+        backbone.add_adapters(model, cfg, 3)
+        kinds = [(type(r), getattr(r, "k", 0)) for r in routers(model)]
+        return {key: p.shape for key, p in adapter_parameters(model).items()}, kinds
+
+    found = set()
+    for base in SHAPES:
+        plain = shape(**base)
+        for field in dataclasses.fields(train.Config):
+            if field.name not in ("method", "routing"):
+                value = getattr(train.Config(**small | base), field.name)
+                other = {"layers": "self-attention", "heads": 8}.get(field.name) or another(field, value)
+                if shape(**base | {field.name: other}) != plain:
+                    found.add(field.name)
+    expected = {"adapter", "layers", "rank", "density", "skills", "heads", "granularity", "top_k", "random_by"}
+    assert expected == found < set(train.FIXED_BY_RUN)
 
 
 @pytest.mark.parametrize(
@@ -603,7 +657,7 @@ def test_what_cannot_go_on(small_runs, tmp_path, base, flags, named):
 def test_keep_score_keeps_the_values_of_the_best_dev_score(base, monkeypatch, tmp_path, scores, best_step, stopped):
     cfg = adapt.train_config(adapt.Config(checkpoint=str(base)))
     model, tokenizer = backbone.load_run(base, cfg)
-    adapt.prepare(model, "all", "lora")
+    adapt.prepare(model, cfg, adapt.Config())
     dev = [Example("dev", ("x",))]
     task = Task("t", "EM", [Example("train", ("y",))], dev, [Example("test", ("z",))])
     seen = []
@@ -720,7 +774,7 @@ def test_gradients_of_parts_add_up(loss):
 @pytest.mark.parametrize("script", ["train", "adapt", "adapt with choices"])
 def test_micro_batches_in_the_scripts(small_runs, folder, tmp_path, monkeypatch, script):
     """The gradients of the first step, as each script clips them."""
-    tasks, seen = even_tasks(), []
+    tasks, seen, base = even_tasks(), [], small_runs("mhr")
     monkeypatch.setattr(train, "load_tasks", lambda *_: Benchmark(tasks, [], tasks[:1]))
     clip = nn.utils.clip_grad_norm_
 
@@ -729,7 +783,6 @@ def test_micro_batches_in_the_scripts(small_runs, folder, tmp_path, monkeypatch,
         return clip(parameters, largest)
 
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", record)
-    base = small_runs("mhr")
     for k, size in enumerate((0, 3)):
         if script == "train":
             flags = TINY | dict(routing="sigmoid", steps=1, batch_size=12)
@@ -744,7 +797,7 @@ def test_micro_batches_in_the_scripts(small_runs, folder, tmp_path, monkeypatch,
     whole, parts = seen
     assert any(g.abs().max() > 0 for g in whole)
     for grad, all_at_once in zip(parts, whole, strict=True):
-        torch.testing.assert_close(grad, all_at_once, rtol=1e-5, atol=1e-5 * all_at_once.abs().max().item())
+        torch.testing.assert_close(grad, all_at_once, rtol=1e-5, atol=5e-5 * all_at_once.abs().max().item())
 
 
 class Routed(nn.Module):

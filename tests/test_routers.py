@@ -12,9 +12,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )  # fmt: skip
 
-from baselines.fixed import FixedRouter, RandomRouter
+from baselines.adapter_soup import soup_weights
+from baselines.fixed import FixedRouter, RandomRouter, given_table, half_of_skills, labels, skill_names
 from baselines.hyperformer import HyperRouter
 from baselines.task_moe import TaskMoERouter
+from data import Task
 from inject import GRANULARITIES, LORA_LAYERS, sharing_key
 from lora import LoRA, LoRALinear
 from mhr import MHRLinear, MHRRouter
@@ -115,6 +117,58 @@ def test_shared_is_one_lora():
 def test_a_table_that_is_none(table):
     with pytest.raises(ValueError, match="a table"):
         FixedRouter(table)
+
+
+def test_a_router_keeps_a_table_of_its_own():
+    """safetensors writes no two tensors that share memory; and one router's Z may be set without another's."""
+    table = torch.ones(2, 3)
+    one, other = FixedRouter(table), FixedRouter(table)
+    one.Z.data.zero_()
+    assert torch.equal(table, torch.ones(2, 3)) and torch.equal(other.Z, table)
+
+
+def tasks_of(*descriptions: tuple) -> list[Task]:
+    """Tasks without examples from (name, skills, group)."""
+    return [Task(name, "EM", [], [], [], skills, group) for name, skills, group in descriptions]
+
+
+def test_given_tables_by_hand():
+    tasks = tasks_of(("a", ("sort", "drop"), "x"), ("b", ("drop",), ""), ("c", (), "questions"), ("d", (), ""))
+    assert [labels("expert", task) for task in tasks] == [("sort", "drop"), ("drop",), ("questions",), ()]
+    names = skill_names("expert", tasks)
+    assert names == ["sort", "drop", "questions"]  # what a task is made of goes before its group
+    table = given_table("expert", tasks, names)
+    assert table.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]]  # of the last one nothing is known
+    new = tasks_of(("e", ("drop", "new"), ""), ("f", ("new",), ""), ("g", (), "sort"))
+    assert given_table("expert", new, names).tolist() == [[0, 1, 0], [1, 1, 1], [1, 0, 0]]
+    for method in ("private", "adapter-soup"):  # whatever is known of them
+        assert skill_names(method, tasks) == ["a", "b", "c", "d"]
+        assert torch.equal(given_table(method, tasks, ["a", "b", "c", "d"]), torch.eye(4))
+        assert given_table(method, new, ["a", "b", "c", "d"]).tolist() == [[1] * 4] * 3  # none of them is known
+
+
+@pytest.mark.parametrize("skills, half", [(1, 1), (2, 1), (5, 3), (8, 4)])
+def test_half_of_the_skills_at_random(skills, half):
+    torch.manual_seed(0)
+    table = half_of_skills(2000, skills)
+    assert set(table.unique().tolist()) <= {0.0, 1.0} and (table.sum(-1) == half).all()
+    assert ((table.mean(0) - half / skills).abs() < 0.05).all()  # each skill alike
+    again = half_of_skills(2000, skills)
+    assert torch.equal(table, again) == (skills == 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 10), st.integers(0, 8), st.integers(0, 10**6))
+def test_soup_weights_against_a_loop(tasks, n, absent, seed):
+    """1/n for the n nearest of the tasks that have examples, or for all of those if there are fewer."""
+    torch.manual_seed(seed)
+    embeddings, new = torch.randn(tasks, 4), torch.randn(4)
+    known = sorted(torch.randperm(tasks)[: max(1, tasks - absent)].tolist())
+    embeddings[[k for k in range(tasks) if k not in known]] = 0  # what `embed` gives for a task without examples
+    cosine = {k: (embeddings[k] @ new / embeddings[k].norm() / new.norm()).item() for k in known}
+    best = sorted(known, key=lambda k: -cosine[k])[:n]
+    w = soup_weights(embeddings, new, n)
+    assert w.shape == (1, tasks) and w[0].tolist() == pytest.approx([(k in best) / len(best) for k in range(tasks)])
 
 
 def test_random_routing_draws_for_each_example():
