@@ -10,11 +10,16 @@ section 3):
     all   the skills and the new task's Z            (methods lora, ia3, mu: the one adapter; full: the whole backbone)
     z     only the new task's Z: MHR-z, Poly-z       (any method that learns a Z)
     mu    the average of the skills, as ONE adapter without routing: MHR-mu, Poly-mu, Random-mu, Private-mu
-    lora  a fresh LoRA on a backbone that was fine-tuned in full (MHR's first version, table 3)
+    lora  a fresh LoRA on a backbone that was fine-tuned in full (MHR appendix A.1, table 6; "all" after "full" is
+          table 3 of its first version)
 
-Where routing is given, not learned, "all" means: expert the skills that the new task has by the table; random all
-skills alike; private an adapter from scratch (Polytropon section 2.5: nothing is shared, so nothing is carried over);
-adapter-soup ONE adapter, the average of those of the --soup most similar training tasks.
+mu of other methods is in no paper; of HyperFormer it takes 1/s of each row of its last layer. An average of SFTs is
+larger than one: of 8 with 10 % of a layer's weights each it has about 1 - 0.9^8 = 57 %.
+
+Where routing is given, not learned, "all" means: expert the skills that the new task has by the table (all alike where
+it has none: held-out data sets of T0, categories of SuperNI); random all skills alike; private an adapter from scratch
+(Polytropon section 2.5: nothing is shared, so nothing is carried over); adapter-soup ONE adapter, the average of those
+of the --soup most similar training tasks.
 
 Writes to the run folder: config.json, SPLIT/TASK.safetensors for each task, log.jsonl and result.json.
 """
@@ -209,11 +214,15 @@ def adapt_task(model, tokenizer, task: data.Task, lengths, cfg, log, split: str 
     batches = data.batches([task], cfg.batch_size, cfg.seed)
     loss_of = loss_of_choices if cfg.choice_losses else train.batch_loss
     loss_of = functools.partial(loss_of, model, tokenizer, max_input=lengths[0], max_output=lengths[1])
+    # T-Few's three losses average over three different counts: its parts weigh by examples, which is not quite the same
+    weight = (
+        len if cfg.choice_losses else functools.partial(train.output_tokens, model, tokenizer, max_output=lengths[1])
+    )
     best_value = dev_value(model, tokenizer, task, lengths, cfg)
     best_step, best = 0, [p.detach().clone() for p in trained]
     key, sign = ("dev_loss", 1) if cfg.keep == "loss" else ("dev_score", -1)
     for step in range(1, cfg.steps + 1):
-        loss = train.backward_in_parts(loss_of, next(batches), cfg.micro_batch)
+        loss = train.backward_in_parts(loss_of, next(batches), cfg.micro_batch, weight)
         nn.utils.clip_grad_norm_(trained, cfg.clip)
         optimizer.step()
         scheduler.step()
@@ -287,6 +296,8 @@ def adapt(cfg: Config) -> dict:
     splits = {split: tasks_to_adapt(base, split, cfg) for split in cfg.split}
     torch.manual_seed(cfg.seed)
     model, tokenizer = load_run(Path(cfg.checkpoint), base)
+    if base.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     begin = prepare(model, base, cfg)
     begin(next(iter(splits.values()))[0])
     folder = Path(cfg.output_dir)
@@ -324,7 +335,7 @@ def adapt_split(model, tokenizer, tasks, begin, split: str, base, cfg: Config, f
     lengths = base.max_input, base.max_output
     scoring = dict(lengths=lengths, limit=cfg.test_examples, batch_size=cfg.eval_batch)
     before, after, stops = {}, {}, {}  # {task: main score}, {task: {metric: score}}, {task: when it stopped}
-    (folder / split).mkdir(exist_ok=True)
+    (folder / split).mkdir(parents=True, exist_ok=True)
     for task in (
         bar := tqdm(parallel.share(tasks), desc=f"adapt {cfg.variant}, split {split}", unit="task", disable=None)
     ):
@@ -415,7 +426,8 @@ def make_config(**flags) -> Config:
     """A Config from explicit flags: what they leave open comes from the few-shot recipe of the run's data set."""
     start = Config(**flags)
     base = train_config(start)
-    cfg = Config(**recipe(FEW_SHOT, base.dataset, base.method) | flags)
+    method = "lora" if start.variant == "lora" else base.method
+    cfg = Config(**recipe(FEW_SHOT, base.dataset, method) | flags)
     if base.dataset == "t0" and cfg.shots:
         raise UserError("--shots does not fit t0, whose few-shot files fix the examples: leave it out")
     if len(set(cfg.split)) < len(cfg.split):

@@ -23,9 +23,9 @@ ROUTED = (*GIVEN, "random", *LEARNED)
 METHODS = ("full", *ONE_ADAPTER, *ROUTED)
 VARIANTS = {"all": METHODS, "z": LEARNED, "mu": ROUTED, "lora": ("full",)}  # what `adapt.py` can train, and after which
 
-# A run's defaults: what its data set says, then what its (data set, method) says. Sources: the papers' appendices and
-# the MHR authors' configuration files (README, "Recipes"); "strings" is ours, tuned on its dev compositions
-# (results/strings.md). Warm-up is a share of the steps, here 1,500 of SuperNI's 25,000.
+# A run's defaults: what its data set says, then what its (data set, method) says. Sources (README, "Recipes"): the MHR
+# authors' configuration files (t0: after T-Few), Polytropon's appendix A.2; "strings" is ours, tuned on its dev
+# compositions (results/strings.md). Warm-up is a share of the steps, here 1,500 of SuperNI's 25,000.
 # Full fine-tuning holds its weights in fp32: in bfloat16 most updates at such rates round to nothing.
 PRETRAINING = {
     "strings": dict(
@@ -76,6 +76,10 @@ FEW_SHOT = {
         lr_z=1e-2, weight_decay=0.01, warmup=0.1, clip=1.0, choice_losses=False, keep="loss", eval_every=100,
         patience=3,
     ),
+    ("strings", "full"): dict(lr=3e-4),
+    ("t0", "full"): dict(lr=1e-4),
+    ("superni", "full"): dict(lr=5e-5),
+    ("crossfit", "full"): dict(lr=3e-5),
 }  # fmt: skip
 
 
@@ -132,7 +136,7 @@ class _Parser(argparse.ArgumentParser):
 
 ABOVE_ZERO = (
     "rank skills heads density top_k batch_size lr lr_z clip max_input max_output log_every eval_every eval_batch "
-    "patience soup beams tasks"
+    "patience soup beams training_tasks"
 ).split()
 NOT_NEGATIVE = "steps epochs micro_batch weight_decay warmup eval_examples test_examples shots seed".split()
 
@@ -143,7 +147,7 @@ def check_ranges(cfg):
         flag = f"--{name.replace('_', '-')}"
         if name == "skills" and cfg.method in GIVEN:
             continue  # 0, until the tasks say how many
-        if name in ABOVE_ZERO and not isinstance(value, str) and not 0 < value < math.inf:  # adapt's --tasks are names
+        if name in ABOVE_ZERO and not 0 < value < math.inf:
             raise UserError(f"{flag} must be above 0, not {value}")
         if name in NOT_NEGATIVE and not 0 <= value < 2**63:
             raise UserError(f"{flag} must not be negative or huge, not {value}")

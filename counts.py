@@ -76,8 +76,8 @@ def count(backbone: str, tasks: int, **settings) -> dict[str, int]:
     settings: fields of `train.Config`; what is left open is 1 for the rank and 8 for the skills.
     """
     cfg = train.Config(**settings)
-    if cfg.method == "private":
-        cfg.skills = tasks
+    if cfg.method in ("private", "adapter-soup"):  # the same sizes: a skill a task, and one adapter for a new task
+        cfg = dataclasses.replace(cfg, method="private", skills=tasks)
     model = meta_backbone(backbone)
     if cfg.method != "full":
         add_adapters(model, cfg, tasks)

@@ -27,7 +27,7 @@ class Config:
     compare: tuple = flag((), "run folders to compare in one table, instead of scoring")
     count_parameters: bool = flag(False, "print how many parameters each method trains on --backbone")
     backbone: str = flag("t5-xl", "to count on: t5-xl, t5-xxl, bart-large, or a hub name, folder or config file")
-    tasks: int = flag(313, "to count with: number of training tasks")
+    training_tasks: int = flag(313, "to count with: how many training tasks a Z is for")
     data_dir: str = flag("", "folder of the benchmark's files, if it has moved since training")
     test_examples: int = flag(0, "test examples per task to score; 0: all")
     batch_size: int = flag(64, "examples per batch")
@@ -317,7 +317,9 @@ def _label(folder: Path) -> tuple[str, str]:
     adapter = dict(adapter=base["adapter"]) if method == "ia3" else {}
     if not base["from_run"]:  # else the label of that run has said it
         words += _changed(base, asdict(train.Config(**adapter)) | recipe(PRETRAINING, dataset, method), shown)
-    words += _changed(config, asdict(adapt.Config()) | recipe(FEW_SHOT, dataset, method), shown) if adapted else []
+    if adapted:
+        few = recipe(FEW_SHOT, dataset, "lora" if config["variant"] == "lora" else method)
+        words += _changed(config, asdict(adapt.Config()) | few, shown)
     return " ".join(words), dataset
 
 
@@ -348,7 +350,7 @@ def main(flags: dict):
     if cfg.count_parameters:
         from counts import table  # here: it imports train.py and adapt.py, which import this file
 
-        print(aligned(table(cfg.backbone, cfg.tasks)))
+        print(aligned(table(cfg.backbone, cfg.training_tasks)))
     elif cfg.compare:
         print(compare(tuple(cfg.compare)))
     elif cfg.checkpoint:

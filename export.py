@@ -9,8 +9,9 @@ One flag says what is converted and one what is written: --checkpoint is a run f
 --format run it is a folder of PEFT's Poly or a checkpoint file of the MHR authors' code, whichever it turns out to be.
 
 One task is one adapter, exactly: skills are mixed before they are applied, so a mixture of LoRAs of rank r, also head
-by head, is a LoRA of rank r. So `peft` and `merged` fit every method; sparse fine-tuning only `merged`, for PEFT has no
-such adapter. PEFT's Poly holds LoRA skills of `poly` and `mhr` with one router a layer, sigmoid or Gumbel-sigmoid (in
+by head, is a LoRA of rank r. So `peft` and `merged` fit every method but `full`, which leaves plain model folders
+itself; sparse fine-tuning only `merged`, for PEFT has no such adapter. A run of train.py with one adapter takes no
+--task. PEFT's Poly holds LoRA skills of `poly` and `mhr` with one router a layer, sigmoid or Gumbel-sigmoid (in
 training it always draws noise), and no Conv1D (GPT-2). What does not fit is refused with a sentence.
 
 PEFT's Poly and the authors' code keep a layer in the same three tensors (letters as in mhr.py):

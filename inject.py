@@ -27,8 +27,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-# Which linear layers LoRA adapts by default, by `model.config.model_type`: the papers' choice for T5 (all linears of
-# attention and feed-forward) and BART (self-attention, Polytropon section 4.2), and T5's choice for the others.
+# Which linear layers LoRA adapts by default, by `model.config.model_type`. T5: all linears of attention and
+# feed-forward: MHR's 2.2M parameters are those of all seven, though the text of both versions says q, k, v, o of
+# self-attention.
+# BART: self-attention (Polytropon section 2.4, appendix A.2). The others: T5's choice.
 LORA_LAYERS = {
     "t5": r".*\.(SelfAttention|EncDecAttention|DenseReluDense)\.(q|k|v|o|wi|wi_0|wi_1|wo)",
     "bart": r".*\.self_attn\.(q|k|v|out)_proj",
@@ -44,8 +46,9 @@ IA3_LAYERS = {
     "gpt2": r".*\.attn\.c_attn|.*\.mlp\.c_proj",
 }
 IA3_INPUT_SIDE = ("wo", "fc2", "down_proj", "mlp.c_proj")  # layers whose input, not output, is scaled
-# Other sets that the papers use, by name. "light": keys, values and one linear of the feed-forward layer (MHR appendix,
-# "k|v|wi_1"). "attention": q, k, v and o of all attention. "self-attention": the same without cross-attention.
+# Other sets that the papers use, by name. "light": keys, values and one linear of the feed-forward layer (MHR table 6,
+# "k|v|wi_1" in the authors' files). "attention": q, k, v and o of all attention. "self-attention": the same without
+# cross-attention.
 LIGHT_LAYERS = {
     "t5": r".*\.(SelfAttention|EncDecAttention)\.(k|v)|.*\.DenseReluDense\.(wi|wi_1)",
     "bart": r".*_attn\.(k|v)_proj|.*\.fc1",
@@ -88,12 +91,13 @@ GRANULARITIES = ("linear", "layer", "block", "coder", "model")
 
 
 def sharing_key(name: str, granularity: str) -> str:
-    """Layers of the same key share one router ([2] section 3 and appendix: how many layers share an allocation).
+    """Layers of the same key share one router (MHR section 3, "Routing Granularity", and appendix A.2.1).
 
     linear: every linear layer its own. layer: an attention or feed-forward sub-layer. block: a Transformer block.
     coder: encoder or decoder (a decoder-only model has one). model: all. By module structure: a block is what is
     numbered first in the name, a sub-layer the module that the linear is in (BART's fc1 and fc2, which are in the block
-    itself, are one). Raises ValueError for an unknown granularity, or a layer outside all blocks.
+    itself, are one). MHR also shares "for every block of layers", several Transformer blocks: not here.
+    Raises ValueError for an unknown granularity, or a layer outside all blocks.
     """
     if granularity not in GRANULARITIES:
         raise ValueError(f"unknown granularity {granularity!r}: choose {', '.join(GRANULARITIES)}")

@@ -20,7 +20,9 @@ store both transposed: (r, i) and (o, r).
 Deviations:
 * Init of A: uniform within +-1/sqrt(3 i), as in the MHR authors' code. PEFT's Poly takes +-sqrt(h/i), which is
   sqrt(3 h) times wider and depends on the number of heads. B is zero everywhere.
-* alpha is 1 and the update is scaled by alpha / r, as in all three papers (written "alpha = 1/|r|" in [2]).
+* The update is scaled by alpha / r, alpha = 1, as in [2]'s 2022 version ("alpha = 1/|r|") and the authors' code; its
+  2023 version calls the scale tunable, and Polytropon's eq. 4 has none. At CrossFit's r = 16 that makes our update 1/16
+  of eq. 4's; to Adam it is a learning rate of B divided by 16 (but for its epsilon, the clipped norm and decay).
 
 Not here: dropout, and merging as a hidden side effect of .eval(); `merged` returns a new layer instead.
 

@@ -11,7 +11,7 @@ axis (A along i, B along o), each block is mixed with its own weights, and the b
     y     = the layer adapted by (A, B)                                                              `MHRLinear.forward`
 
 With h = 1 this is `poly.py` exactly. More heads add only rows to Z, no parameters to the skills. `diff poly.py mhr.py`
-shows the head axis and nothing else.
+shows the head axis, in four functions (both `__init__`, `fresh`, `mix`); the rest of it is names and docstrings.
 
 Shape key, the same in every file:
     b examples, l sequence length, i in_features, o out_features, r rank,
@@ -32,6 +32,7 @@ Deviations: those of `poly.py`, and
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 
 EPS = 1e-12  # added to the sum of a row of Z, so that a row of zeros can be normalised
 INIT = 1e-3  # logits start uniform within +-INIT: every skill half on, ties broken at random
@@ -65,6 +66,18 @@ def soft_partition(z: Tensor, routing: str, sample: bool) -> Tensor:
     return on / (on.sum(-1, keepdim=True) + EPS)
 
 
+def rows_of(Z: Tensor, tasks: Tensor) -> Tensor:
+    """The rows Z[tasks], (t, ...) and (u,) to (u, ...). Raises IndexError for an id outside 0 .. t-1.
+
+    Indexing would take -1 for the last task; the embedding's own check does not, and stalls no accelerator (there it
+    is an assertion on the device; `inject.task_ids` has checked the ids by then).
+    """
+    try:
+        return embedding(tasks, Z.flatten(1)).unflatten(1, Z.shape[1:])
+    except IndexError:
+        raise IndexError(f"task ids must be in 0 .. {len(Z) - 1}, got {tasks.tolist()}") from None
+
+
 class MHRRouter(nn.Module):
     """The task-skill allocation per head, Z (t, h, s), learned as logits ([2] section 3).
 
@@ -94,12 +107,9 @@ class MHRRouter(nn.Module):
     def forward(self, tasks: Tensor, sample: bool | None = None) -> Tensor:
         """Task ids (u,) to weights over skills (u, h, s). sample: draw noise; None: in training mode only.
 
-        Raises IndexError for an id outside 0 .. t-1. On an accelerator only the upper end is checked (by the
-        indexing itself): looking at the values here would stall it. `inject.task_ids` checks both ends there.
+        Raises IndexError for an id outside 0 .. t-1.
         """
-        if tasks.device.type == "cpu" and not bool(((tasks >= 0) & (tasks < self.tasks)).all()):
-            raise IndexError(f"task ids must be in 0 .. {self.tasks - 1}, got {tasks.tolist()}")
-        return soft_partition(self.Z[tasks], self.routing, self.training if sample is None else sample)
+        return soft_partition(rows_of(self.Z, tasks), self.routing, self.training if sample is None else sample)
 
     @torch.no_grad()
     def add_tasks(self, count: int, keep: bool = True):
@@ -159,13 +169,17 @@ class MHRLinear(nn.Module):
         """Each example's adapter, {name: (n, ...)}; if there is one task in all, its adapter, {name: (1, ...)}.
 
         tasks (u,): the distinct task ids. rows (n,): for each example which of `tasks` is its own; None means that
-        tasks already has one id per example. The router runs once per distinct task; the mixing, one matmul of
-        (n, s) weights and the inventory, costs no more for each example than to copy its task's adapter would.
+        tasks already has one id per example. So router and mixing run once per distinct task, and each example gets a
+        copy (by index_select: the gradient of plain indexing can take ten times as long as the layer).
         """
         if self.router.per_example and rows is not None:
             tasks, rows = tasks[rows], None
         w = self.router(tasks)
-        return self.mix(w if rows is None or len(w) == 1 else w[rows])
+        if rows is None or len(w) == 1:
+            return self.mix(w)
+        if hasattr(self.adapter, "mix"):  # SFT: its examples share the places, which are not worth copying
+            return self.mix(w[rows])
+        return {name: p.index_select(0, rows) for name, p in self.mix(w).items()}
 
     def forward(self, x: Tensor, tasks: Tensor, rows: Tensor | None = None, params=None) -> Tensor:
         """x (b, l, i) or (b, i) -> (b, l, o) or (b, o), each example adapted for its own task.
@@ -199,8 +213,8 @@ class MHRLinear(nn.Module):
     def average_skills(self) -> dict[str, Tensor]:
         """MHR-mu ([2] section 5.3): ONE adapter, the mean over s of the inventory. {name: (...)}.
 
-        Routing is dropped: train the result as a `LoRALinear` or `IA3Linear`. The authors' code instead goes on
-        training all s skills under uniform weights, which is s times as many parameters as the papers count.
+        Routing is dropped: train the result as a `LoRALinear`, `IA3Linear` or `SFTLinear`. The authors' code instead
+        goes on training all s skills under uniform weights, s times as many parameters as the papers count.
         """
         if hasattr(self.adapter, "mix"):
             even = torch.full_like(self.router.Z[:1], 1 / self.router.skills)

@@ -5,8 +5,11 @@
 Started like this (or in any way that sets RANK, WORLD_SIZE and MASTER_ADDR), `train.py` does what one process would do
 with the same batch, to rounding: every process holds the whole model, draws the same routing noise (`inject.task_ids`
 is told all tasks of the batch), and weighs its loss by its share. `adapt.py` gives each process every n-th task. Only
-the first process talks and writes. On CUDA each process takes the GPU of its LOCAL_RANK. Without these variables all
-functions here do nothing.
+the first process talks and writes; the run folder must be on a disk that all see. On CUDA each process takes the GPU of
+its LOCAL_RANK. Without these variables all functions here do nothing.
+
+Where the processes' random numbers part ways, each draws routing noise of its own, as in any data-parallel training:
+with a backbone that has dropout, after a batch of fewer examples than processes, and under random routing by example.
 """
 
 import os

@@ -7,7 +7,8 @@ over them:
 
     z^     a relaxed Bernoulli sample of each logit of the task's row of Z       [1] eq. 2   `relaxed_bernoulli`
     w_s  = z^_s / sum_s' z^_s'                                                   [1] eq. 3   `PolyRouter`
-    Phi  = sum_s w_s Phi_s      e.g. A = sum_s w_s A_s  and  B = sum_s w_s B_s   [1] eq. 3   `PolyLinear.mix`
+    Phi  = sum_s w_s Phi_s                                                       [1] eq. 3   `PolyLinear.mix`
+           with LoRA:  A = sum_s w_s A_s  and  B = sum_s w_s B_s                 [2] "Poly"
     y    = the layer adapted by Phi                                              [2] "Poly"  `PolyLinear.forward`
 
 The PARAMETERS are averaged, then applied. Averaging the outputs of the skills is another function: with LoRA,
@@ -24,6 +25,10 @@ Shape key, the same in every file:
     y = layer(x, torch.tensor([3, 3, 0, 7]))                  # x (4, l, i): the task of each example
 
 Deviations:
+* [1] read literally (section 2.4, eq. 4: Phi = flatten(A B)) averages LoRA's products, sum_s w_s A_s B_s. A and B
+  averaged apart are equation "Poly" of [2] and the authors' code; the mixture of LoRAs of rank r has rank r.
+* A new task's row of Z starts within +-1e-3 (`fresh`), every skill half on. [1] appendix A.2 starts it as "a vector of
+  0.5", the same if these are probabilities (logits would give 0.62, as even a mixture); [2]: "randomly".
 * One relaxed Bernoulli sample per entry of `tasks`, and `inject.task_ids` passes each distinct task once: so one per
   task, layer and forward pass, as eq. 2 is indexed (i = task, j = skill). The authors' code and PEFT draw one per
   example, so two examples of a task in one batch get different adapters.
@@ -37,6 +42,7 @@ The dual-speed learning rate ([1] section 2.3) is two parameter groups of the op
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 
 EPS = 1e-12  # added to the sum of a row of Z, so that a row of zeros can be normalised
 INIT = 1e-3  # logits start uniform within +-INIT: every skill half on, ties broken at random
@@ -70,6 +76,18 @@ def soft_partition(z: Tensor, routing: str, sample: bool) -> Tensor:
     return on / (on.sum(-1, keepdim=True) + EPS)
 
 
+def rows_of(Z: Tensor, tasks: Tensor) -> Tensor:
+    """The rows Z[tasks], (t, ...) and (u,) to (u, ...). Raises IndexError for an id outside 0 .. t-1.
+
+    Indexing would take -1 for the last task; the embedding's own check does not, and stalls no accelerator (there it
+    is an assertion on the device; `inject.task_ids` has checked the ids by then).
+    """
+    try:
+        return embedding(tasks, Z.flatten(1)).unflatten(1, Z.shape[1:])
+    except IndexError:
+        raise IndexError(f"task ids must be in 0 .. {len(Z) - 1}, got {tasks.tolist()}") from None
+
+
 class PolyRouter(nn.Module):
     """The task-skill allocation Z (t, s), learned as logits ([1] section 2.1).
 
@@ -98,12 +116,9 @@ class PolyRouter(nn.Module):
     def forward(self, tasks: Tensor, sample: bool | None = None) -> Tensor:
         """Task ids (u,) to weights over skills (u, s). sample: draw noise; None: in training mode only.
 
-        Raises IndexError for an id outside 0 .. t-1. On an accelerator only the upper end is checked (by the
-        indexing itself): looking at the values here would stall it. `inject.task_ids` checks both ends there.
+        Raises IndexError for an id outside 0 .. t-1.
         """
-        if tasks.device.type == "cpu" and not bool(((tasks >= 0) & (tasks < self.tasks)).all()):
-            raise IndexError(f"task ids must be in 0 .. {self.tasks - 1}, got {tasks.tolist()}")
-        return soft_partition(self.Z[tasks], self.routing, self.training if sample is None else sample)
+        return soft_partition(rows_of(self.Z, tasks), self.routing, self.training if sample is None else sample)
 
     @torch.no_grad()
     def add_tasks(self, count: int, keep: bool = True):
@@ -150,13 +165,17 @@ class PolyLinear(nn.Module):
         """Each example's adapter, {name: (n, ...)}; if there is one task in all, its adapter, {name: (1, ...)}.
 
         tasks (u,): the distinct task ids. rows (n,): for each example which of `tasks` is its own; None means that
-        tasks already has one id per example. The router runs once per distinct task; the mixing, one matmul of
-        (n, s) weights and the inventory, costs no more for each example than to copy its task's adapter would.
+        tasks already has one id per example. So router and mixing run once per distinct task, and each example gets a
+        copy (by index_select: the gradient of plain indexing can take ten times as long as the layer).
         """
         if self.router.per_example and rows is not None:
             tasks, rows = tasks[rows], None
         w = self.router(tasks)
-        return self.mix(w if rows is None or len(w) == 1 else w[rows])
+        if rows is None or len(w) == 1:
+            return self.mix(w)
+        if hasattr(self.adapter, "mix"):  # SFT: its examples share the places, which are not worth copying
+            return self.mix(w[rows])
+        return {name: p.index_select(0, rows) for name, p in self.mix(w).items()}
 
     def forward(self, x: Tensor, tasks: Tensor, rows: Tensor | None = None, params=None) -> Tensor:
         """x (b, l, i) or (b, i) -> (b, l, o) or (b, o), each example adapted for its own task.
@@ -190,8 +209,8 @@ class PolyLinear(nn.Module):
     def average_skills(self) -> dict[str, Tensor]:
         """Poly-mu ([2] section 5.3): ONE adapter, the mean over s of the inventory. {name: (...)}.
 
-        Routing is dropped: train the result as a `LoRALinear` or `IA3Linear`. The authors' code instead goes on
-        training all s skills under uniform weights, which is s times as many parameters as the papers count.
+        Routing is dropped: train the result as a `LoRALinear`, `IA3Linear` or `SFTLinear`. The authors' code instead
+        goes on training all s skills under uniform weights, s times as many parameters as the papers count.
         """
         if hasattr(self.adapter, "mix"):
             even = torch.full_like(self.router.Z[:1], 1 / self.router.skills)

@@ -6,8 +6,9 @@ weights over skills to mix by; k is the number of entries of the weight that an 
     y = x (W0 + D)^T + bias        D (o, i) is zero but at k places, drawn at random once and kept
 
 The places are drawn at random, as Polytropon does: [1] selects them in a phase of its own, which was found to help
-little. What is trained and saved is the k values and, as integers that never train, their places: memory is
-proportional to k. The dense D exists only inside a forward pass.
+little. What is trained and saved is the k values and, as integers that never train, their places. Memory is
+proportional to k, also between the forward and the backward pass (`Times`): a dense D exists for one example at a time,
+inside either pass.
 
 Under Poly and MHR every skill has places of its own (a mask M (s, o i)), so mixing cannot add up values that stand side
 by side: the skills' values are scaled by their weights and put one after the other, places repeated or not, and D is
@@ -20,6 +21,28 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+
+def dense(value: Tensor, place: Tensor, size: tuple[int, int]) -> Tensor:
+    """D (o, i) of a size (o, i): zero, and at each place the sum of the values (k,) that name it."""
+    D = torch.zeros(size[0] * size[1], dtype=value.dtype, device=value.device)
+    return D.scatter_add(0, place, value).view(size)
+
+
+class Times(torch.autograd.Function):
+    """x D^T for one adapter: x (l, i), value (k,), place (k,) -> (l, o). Keeps x, value and place, not D."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, value: Tensor, place: Tensor, size: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(x, value, place)
+        ctx.size = size
+        return x @ dense(value, place, size).to(x.dtype).T
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, value, place = ctx.saved_tensors
+        by_value = (grad.T @ x).flatten()[place].to(value.dtype)  # the entries of D's gradient that there are
+        return grad @ dense(value, place, ctx.size).to(x.dtype), by_value, None, None
 
 
 @dataclass(frozen=True)
@@ -46,18 +69,15 @@ class SFT:
         place = torch.randperm(size, device=device)[: max(1, round(self.density * size))].sort().values
         return {"value": torch.zeros(len(place), device=device), "place": place}
 
-    def delta(self, linear: nn.Linear, value: Tensor, place: Tensor) -> Tensor:
-        """D (o, i), or (b, o, i) for values (b, k): zero, and at each place the sum of the values that name it."""
-        shape = *value.shape[:-1], linear.out_features * linear.in_features
-        dense = torch.zeros(shape, dtype=value.dtype, device=value.device)
-        return dense.scatter_add(-1, place, value).unflatten(-1, (linear.out_features, linear.in_features))
-
     def apply(self, linear: nn.Linear, x: Tensor, value: Tensor, place: Tensor) -> Tensor:
         """y = x (W0 + D)^T + bias for x (b, l, i) -> (b, l, o).
 
         Either one adapter for all rows, values and places (k,), or one per example, (b, k).
         """
-        return linear(x) + x @ self.delta(linear, value, place).to(x.dtype).transpose(-1, -2)
+        size, y = (linear.out_features, linear.in_features), linear(x)
+        if value.dim() == 1:
+            return y + Times.apply(x.flatten(0, -2), value, place, size).view_as(y)
+        return y + torch.stack([Times.apply(*one, size) for one in zip(x, value, place, strict=True)])
 
     def mix(self, linear: nn.Linear, w: Tensor, value: Tensor, place: Tensor) -> dict[str, Tensor]:
         """Skills to one adapter per task: values (s, k), place (s, k), weights w (n, h, s) -> both (n, s k).
@@ -72,8 +92,8 @@ class SFT:
 
     def merge(self, weight: Tensor, bias: Tensor | None, value: Tensor, place: Tensor):
         """The weight (o, i), a new tensor, and bias (o,) that do the same: W0 + D."""
-        dense = torch.zeros(weight.numel(), device=weight.device).scatter_add(0, place, value)
-        return (weight + dense.view_as(weight)).to(weight.dtype), bias  # float32: bfloat16 is rounded once, at the end
+        D = dense(value, place, tuple(weight.shape))
+        return (weight + D).to(weight.dtype), bias  # float32: bfloat16 is rounded once, at the end
 
 
 class SFTLinear(nn.Module):

@@ -13,8 +13,8 @@ logged step) and result.json; method adapter-soup also embeddings.safetensors.
 from dataclasses import dataclass
 
 from config import (
-    GIVEN, METHODS, PRETRAINING, ROUTED, UserError, check_ranges, describe, exit_on_user_error, explicit_flags, flag,
-    new_run_folder, read_config, read_json, recipe, refuse_used, write_json,
+    GIVEN, LEARNED, METHODS, PRETRAINING, ROUTED, UserError, check_ranges, describe, exit_on_user_error, explicit_flags,
+    flag, new_run_folder, read_config, read_json, recipe, refuse_used, write_json,
 )  # fmt: skip
 
 
@@ -37,7 +37,7 @@ class Config:
     adapter: str = flag("lora", "what a skill is", ("lora", "ia3", "sft"))
     layers: str = flag(
         "",
-        "layers to adapt: light, attention, self-attention, or a regular expression; none: by adapter and model type",
+        "layers to adapt: lora, ia3, light, attention, self-attention, or a regular expression; none: by adapter",
     )
     rank: int = flag(1, "rank r of LoRA")
     density: float = flag(0.1, "sft: share of a layer's weights that may change")
@@ -152,7 +152,8 @@ def backward_in_parts(loss_of, items: list[data.Item], micro_batch: int, weight=
     """Forward and backward over a batch in parts of micro_batch examples (0: all at once); returns the mean loss.
 
     loss_of(items): a scalar, an average over what weight(items) counts, examples or tokens. All parts draw the same
-    routing noise, so a batch in parts has the loss and gradients of the whole (where the backbone has no dropout).
+    routing noise, so a batch in parts has the loss and gradients of the whole (but for dropout in the backbone, and
+    random routing by example, which repeat their draws in each part).
     batch: the items of all processes, where `items` is one's share.
     """
     batch, total, size = batch or items, 0.0, micro_batch or max(1, len(items))
@@ -200,7 +201,8 @@ def train(cfg: Config) -> dict:
     model, tokenizer = starting_point(cfg, tasks, skills)
     if cfg.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    embeddings = embed_tasks(cfg, tasks) if cfg.method == "adapter-soup" else None  # first: a wrong --encoder is told
+    soup = cfg.method == "adapter-soup"
+    embeddings = embed_tasks(cfg, tasks) if soup else None  # before training: a wrong --encoder is told at once
     folder = Path(cfg.output_dir)
     if parallel.first():
         new_run_folder(cfg.output_dir)
@@ -243,17 +245,18 @@ def load_tasks(cfg: Config, split: str, parts: tuple[str, ...]) -> data.Benchmar
 
 def names_of_skills(cfg: Config, tasks: list[data.Task]) -> list[str]:
     """The skills of a method whose allocation is given, by name; [] for the others. UserError if there are none."""
-    names = skill_names(cfg.method, tasks) if cfg.method in GIVEN else []
+    seen = [task for task in tasks if len(task.train)]  # a skill that nothing trains would only dilute averages
+    names = skill_names(cfg.method, seen) if cfg.method in GIVEN else []
     if cfg.method == "expert" and not names:
         raise UserError(f"--method expert: nothing is known of the skills of these tasks of {cfg.dataset}")
     return names
 
 
 def embed_tasks(cfg: Config, tasks: list[data.Task]) -> torch.Tensor:
-    """AdapterSoup: the embedding of each training task, (t, d), for the new tasks to be compared with."""
+    """AdapterSoup: the embedding of each task that has examples, (s, d), for new tasks to be compared with."""
     name = cfg.encoder or cfg.backbone
     encoder, tokenizer = load_backbone(name, cfg.device, cfg.precision, encoder=bool(cfg.encoder))
-    bar = tqdm(tasks, desc="embed", unit="task", disable=None)
+    bar = tqdm([task for task in tasks if len(task.train)], desc="embed", unit="task", disable=None)
     return torch.stack([embed(encoder.eval(), tokenizer, task, cfg.max_input) for task in bar])
 
 
@@ -353,10 +356,12 @@ def make_config(**flags) -> Config:
             if "skills" in flags:
                 raise UserError(f"--skills does not fit --method {cfg.method}, whose tasks say how many: leave it out")
             cfg.skills = 0
-        if cfg.method == "task-moe" and cfg.top_k > cfg.skills:
-            raise UserError(f"--top-k {cfg.top_k} is more than --skills {cfg.skills}")
+        if cfg.method == "task-moe" and not 2 <= cfg.top_k <= cfg.skills:
+            raise UserError(f"--top-k {cfg.top_k} must be at least 2 and at most --skills {cfg.skills}")
         if cfg.adapter == "ia3" and "layers" not in flags:
             cfg.layers = ""  # the recipes' layers are LoRA's
+    if ignored := unused(cfg, flags):
+        print(f"changes nothing with --method {cfg.method} --adapter {cfg.adapter}: {', '.join(ignored)}")
     cfg.device = pick_device(cfg.device)
     if cfg.device == "cpu" and "precision" not in flags:
         cfg.precision = "fp32"  # bfloat16 saves a GPU's memory; on a CPU it only costs time
@@ -364,6 +369,21 @@ def make_config(**flags) -> Config:
         name = f"{cfg.from_run.rstrip('/')}-{cfg.method}-{cfg.steps}-steps"
         cfg.output_dir = name if cfg.from_run else f"runs/{cfg.dataset}-{cfg.method}-{cfg.seed}"
     return cfg
+
+
+USED_BY = {  # flags of some methods only
+    "heads": ("mhr",), "routing": ("poly", "mhr"), "skills": ROUTED, "granularity": (*LEARNED, "random"),
+    "lr_z": LEARNED, "top_k": ("task-moe",), "random_by": ("random",), "encoder": ("adapter-soup",),
+}  # fmt: skip
+
+
+def unused(cfg: Config, flags: dict) -> list[str]:
+    """The flags that were given and change nothing with this method and adapter."""
+    names = [name for name in flags if cfg.method not in USED_BY.get(name, METHODS)]
+    names += [
+        name for name, adapter in (("rank", "lora"), ("density", "sft")) if name in flags and cfg.adapter != adapter
+    ]
+    return [f"--{name.replace('_', '-')}" for name in names]
 
 
 FIXED_BY_RUN = (

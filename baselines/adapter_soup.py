@@ -26,7 +26,7 @@ EXAMPLES = 200
 
 @torch.no_grad()
 def embed(encoder, tokenizer, task: Task, max_input: int, batch_size: int = 16) -> Tensor:
-    """The embedding (d,) of a task, float32 on the CPU; zeros for a task without training examples.
+    """The embedding (d,) of a task, float32 on the CPU.
 
     encoder: any Hugging Face model that makes hidden states, without adapters: of an encoder-decoder model the encoder
     is used, of a language model what is below its head. Inputs are cut to max_input tokens.
@@ -41,15 +41,14 @@ def embed(encoder, tokenizer, task: Task, max_input: int, batch_size: int = 16) 
         hidden = body(**batch).last_hidden_state.float()  # (b, l, d)
         mask = batch["attention_mask"][..., None]
         total += ((hidden * mask).sum(1) / mask.sum(1).clamp(min=1)).sum(0).cpu()
-    return total / max(1, len(examples))
+    return total / len(examples)
 
 
 def soup_weights(embeddings: Tensor, new: Tensor, n: int) -> Tensor:
     """Weights (1, t) over training tasks: 1/n for the n whose embeddings (t, d) have the largest cosine with new (d,).
 
-    All of them if there are fewer than n; never one without training examples, whose embedding is zero.
+    All of them if there are fewer than n.
     """
-    known = embeddings.abs().sum(-1) > 0
-    cosine = torch.cosine_similarity(embeddings, new[None], dim=-1).masked_fill(~known, -torch.inf)  # (t,)
-    best = cosine.topk(min(n, int(known.sum()))).indices
+    cosine = torch.cosine_similarity(embeddings, new[None], dim=-1)  # (t,)
+    best = cosine.topk(min(n, len(cosine))).indices
     return torch.zeros(1, len(cosine)).index_fill_(1, best, 1 / len(best))

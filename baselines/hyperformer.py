@@ -6,8 +6,14 @@ are an inventory Phi of h "skills", and the hidden activations are the task's we
 for a `PolyLinear`, and differs from `poly.PolyRouter` in this: the weights are dense, unbounded above and not divided
 by their sum, and tasks share what maps an embedding to them.
 
-Adapters are LoRA, as in Polytropon's comparison, which sets e = h = 8, the number of skills, so that the trained sizes
-match. The last layer has no bias: with LoRA's zero B the adapted model starts as its backbone.
+Adapters are LoRA, as in Polytropon's comparison, which sets "the embedding size e and hidden size h to an identical
+value". Here e = h = s: the last layer has exactly the size of s skills, and each router adds e^2 + e in its hidden
+layer. (Appendix A.2 counts 4l(2he + 2e)e, where h is the model's width; its 0.78 % for each dimension, as for each
+skill, comes out if the e in brackets is the rank, 16.) The last layer has no bias: with LoRA's zero B the adapted model
+starts as its backbone.
+
+Deviation: with --granularity linear each linear layer has a hidden layer and task embeddings of its own, as it has a Z
+of its own under Poly. The original embeds a task once, and its HyperFormer++ shares the hyper-network over all layers.
 
     PolyLinear(linear, LoRA(rank=1), HyperRouter(tasks=64, skills=8))
 """
@@ -15,41 +21,26 @@ match. The last layer has no bias: with LoRA's zero B the adapted model starts a
 import torch
 from torch import Tensor, nn
 
-from baselines.fixed import check_ids
+from poly import PolyRouter, rows_of
 
 
-class HyperRouter(nn.Module):
+class HyperRouter(PolyRouter):
     """Task embeddings Z (t, e) and the hyper-network's hidden layer (e -> h), with e = h = s.
 
     tasks: t. skills: s. Raises ValueError for sizes below 1.
     """
 
-    per_example = False
-
     def __init__(self, tasks: int, skills: int):
-        super().__init__()
-        if tasks < 1 or skills < 1:
-            raise ValueError(f"a router needs at least 1 task and 1 dimension, not {tasks} and {skills}")
-        self.skills = skills
-        self.Z = nn.Parameter(self.fresh(tasks))
+        super().__init__(tasks, skills)
         self.hidden = nn.Linear(skills, skills)
 
     def fresh(self, tasks: int) -> Tensor:
         """Embeddings (tasks, e) of new tasks, normally distributed."""
         return torch.randn(tasks, self.skills)
 
-    tasks = property(lambda self: self.Z.shape[0])
-
     def forward(self, tasks: Tensor, sample: bool | None = None) -> Tensor:
         """Task ids (u,) to weights (u, s) of 0 or more. sample: there is no noise.
 
         Raises IndexError for an id outside 0 .. t-1.
         """
-        check_ids(tasks, self.tasks)
-        return torch.relu(self.hidden(self.Z[tasks]))
-
-    @torch.no_grad()
-    def add_tasks(self, count: int, keep: bool = True):
-        """Give Z `count` fresh rows: after the old ones, which stay bit for bit, or (keep=False) in their place."""
-        fresh = self.fresh(count).to(self.Z)
-        self.Z = nn.Parameter(torch.cat([self.Z, fresh]) if keep else fresh, requires_grad=self.Z.requires_grad)
+        return torch.relu(self.hidden(rows_of(self.Z, tasks)))

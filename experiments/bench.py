@@ -79,14 +79,6 @@ def make(name: str, device: str, rank: int, heads: int) -> nn.Module:
     return model.to(device)
 
 
-def call(name: str, method, ids: torch.Tensor, **arguments):
-    """Call a model (or its `generate`) with the task ids as this contestant takes them."""
-    if name == "PEFT Poly":
-        return method(**arguments, task_ids=ids)
-    with task_ids(ids):
-        return method(**arguments)
-
-
 def batch_of(size: int, length: int, device: str) -> dict[str, torch.Tensor]:
     x = torch.randint(3, 32000, (size, length), device=device)
     labels = torch.randint(3, 32000, (size, OUTPUT), device=device)
@@ -151,7 +143,11 @@ def generation(name: str, point: dict, device: str, ids: torch.Tensor, beams: in
     @torch.no_grad()
     def run():
         layers = merge(model, int(ids[0])) if name == "MHR" and len(ids.unique()) == 1 else {}
-        call(name, model.generate, ids, **batch, **options)
+        if name == "PEFT Poly":
+            model.generate(**batch, **options, task_ids=ids)
+        else:
+            with task_ids(ids, keep=True):
+                model.generate(**batch, **options)
         unmerge(model, layers)
 
     return run
@@ -173,12 +169,13 @@ def bench_choices(point: dict, device: str, rounds: int) -> dict:
     for name in ("floor", "MHR"):
         model = make(name, device, point["rank"], point["heads"]).eval()
         score = functools.partial(_encoder_decoder_logits, model, batch, tokens, 4)
-        runs[name] = torch.no_grad()(functools.partial(_within, ids, score))
+        runs[name] = functools.partial(_within, ids, score)
     return ratios(runs, rounds, device)
 
 
+@torch.no_grad()
 def _within(ids: torch.Tensor, run):
-    with task_ids(ids):
+    with task_ids(ids, keep=True):
         return run()
 
 
@@ -209,7 +206,7 @@ def _peft_layer(linear: nn.Linear, heads: int) -> nn.Module:
 
 
 def bench_memory(device: str, rounds: int) -> dict[str, tuple[float, float]]:
-    """{name: (peak memory in MB of a fresh process with three training steps, seconds from its start to the first)}"""
+    """{name: (peak memory in MB of a fresh process with three training steps, seconds to make the first)}"""
     found = {}
     for name in ("floor", "LoRA", "PEFT LoRA", "Poly", "MHR", "PEFT Poly", "full"):
         command = [sys.executable, "-m", "experiments.bench", "--memory-of", name, "--device", device]
@@ -218,8 +215,11 @@ def bench_memory(device: str, rounds: int) -> dict[str, tuple[float, float]]:
     return found
 
 
-def memory_of(name: str, device: str, begin: float):
-    """Print this process's peak memory in MB after three training steps, and the seconds to the first."""
+def memory_of(name: str, device: str):
+    """Print this process's peak memory in MB after three training steps, and the seconds to the first (no imports)."""
+    if name.startswith("PEFT"):
+        import peft  # noqa: F401  the others' imports are not timed either
+    begin = time.perf_counter()
     step = training(name, BASE, device, torch.arange(BASE["batch"]).to(device) % TASKS)
     step()
     first = time.perf_counter() - begin
@@ -248,17 +248,18 @@ def print_table(title: str, lines: dict[str, dict[str, tuple[float, float]]]):
 
 
 def main():
-    begin = time.perf_counter()
     parts = ("train", "adapt", "generate", "choices", "layer", "memory")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=11, help="at least 2")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--memory-of", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error("--rounds must be at least 2")
     logging.set_verbosity_error()
     if args.memory_of:
-        memory_of(args.memory_of, args.device, begin)
+        memory_of(args.memory_of, args.device)
         return
     device, rounds = args.device, args.rounds
     points = {shown(BASE | change): BASE | change for change in GRID}

@@ -1,7 +1,7 @@
 """All methods of the papers on `strings`, under the same loops: one table.
 
     python -m experiments.methods                   pre-train and adapt what is missing, then print the table
-    python -m experiments.methods --tune            the search that chose the learning rates, on dev tasks, seed 0
+    python -m experiments.methods --tune            a search of learning rates, on dev tasks, seed 0
 
 Every line is a few runs of `train.py` and `adapt.py`, in runs/methods/; a run that is there is not made again, so the
 command can be stopped at any time and goes on where it was. Two run side by side, with one thread each (--jobs).
@@ -91,7 +91,7 @@ def table(results: dict[str, list[dict]]) -> str:
 def tune(name: str, root: Path) -> list[tuple[str, ...]]:
     """Lines (method, flags of train.py, flags of adapt.py, dev score, mark) of one method's search; the best is marked.
 
-    The same budget for each: pre-training of 500 steps at a third, once and three times 5e-3 (full: 1e-3); for methods
+    The same search for each: pre-training of 500 steps at a third, once and three times 5e-3 (full: 1e-3); for methods
     that learn a Z also a Z ten times slower, at the best of these; then few-shot adaptation to the dev tasks at a
     third, once and three times 3e-3 (full: 1e-3). One step after the other, each keeping the best so far. Seed 0.
     """

@@ -32,6 +32,7 @@ import config
 import data
 import evaluate
 import metrics
+import sft
 import train
 from backbone import build_model, load_backbone, tiny_from_scratch
 from baselines import adapter_soup
@@ -314,7 +315,8 @@ def test_given_flags_win_over_the_recipe_and_the_recipe_over_defaults(runs):
 
 def test_all_settings_are_printed_at_the_start(runs, folder, backbones, capsys):
     train.main(SMALL | dict(method="lora", steps=1, backbone=backbones[0], output_dir=str(folder / "printed")))
-    first = capsys.readouterr().out.splitlines()[0]
+    ignored, first = capsys.readouterr().out.splitlines()[:2]
+    assert ignored == "changes nothing with --method lora --adapter lora: --skills"
     for name, value in read(folder / "printed" / "config.json").items():
         assert value == "" or f"{name}={value}" in first
 
@@ -843,8 +845,9 @@ def test_adapter_soup_starts_at_an_average(runs, name, n):
     for layer, module in adapted_layers(model).items():
         skills = {key: saved[f"{layer}.inventory.{key}"][chosen] for key in module.params}
         if ADAPTER[name] == "sft":
-            D = module.adapter.delta(module.linear, **module.params)
-            torch.testing.assert_close(D, module.adapter.delta(module.linear, **skills).mean(0))
+            D = sft.dense(**module.params, size=tuple(module.weight.shape))
+            all_of_them = (sft.dense(v, p, tuple(module.weight.shape)) for v, p in zip(*skills.values(), strict=True))
+            torch.testing.assert_close(D, sum(all_of_them) / n)
         else:
             assert all(torch.allclose(module.params[key], p.mean(0), atol=1e-7) for key, p in skills.items())
     if n == 1:
@@ -1193,7 +1196,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
         (TRAIN + "--density 0", "--density must be above 0"),
         (TRAIN + "--adapter sft --method mhr --heads 7", r"layer encoder\.block\.0\.layer\.0\..*\.q: 7 heads .*128"),
         (TRAIN + "--top-k 0", "--top-k must be above 0"),
-        (TRAIN + "--method task-moe --skills 2 --top-k 3", "--top-k 3 is more than --skills 2"),
+        (TRAIN + "--method task-moe --skills 2 --top-k 3", "--top-k 3 must be at least 2 and at most --skills 2"),
         (TRAIN + "--method random --random-by layer", "--random-by.*layer"),
         (TRAIN + "--granularity head", "--granularity.*head"),
         (TRAIN + "--granularity block --layers lm_head", "lm_head is in no numbered block: use --granularity linear"),

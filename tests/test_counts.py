@@ -17,6 +17,7 @@ XL = {  # T5-XL, 313 tasks: trained on all tasks, Z, and for one new task all, z
     "Private, AdapterSoup": (313 * 2_211_840, 0, 2_211_840, None, 2_211_840),
     "Random": (17_694_720, 0, 17_694_720, None, 2_211_840),
     "Poly": (17_694_720, 1_081_728, 17_694_720 + 3_456, 3_456, 2_211_840),
+    "Poly (IA)^3": (4_325_376, 480_768, 4_326_912, 1_536, 540_672),
     "Task-MoE": (17_694_720, 1_081_728, 17_694_720 + 3_456, 3_456, 2_211_840),
     "HyperFormer": (17_694_720 + 432 * 72, 1_081_728, 17_694_720 + 432 * 72 + 3_456, 3_456, 2_211_840),
     "MHR, 64 heads": (17_694_720, 69_230_592, 17_694_720 + 221_184, 221_184, 2_211_840),
@@ -68,12 +69,12 @@ def test_the_readmes_table():
 def test_the_table_shows_every_row(capsys, monkeypatch):
     few = ("LoRA", "MHR, 64 heads", "Poly SFT, 10 %")
     monkeypatch.setattr(counts, "ROWS", {name: counts.ROWS[name] for name in few})
-    evaluate.main(dict(count_parameters=True, backbone="bart-large", tasks=10))
+    evaluate.main(dict(count_parameters=True, backbone="bart-large", training_tasks=10))
     head, *lines = capsys.readouterr().out.splitlines()
     assert "Z of 10 tasks" in head and [line.split("  ")[0] for line in lines] == list(few)
     assert len({len(line) for line in (head, *lines)}) == 1
     monkeypatch.setattr(counts, "ROWS", {"MHR": dict(method="mhr", heads=7)})
-    evaluate.main(dict(count_parameters=True, backbone="bart-large", tasks=10))
+    evaluate.main(dict(count_parameters=True, backbone="bart-large", training_tasks=10))
     assert capsys.readouterr().out.splitlines()[1].split()[2:] == ["-"] * 6  # 7 heads do not divide a layer
 
 

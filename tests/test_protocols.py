@@ -343,7 +343,8 @@ PAPERS = {  # pre-training
         rank=16, skills=8, heads=8, routing="gumbel", lr=1e-3, lr_z=1e-2, warmup=0.06, clip=1.0, weight_decay=0.0,
         max_input=512, max_output=64, precision="fp32"),
 }  # fmt: skip
-FULL_LR = {"t0": 1e-4, "superni": 5e-5, "crossfit": 3e-5}  # ours: the papers do not say
+FULL_LR = {"t0": 1e-4, "superni": 5e-5, "crossfit": 3e-5}  # ours: the papers do not say; few-shot the same
+FULL_RATE = {dataset: {"lr": lr} for dataset, lr in FULL_LR.items()}
 FEW_PAPERS = {
     "t0": dict(optimizer="adafactor", lr=3e-3, lr_z=1e-1, weight_decay=0.0, warmup=0.06, clip=1.0, choice_losses=True,
                keep="score", split=("42", "1024", "0")),
@@ -394,8 +395,13 @@ def of_recipe(folder: Path, dataset: str, method: str = "mhr") -> str:
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_recipe_of_few_shot(tmp_path, dataset, method):
     expected = FEW_PAPERS[dataset] | dict(steps=1000, batch_size=8, shots=0, variant="all", tasks="all", micro_batch=0)
-    cfg = adapt.make_config(checkpoint=of_recipe(tmp_path, dataset, method))
-    assert {name: getattr(cfg, name) for name in expected} == expected
+    checkpoint = of_recipe(tmp_path, dataset, method)
+    cfg = adapt.make_config(checkpoint=checkpoint)
+    assert {name: getattr(cfg, name) for name in expected} == expected | (
+        FULL_RATE[dataset] if method == "full" else {}
+    )
+    if method == "full":  # a fresh LoRA learns at the adapters' rate
+        assert adapt.make_config(checkpoint=checkpoint, variant="lora").lr == expected["lr"]
 
 
 def another(field: dataclasses.Field, value):
