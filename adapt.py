@@ -127,6 +127,7 @@ def prepare(model: nn.Module, base: train.Config, cfg: Config) -> Callable[[data
 
     @torch.no_grad()
     def begin(task: data.Task):
+        """Back to the start; under expert with the skills that the task has."""
         for p, value in zip(trained, start, strict=True):
             p.copy_(value)
         if base.method == "expert" and cfg.variant == "all":
@@ -147,6 +148,7 @@ def begin_with_soup(model: nn.Module, base: train.Config, cfg: Config) -> Callab
 
     @torch.no_grad()
     def begin(task: data.Task):
+        """Put the average of the adapters that suit the task in the place of all routed layers."""
         if not len(task.train):
             raise UserError(f"adapter-soup: task {task.name} has no training inputs to find similar tasks by")
         w = soup_weights(embeddings, embed(encoder[0].eval(), encoder[1], task, base.max_input), cfg.soup)
