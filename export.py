@@ -377,6 +377,7 @@ def export_task(cfg: Config):
 
 
 def main(flags: dict):
+    """Write what --format says. Raises UserError for a flag that is missing or does not fit the format."""
     cfg = Config(**flags)
     for name in ("checkpoint", "output_dir"):
         if not getattr(cfg, name):

@@ -170,7 +170,7 @@ class MHRLinear(nn.Module):
 
         tasks (u,): the distinct task ids. rows (n,): for each example which of `tasks` is its own; None means that
         tasks already has one id per example. So router and mixing run once per distinct task, and each example gets a
-        copy (by index_select: the gradient of plain indexing can take ten times as long as the layer).
+        copy (by index_select: the gradient of plain indexing is slow, an accumulating scatter).
         """
         if self.router.per_example and rows is not None:
             tasks, rows = tasks[rows], None
