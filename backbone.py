@@ -62,8 +62,9 @@ def load_backbone(name: str, device: str, precision: str = "fp32", encoder: bool
 def tiny_from_scratch() -> T5ForConditionalGeneration:
     """The tiny byte-level T5 v1.1 with random weights: 3 + 3 layers, d_model 128, d_ff 256, 4 heads of 32."""
     config = T5Config(
-        vocab_size=384, d_model=128, d_kv=32, d_ff=256, num_layers=3, num_heads=4, feed_forward_proj="gated-gelu",
-        relative_attention_max_distance=32, dropout_rate=0.0, tie_word_embeddings=False, decoder_start_token_id=0,
+        vocab_size=384, d_model=128, d_kv=32, d_ff=256, num_layers=3, num_heads=4, attn_implementation="eager",
+        feed_forward_proj="gated-gelu_pytorch_tanh", relative_attention_max_distance=32, dropout_rate=0.0,
+        tie_word_embeddings=False, decoder_start_token_id=0,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)  # whatever the run's seed: an adapter trained on it must meet the same one when loaded

@@ -41,11 +41,10 @@ INIT = 1e-3  # logits start uniform within +-INIT: every skill half on, ties bro
 def relaxed_bernoulli(z: Tensor, temperature: float = 1.0) -> Tensor:
     """A differentiable sample of Bernoulli(sigmoid(z)), between 0 and 1 ([1] eq. 2). Any shape, same shape.
 
-    The paper's log[ sigmoid(z) u / ((1 - sigmoid(z)) (1 - u)) ] is z + log u - log(1 - u), which is finite for
-    every finite z. u stays 1e-6 away from 0 and 1, so that logits of +-infinity give 1 and 0, never NaN.
+    The paper's log[ sigmoid(z) u / ((1 - sigmoid(z)) (1 - u)) ] is z + logit(u), which is finite for every finite z.
+    u stays 1e-6 away from 0 and 1, so that logits of +-infinity give 1 and 0, never NaN.
     """
-    u = torch.rand_like(z).clamp(1e-6, 1 - 1e-6)
-    return torch.sigmoid((z + torch.log(u) - torch.log1p(-u)) / temperature)
+    return torch.sigmoid((z + torch.logit(torch.rand_like(z), eps=1e-6)) / temperature)
 
 
 def soft_partition(z: Tensor, routing: str, sample: bool) -> Tensor:
@@ -169,17 +168,13 @@ class MHRLinear(nn.Module):
         """Each example's adapter, {name: (n, ...)}; if there is one task in all, its adapter, {name: (1, ...)}.
 
         tasks (u,): the distinct task ids. rows (n,): for each example which of `tasks` is its own; None means that
-        tasks already has one id per example. So router and mixing run once per distinct task, and each example gets a
-        copy (by index_select: the gradient of plain indexing is slow, an accumulating scatter).
+        tasks already has one id per example. The router runs once per distinct task: the examples of a task share its
+        weights, noise included. Mixing runs once per example, for each needs a copy of its mixture anyhow.
         """
-        if self.router.per_example and rows is not None:
+        if rows is not None and self.router.per_example:
             tasks, rows = tasks[rows], None
         w = self.router(tasks)
-        if rows is None or len(w) == 1:
-            return self.mix(w)
-        if hasattr(self.adapter, "mix"):  # SFT: its examples share the places, which are not worth copying
-            return self.mix(w[rows])
-        return {name: p.index_select(0, rows) for name, p in self.mix(w).items()}
+        return self.mix(w if rows is None or len(w) == 1 else w.index_select(0, rows))
 
     def forward(self, x: Tensor, tasks: Tensor, rows: Tensor | None = None, params=None) -> Tensor:
         """x (b, l, i) or (b, i) -> (b, l, o) or (b, o), each example adapted for its own task.

@@ -17,6 +17,7 @@ import os
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 
 def join(device: str):
@@ -58,12 +59,18 @@ def together(results: dict) -> dict:
 
 @torch.no_grad()
 def add_up(parameters: list[nn.Parameter], loss: float) -> float:
-    """Gradients become their sums over all processes, where they are missing they count as zero; so does the loss."""
+    """Gradients become their sums over all processes, where they are missing they count as zero; so does the loss.
+
+    They travel as one vector: a message has a price of its own, however small it is.
+    """
     if not dist.is_initialized():
         return loss
     total = torch.tensor([loss], dtype=torch.float64, device=parameters[0].device)
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    for sent in [dist.all_reduce(x, async_op=True) for x in (total, *(p.grad for p in parameters))]:
-        sent.wait()
+    gradients = [p.grad for p in parameters]
+    vector = parameters_to_vector(gradients)
+    dist.all_reduce(total)
+    dist.all_reduce(vector)
+    vector_to_parameters(vector, gradients)
     return total.item()

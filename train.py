@@ -121,7 +121,7 @@ def make_optimizer(model: nn.Module, cfg) -> torch.optim.Optimizer:
         from transformers import Adafactor  # here: it takes seconds to import, and peft where that is installed
 
         return Adafactor(groups, scale_parameter=False, relative_step=False, warmup_init=False)
-    return torch.optim.AdamW(groups)
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def warmup_then_decay(step: int, steps: int, warmup: float) -> float:

@@ -134,14 +134,32 @@ def test_merged_bfloat16_is_rounded_once(adapter):
 
 
 @each_adapter
-def test_gradcheck(adapter):
-    """Analytic gradients equal finite differences."""
+@pytest.mark.parametrize("per_example", [False, True])
+def test_gradcheck(adapter, per_example):
+    """Analytic gradients equal finite differences, with one adapter for all and with one per example."""
     layer = adapted(adapter, 3, 2)
     x = torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True)
     names, values = zip(*layer.params.items(), strict=True)
+    values = [torch.stack([v, 2 * v]) if per_example else v for v in values]
     values = [v.detach().requires_grad_() for v in values]
     run = lambda x, *p: adapter.apply(layer.linear, x, **dict(zip(names, p, strict=True)))  # noqa: E731
     assert torch.autograd.gradcheck(run, (x, *values))
+
+
+@pytest.mark.parametrize("per_example", [False, True])
+def test_lora_under_autocast(per_example):
+    """In other people's training loops: the layer's own dtype comes out, and gradients of float32 parameters are
+    float32 and near the exact ones."""
+    layer, x, probe, grads = adapted(LoRA(2)).float(), torch.randn(2, 3, 6), torch.randn(2, 3, 8), []
+    params = {k: torch.stack([v, 2 * v]) if per_example else v for k, v in layer.params.items()}
+    params = {k: v.detach().requires_grad_() for k, v in params.items()}
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = layer.adapter.apply(layer.linear, x, **params)
+            assert y.dtype == layer.linear(x).dtype == (torch.bfloat16 if enabled else torch.float32)
+        grads.append(torch.autograd.grad((y.float() * probe).sum(), list(params.values())))
+    for want, got in zip(*grads, strict=True):
+        assert got.dtype == torch.float32 and (got - want).norm() < 0.02 * want.norm()
 
 
 def test_ia3_input_side_equals_papers_wi_1():
@@ -233,6 +251,7 @@ def test_ia3_file_mirrors_lora_file():
             if ast.get_docstring(node) if isinstance(node, ast.ClassDef | ast.FunctionDef) else False:
                 node.body = node.body[1:]  # code only
         trees.append(tree)
+    trees[0].body = [n for n in trees[0].body if getattr(n, "name", "") != "AddLowRank"]  # LoRA's alone
     names = [[n.name for n in ast.walk(tree) if isinstance(n, ast.ClassDef | ast.FunctionDef)] for tree in trees]
     wrappers = [ast.dump(next(n for n in t.body if getattr(n, "name", "") == "ADAPTERLinear")) for t in trees]
     assert names[0] == names[1] and wrappers[0] == wrappers[1]
