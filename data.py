@@ -258,16 +258,16 @@ def encode_inputs(examples: list[Example], tokenizer, limit: int) -> list[list[i
     The cut with a tail is that of SuperNI's official code: keep the first limit - len(tokens(tail)) tokens, turn them
     back into text, append the tail.
     """
-    rows = tokenizer([e.input for e in examples], truncation=False).input_ids
+    rows = [tokens(tokenizer, text=e.input) for e in examples]
     for k, (example, row) in enumerate(zip(examples, rows, strict=True)):
         if len(row) > limit and example.tail:
-            keep = max(0, limit - len(tokenizer(example.tail).input_ids))
+            keep = max(0, limit - len(tokens(tokenizer, text=example.tail)))
             text = tokenizer.decode(row[:keep], skip_special_tokens=True) + example.tail
         elif len(row) > limit:
             text = example.input
         else:
             continue
-        rows[k] = tokenizer(text, truncation=True, max_length=limit).input_ids
+        rows[k] = tokens(tokenizer, text=text, truncation=True, max_length=limit)
     return rows
 
 
@@ -277,10 +277,17 @@ def encode_outputs(outputs: list[str], tokenizer, encoder_decoder: bool, limit: 
     After the input of a decoder-only model an output starts with a space, which such models expect before a word.
     """
     if encoder_decoder:
-        return tokenizer(text_target=outputs, truncation=True, max_length=limit).input_ids
+        return [tokens(tokenizer, text_target=output, truncation=True, max_length=limit) for output in outputs]
     outputs = [output if output[:1].isspace() else f" {output}" for output in outputs]
-    rows = tokenizer(outputs, truncation=True, max_length=limit - 1, add_special_tokens=False).input_ids
-    return [row + [tokenizer.eos_token_id] for row in rows]
+    options = dict(truncation=True, max_length=limit - 1, add_special_tokens=False)
+    return [tokens(tokenizer, text=output, **options) + [tokenizer.eos_token_id] for output in outputs]
+
+
+@functools.lru_cache(maxsize=4096)
+def tokens(tokenizer, **options) -> list[int]:
+    """Token ids of one text, kept for the next call with the same one (do not change the list): a few-shot task's
+    examples come again and again."""
+    return tokenizer(**options).input_ids
 
 
 def pad_rows(rows: list[list[int]], tokenizer, left: bool = False) -> dict[str, torch.Tensor]:

@@ -157,12 +157,13 @@ def backward_in_parts(loss_of, items: list[data.Item], micro_batch: int, weight=
     batch: the items of all processes, where `items` is one's share.
     """
     batch, total, size = batch or items, 0.0, micro_batch or max(1, len(items))
-    ids, whole = [item.task for item in batch], weight(batch)
+    ids, undivided = [item.task for item in batch], len(items) == len(batch) <= size
+    whole = 1 if undivided else weight(batch)
     gpu = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     for k in range(0, len(items), size):
         part, last = items[k : k + size], k + size >= len(items)
         with torch.random.fork_rng(gpu, enabled=not last), task_ids([item.task for item in part], among=ids):
-            loss = loss_of(part) * (weight(part) / whole)
+            loss = loss_of(part) * (1 if undivided else weight(part) / whole)
             loss.backward()
         total += loss.item()
     return total
