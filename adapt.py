@@ -299,7 +299,7 @@ def adapt(cfg: Config) -> dict:
     torch.manual_seed(cfg.seed)
     model, tokenizer = load_run(Path(cfg.checkpoint), base)
     if base.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        train.use_checkpointing(model)
     begin = prepare(model, base, cfg)
     begin(next(iter(splits.values()))[0])
     folder = Path(cfg.output_dir)

@@ -138,7 +138,7 @@ ABOVE_ZERO = (
     "rank skills heads density top_k batch_size lr lr_z clip max_input max_output log_every eval_every eval_batch "
     "patience soup beams training_tasks"
 ).split()
-NOT_NEGATIVE = "steps epochs micro_batch weight_decay warmup eval_examples test_examples shots seed".split()
+NOT_NEGATIVE = "memory steps epochs micro_batch weight_decay warmup eval_examples test_examples shots seed".split()
 
 
 def check_ranges(cfg):

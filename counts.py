@@ -45,8 +45,9 @@ ROWS = {  # what the papers compare, by their names; "l-": the light layers, key
 }
 
 
-def meta_backbone(name: str):
-    """A model without weights: t5-xl, t5-xxl, bart-large (bundled), a hub name, a folder, or a config.json file.
+def meta_backbone(name: str, device: str = "meta", dtype: torch.dtype = torch.float32):
+    """A model from its config: t5-xl, t5-xxl, bart-large (bundled), a hub name, a folder, or a config.json file. It
+    has no weights, but on another device than meta.
 
     Raises UserError if there is no such config.
     """
@@ -60,8 +61,8 @@ def meta_backbone(name: str):
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--backbone {name}: no config can be read: {reason} (bundled: {known})") from None
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with torch.device("meta"):
-        model = auto.from_config(config)
+    with torch.device(device):
+        model = auto.from_config(config, dtype=dtype)
         if not getattr(config, "scale_decoder_outputs", True):
             # T5 v1.1 has an output layer of its own, which transformers 5 ties until it sees the weights
             model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))

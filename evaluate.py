@@ -26,8 +26,11 @@ class Config:
     constant: bool = flag(False, "score the answer that is most frequent in training on each held-out task")
     compare: tuple = flag((), "run folders to compare in one table, instead of scoring")
     count_parameters: bool = flag(False, "print how many parameters each method trains on --backbone")
+    memory: int = flag(0, "print the memory of training on --backbone with batches of so many examples")
     backbone: str = flag("t5-xl", "to count on: t5-xl, t5-xxl, bart-large, or a hub name, folder or config file")
     training_tasks: int = flag(313, "to count with: how many training tasks a Z is for")
+    max_input: int = flag(256, "tokens of each input, for --memory")
+    max_output: int = flag(256, "tokens of each output, for --memory")
     data_dir: str = flag("", "folder of the benchmark's files, if it has moved since training")
     test_examples: int = flag(0, "test examples per task to score; 0: all")
     batch_size: int = flag(64, "examples per batch")
@@ -351,6 +354,10 @@ def main(flags: dict):
         from counts import table  # here: it imports train.py and adapt.py, which import this file
 
         print(aligned(table(cfg.backbone, cfg.training_tasks)))
+    elif cfg.memory:
+        import memory  # here: as counts
+
+        print(aligned(memory.table(cfg.backbone, cfg.memory, (cfg.max_input, cfg.max_output))))
     elif cfg.compare:
         print(compare(tuple(cfg.compare)))
     elif cfg.checkpoint:

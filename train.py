@@ -134,11 +134,17 @@ def batch_loss(model, tokenizer, items: list[data.Item], max_input: int, max_out
     """Cross-entropy averaged over the output tokens of a batch: a scalar. Texts are cut to max_input, max_output."""
     examples, outputs = [item.example for item in items], [item.output for item in items]
     batch = data.collate(examples, outputs, tokenizer, model.config.is_encoder_decoder, max_input, max_output)
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    return token_loss(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
+
+
+def token_loss(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """`batch_loss` of the tensors that `data.collate` makes."""
     if not model.config.is_encoder_decoder:
-        return model(**batch).loss
-    labels = batch.pop("labels")  # not left to the model: T5 would take the loss of bfloat16 logits in bfloat16
-    logits = model(**batch, decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels)).logits
+        return model(**batch, use_cache=False).loss  # the keys and values that generation keeps would be copies
+    inputs, labels = {k: v for k, v in batch.items() if k != "labels"}, batch["labels"]
+    decoder = model.prepare_decoder_input_ids_from_labels(labels)
+    logits = model(**inputs, decoder_input_ids=decoder, use_cache=False).logits
+    # not left to the model: T5 would take the loss of bfloat16 logits in bfloat16
     return cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
 
@@ -167,6 +173,11 @@ def backward_in_parts(loss_of, items: list[data.Item], micro_batch: int, weight=
             loss.backward()
         total += loss.item()
     return total
+
+
+def use_checkpointing(model):
+    """Keep the inputs of blocks only, and compute the rest again in the backward pass."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -201,7 +212,7 @@ def train(cfg: Config) -> dict:
     cfg.skills = len(skills) or cfg.skills
     model, tokenizer = starting_point(cfg, tasks, skills)
     if cfg.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        use_checkpointing(model)
     soup = cfg.method == "adapter-soup"
     embeddings = embed_tasks(cfg, tasks) if soup else None  # before training: a wrong --encoder is told at once
     folder = Path(cfg.output_dir)

@@ -20,7 +20,7 @@ from config import LEARNED
 from evaluate import aligned, mean_std
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = {  # a name for the table: (flags of train.py, variants of adapt.py)
+METHODS = {  # a name for the table: (flags of train.py, variants of adapt.py, the first of which is searched)
     "Full": ("--method full", ("all", "lora")),
     "LoRA (Shared)": ("--method lora", ("all",)),
     "LoRA-big": ("--method lora --rank 16", ("all",)),
@@ -34,6 +34,21 @@ METHODS = {  # a name for the table: (flags of train.py, variants of adapt.py)
     "AdapterSoup": ("--method adapter-soup", ("all",)),
     "Poly": ("--method poly", ("all", "z", "mu")),
     "MHR": ("--method mhr --heads 8", ("all", "z", "mu")),
+}
+RATES = {  # what --tune found: (pre-training, adaptation)
+    "Full": ("--lr=0.001", "--lr=0.00033"),
+    "LoRA (Shared)": ("--lr=0.005", "--lr=0.009"),
+    "LoRA-big": ("--lr=0.0017", "--lr=0.009"),
+    "(IA)^3": ("--lr=0.015", "--lr=0.009"),
+    "Private": ("--lr=0.0017", "--lr=0.009"),
+    "Expert": ("--lr=0.015", "--lr=0.001"),
+    "Random by example": ("--lr=0.015", "--lr=0.003"),
+    "Random by task": ("--lr=0.005", "--lr=0.003"),
+    "HyperFormer": ("--lr=0.005 --lr-z=0.01", "--lr=0.003"),
+    "Task-MoE": ("--lr=0.015", "--lr=0.001"),
+    "AdapterSoup": ("--lr=0.0017", "--lr=0.009"),
+    "Poly": ("--lr=0.015", "--lr=0.003"),
+    "MHR": ("--lr=0.0017", "--lr=0.003"),
 }
 
 
@@ -68,9 +83,14 @@ def adapt(checkpoint: Path, variant: str, seed: int, extra: tuple[str, ...] = ()
 
 
 def one_seed(name: str, seed: int, root: Path) -> dict[str, tuple[dict, dict]]:
-    """{variant: (result of the pre-training, result of the adaptation)}"""
-    checkpoint, trained = pretrain(name, seed, root)
-    return {variant: (trained, adapt(checkpoint, variant, seed)) for variant in METHODS[name][1]}
+    """{variant: (result of the pre-training, result of the adaptation)}, at the rates of RATES."""
+    rates, few_rates = (tuple(text.split()) for text in RATES[name])
+    checkpoint, trained = pretrain(name, seed, root, rates)
+    new = (RATES["LoRA (Shared)"][1],)  # a fresh LoRA's, after full fine-tuning
+    return {
+        variant: (trained, adapt(checkpoint, variant, seed, new if variant == "lora" else few_rates))
+        for variant in METHODS[name][1]
+    }
 
 
 def table(results: dict[str, list[dict]]) -> str:
@@ -112,8 +132,8 @@ def tune(name: str, root: Path) -> list[tuple[str, ...]]:
     if method in LEARNED:
         now = best([now, (now[0] | {"lr-z": 1e-2}, now[1])])
     best([(now[0], {"lr": few_lr * f}) for f in (1, 1 / 3, 3)])
-    highest = max(lines.values())
-    cells = ((" ".join(a), " ".join(b), f"{v:.1f}", "<-" if v == highest else "") for (a, b), v in lines.items())
+    first = max(lines, key=lines.get)  # of equal ones the first
+    cells = ((" ".join(a), " ".join(b), f"{v:.1f}", "<-" if (a, b) == first else "") for (a, b), v in lines.items())
     return [(name, *line) for line in cells]
 
 

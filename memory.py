@@ -1,0 +1,108 @@
+"""How much memory a training step takes, computed without weights and without a GPU.
+
+    python evaluate.py --memory 16 --backbone t5-xl           a batch of 16, 256 + 256 tokens
+
+The step is the one that `train.py` takes, forward and backward, on fake tensors, which have a size and no content; what
+lives at once is added up. What this leaves out: memory that the allocator holds back in pieces (usually a few percent),
+libraries' own buffers, and on CUDA its context (about half a GB).
+"""
+
+import weakref
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+import train
+from backbone import add_adapters
+from config import UserError
+from counts import ROWS, meta_backbone
+from inject import adapter_parameters, task_ids
+
+SHOWN = ("full", "(IA)^3", "LoRA", "Poly", "MHR, 8 heads", "MHR, 64 heads")
+
+
+class Peak(TorchDispatchMode):
+    """Follows every tensor that is made within it: `peak` is the largest number of bytes that lived at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = set(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._follow(tensor.untyped_storage(), given)
+        return out
+
+    def _follow(self, storage: torch.UntypedStorage, given: set[int]):
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.alive or key in given:  # a view, or a tensor changed in place
+            return
+        self.alive.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int):
+        self.alive.discard(key)
+        self.now -= size
+
+
+def step_memory(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
+    """Bytes that forward and backward of a batch take at most, gradients of parameters included, parameters not."""
+    with Peak() as memory:
+        train.token_loss(model, batch).backward()
+    return memory.peak
+
+
+def training_memory(
+    backbone: str, batch_size: int, lengths: tuple[int, int], checkpointing: bool = False, **settings
+) -> dict[str, int]:
+    """Bytes of a method's training: {"backbone", "adapters", "AdamW", "step"}. A batch of batch_size tasks.
+
+    lengths: tokens of the inputs and outputs. settings: fields of `train.Config`. The backbone is in bfloat16, under
+    method full in float32; adapters and AdamW's two averages of each gradient are in float32.
+    """
+    cfg = train.Config(**settings)
+    with task_ids(range(batch_size)), FakeTensorMode(allow_non_fake_inputs=True):  # not meta: its attention is larger
+        model = meta_backbone(backbone, "cpu", torch.float32 if cfg.method == "full" else torch.bfloat16)
+        if cfg.method != "full":
+            add_adapters(model, cfg, batch_size)
+        if checkpointing:
+            train.use_checkpointing(model)
+        step = step_memory(model.train(), fake_batch(model.config.is_encoder_decoder, batch_size, *lengths))
+    adapters = sum(p.numel() * p.element_size() for p in adapter_parameters(model).values())
+    in_all = sum(p.numel() * p.element_size() for p in model.parameters())
+    averages = sum(2 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return {"backbone": in_all - adapters, "adapters": adapters, "AdamW": averages, "step": step}
+
+
+def fake_batch(encoder_decoder: bool, size: int, max_input: int, max_output: int) -> dict[str, torch.Tensor]:
+    """A batch as `data.collate` makes it, all of it as long as may be."""
+    length = max_input if encoder_decoder else max_input + max_output
+    x = torch.zeros(size, length, dtype=torch.long)
+    labels = torch.zeros(size, max_output, dtype=torch.long) if encoder_decoder else x
+    return {"input_ids": x, "attention_mask": torch.ones_like(x), "labels": labels}
+
+
+def table(backbone: str, batch_size: int, lengths: tuple[int, int]) -> list[tuple[str, ...]]:
+    """The cells of a table in GB (10^9 bytes), its head first. A method whose heads do not divide a layer has none."""
+    head = ("GB", "backbone", "adapters", "AdamW", "step", "in all", "step with --checkpointing", "in all")
+    lines = [head]
+    for name in tqdm(SHOWN, desc="memory", unit="method", disable=None, leave=False):
+        cells = []
+        for checkpointing in (False, True):
+            try:
+                found = training_memory(backbone, batch_size, lengths, checkpointing, **ROWS[name])
+            except UserError:
+                break
+            numbers = [*found.values(), sum(found.values())][3 * checkpointing :]
+            cells += [f"{number / 1e9:.1f}" for number in numbers]
+        lines.append((name, *(cells or ["-"] * 7)))
+    return lines

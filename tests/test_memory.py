@@ -1,0 +1,63 @@
+"""The memory of a training step: what is computed without weights is what a real step takes."""
+
+import pytest
+import torch
+
+import evaluate
+import memory
+import train
+from backbone import TINY, add_adapters
+from counts import meta_backbone
+from inject import task_ids
+from tests.models import small_config
+
+
+def test_peak_is_what_lives_at_once():
+    """Freed tensors count no more, views and what is changed in place count once, what was there before not at all."""
+    before = torch.zeros(1000)
+    with memory.Peak() as peak:
+        a = torch.zeros(1000)  # 4,000 bytes
+        a = a + before  # two such for a moment
+        a.view(10, 100).add_(1)
+        before.mul_(2)
+        b = a[:10].clone()  # 40 bytes
+    assert (peak.peak, peak.now) == (8000, 4040)
+    del a, b
+    assert peak.now == 0
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+@pytest.mark.parametrize(
+    "settings", [dict(method="full"), dict(method="lora"), dict(method="mhr", heads=2, layers="attention")], ids=str
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fake_step_is_the_real_one(kind, settings, checkpointing, tmp_path):
+    """Same model, same batch, with weights: the same bytes but for a percent (kernels differ in small buffers)."""
+    small_config(kind).save_pretrained(tmp_path)
+    size, lengths = 6, (24, 8)
+    real = meta_backbone(str(tmp_path), "cpu", torch.float32 if settings["method"] == "full" else torch.bfloat16)
+    if settings["method"] != "full":
+        add_adapters(real, train.Config(**settings), size)
+    if checkpointing:
+        train.use_checkpointing(real)
+    batch = memory.fake_batch(real.config.is_encoder_decoder, size, *lengths)
+    batch["attention_mask"][0, -1] = 0  # a mask of ones alone is left out, which a fake one cannot be
+    with task_ids(range(size)):
+        step = memory.step_memory(real.train(), batch)
+    found = memory.training_memory(str(tmp_path), size, lengths, checkpointing, **settings)
+    assert found["step"] == pytest.approx(step, rel=0.01)
+    assert found["backbone"] + found["adapters"] == sum(p.numel() * p.element_size() for p in real.parameters())
+    assert found["AdamW"] == 8 * sum(p.numel() for p in real.parameters() if p.requires_grad)
+
+
+def test_checkpointing_saves_memory():
+    plain, saving = (memory.training_memory(str(TINY), 8, (64, 64), c, method="lora")["step"] for c in (False, True))
+    assert saving < plain / 2
+
+
+def test_command(capsys):
+    evaluate.main(dict(memory=2, backbone=str(TINY), max_input=8, max_output=4))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:5] == ["GB", "backbone", "adapters", "AdamW", "step"]
+    assert [line.split("  ")[0] for line in lines[1:]] == list(memory.SHOWN)
+    assert all(cell == "0.0" for cell in lines[1].split()[1:])  # a small model
