@@ -23,8 +23,8 @@ ROUTED = (*GIVEN, "random", *LEARNED)
 METHODS = ("full", *ONE_ADAPTER, *ROUTED)
 VARIANTS = {"all": METHODS, "z": LEARNED, "mu": ROUTED, "lora": ("full",)}  # what `adapt.py` can train, and after which
 
-# A run's defaults: what its data set says, then what its (data set, method) says. Sources (README, "Recipes"): the MHR
-# authors' configuration files (t0: after T-Few), Polytropon's appendix A.2; "strings" is ours, tuned on its dev
+# A run's defaults: what its data set says, then what its (data set, method) says. Sources (benchmarks/README.md): the
+# MHR authors' configuration files (t0: after T-Few), Polytropon's appendix A.2; "strings" is ours, tuned on its dev
 # compositions (results/strings.md). Warm-up is a share of the steps, here 1,500 of SuperNI's 25,000.
 # Full fine-tuning holds its weights in fp32: in bfloat16 most updates at such rates round to nothing.
 PRETRAINING = {

@@ -336,11 +336,11 @@ def mean_std(values: list[float]) -> str:
     return f"{statistics.fmean(values):.1f}" + (f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def aligned(lines: list[tuple[str, ...]]) -> str:
-    """Rows of cells to text: the first two columns on the left, numbers on the right."""
+def aligned(lines: list[tuple[str, ...]], left: int = 2) -> str:
+    """Rows of cells to text: the first `left` columns on the left, numbers on the right."""
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
     cells = [
-        [c.ljust(w) if k < 2 else c.rjust(w) for k, (c, w) in enumerate(zip(line, widths, strict=True))]
+        [c.ljust(w) if k < left else c.rjust(w) for k, (c, w) in enumerate(zip(line, widths, strict=True))]
         for line in lines
     ]
     return "\n".join("  ".join(row).rstrip() for row in cells)
@@ -357,7 +357,7 @@ def main(flags: dict):
     elif cfg.memory:
         import memory  # here: as counts
 
-        print(aligned(memory.table(cfg.backbone, cfg.memory, (cfg.max_input, cfg.max_output))))
+        print(aligned(memory.table(cfg.backbone, cfg.memory, (cfg.max_input, cfg.max_output)), left=1))
     elif cfg.compare:
         print(compare(tuple(cfg.compare)))
     elif cfg.checkpoint:

@@ -66,12 +66,12 @@ def training_memory(
 ) -> dict[str, int]:
     """Bytes of a method's training: {"backbone", "adapters", "AdamW", "step"}. A batch of batch_size tasks.
 
-    lengths: tokens of the inputs and outputs. settings: fields of `train.Config`. The backbone is in bfloat16, under
-    method full in float32; adapters and AdamW's two averages of each gradient are in float32.
+    lengths: tokens of the inputs and outputs. settings: fields of `train.Config`; adapters, and AdamW's two averages of
+    each gradient, are float32 whatever its precision.
     """
     cfg = train.Config(**settings)
     with task_ids(range(batch_size)), FakeTensorMode(allow_non_fake_inputs=True):  # not meta: its attention is larger
-        model = meta_backbone(backbone, "cpu", torch.float32 if cfg.method == "full" else torch.bfloat16)
+        model = meta_backbone(backbone, "cpu", torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
         if cfg.method != "full":
             add_adapters(model, cfg, batch_size)
         if checkpointing:
@@ -92,14 +92,17 @@ def fake_batch(encoder_decoder: bool, size: int, max_input: int, max_output: int
 
 
 def table(backbone: str, batch_size: int, lengths: tuple[int, int]) -> list[tuple[str, ...]]:
-    """The cells of a table in GB (10^9 bytes), its head first. A method whose heads do not divide a layer has none."""
+    """The cells of a table in GB (10^9 bytes), its head first: the backbone in bfloat16, under method full in float32.
+
+    A method whose heads do not divide a layer has no numbers.
+    """
     head = ("GB", "backbone", "adapters", "AdamW", "step", "in all", "step with --checkpointing", "in all")
     lines = [head]
     for name in tqdm(SHOWN, desc="memory", unit="method", disable=None, leave=False):
-        cells = []
+        cells, settings = [], ROWS[name] | dict(precision="fp32" if name == "full" else "bf16")
         for checkpointing in (False, True):
             try:
-                found = training_memory(backbone, batch_size, lengths, checkpointing, **ROWS[name])
+                found = training_memory(backbone, batch_size, lengths, checkpointing, **settings)
             except UserError:
                 break
             numbers = [*found.values(), sum(found.values())][3 * checkpointing :]

@@ -35,7 +35,8 @@ def test_fake_step_is_the_real_one(kind, settings, checkpointing, tmp_path):
     """Same model, same batch, with weights: the same bytes but for a percent (kernels differ in small buffers)."""
     small_config(kind).save_pretrained(tmp_path)
     size, lengths = 6, (24, 8)
-    real = meta_backbone(str(tmp_path), "cpu", torch.float32 if settings["method"] == "full" else torch.bfloat16)
+    precision, dtype = ("fp32", torch.float32) if settings["method"] == "full" else ("bf16", torch.bfloat16)
+    real = meta_backbone(str(tmp_path), "cpu", dtype)
     if settings["method"] != "full":
         add_adapters(real, train.Config(**settings), size)
     if checkpointing:
@@ -44,7 +45,7 @@ def test_fake_step_is_the_real_one(kind, settings, checkpointing, tmp_path):
     batch["attention_mask"][0, -1] = 0  # a mask of ones alone is left out, which a fake one cannot be
     with task_ids(range(size)):
         step = memory.step_memory(real.train(), batch)
-    found = memory.training_memory(str(tmp_path), size, lengths, checkpointing, **settings)
+    found = memory.training_memory(str(tmp_path), size, lengths, checkpointing, precision=precision, **settings)
     assert found["step"] == pytest.approx(step, rel=0.01)
     assert found["backbone"] + found["adapters"] == sum(p.numel() * p.element_size() for p in real.parameters())
     assert found["AdamW"] == 8 * sum(p.numel() for p in real.parameters() if p.requires_grad)
