@@ -1,6 +1,7 @@
 """Few-shot adaptation: a pre-trained run meets tasks that it has never seen, one at a time.
 
     python adapt.py --checkpoint runs/NAME --variant all --tasks all
+    python adapt.py --resume --output-dir runs/NAME-all              go on with the tasks that are not done
 
 Every task starts from the same checkpoint, learns from a few examples (--shots), stops early by the loss on its own
 dev examples (t0: by the score, as the papers), and is scored on its test examples before and after. With several
@@ -21,14 +22,15 @@ it has none: held-out data sets of T0, categories of SuperNI); random all skills
 (Polytropon section 2.5: nothing is shared, so nothing is carried over); adapter-soup ONE adapter, the average of those
 of the --soup most similar training tasks.
 
-Writes to the run folder: config.json, SPLIT/TASK.safetensors for each task, log.jsonl and result.json.
+Writes to the run folder: config.json, for each task SPLIT/TASK.safetensors and SPLIT/TASK.json (its scores), log.jsonl
+and result.json.
 """
 
 from dataclasses import dataclass
 
 from config import (
     FEW_SHOT, VARIANTS, UserError, check_ranges, describe, exit_on_user_error, explicit_flags, flag,
-    new_run_folder, read_config, read_json, recipe, refuse_used, write_json,
+    new_run_folder, read_config, read_json, recipe, refuse_used, resumed, write_json,
 )  # fmt: skip
 
 
@@ -62,6 +64,7 @@ class Config:
     eval_batch: int = flag(64, "examples per batch when scoring")
     seed: int = flag(0, "seed of initial values, order and noise")
     output_dir: str = flag("", "run folder; none: CHECKPOINT-VARIANT")
+    resume: bool = flag(False, "go on with the run in --output-dir where it was cut off; begin it if it is not there")
     device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one", ("auto", "cpu", "cuda"))
 
 
@@ -72,9 +75,9 @@ import dataclasses
 import functools
 import json
 import random
-import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -87,12 +90,14 @@ import parallel
 import train
 from backbone import (
     SINGLE, add_adapters, average_skills, build_model, collapse, load_adapter_file, load_backbone, load_run,
+    pick_device, warn_if_too_large,
 )  # fmt: skip
 from baselines.adapter_soup import embed, soup_weights
 from baselines.fixed import FixedRouter, RandomRouter, given_table
 from choices import choice_log_probs, t_few_loss
-from evaluate import all_scores, by_group, evaluate_tasks, main_scores, mean
+from evaluate import all_scores, by_group, evaluate_tasks, main_scores, over_splits
 from inject import adapted_layers, add_tasks, routers, save_adapters, task_ids
+from resume import advice_on_memory, cut_log, lock, refuse_nonfinite, tidy
 
 # --- The starting point -----------------------------------------------------------------------------------------------
 
@@ -210,8 +215,7 @@ def adapt_task(model, tokenizer, task: data.Task, lengths, cfg, log, split: str 
     before training, so that a task that only gets worse keeps its starting values.
     """
     optimizer = train.make_optimizer(model, cfg)
-    rate = lambda step: train.warmup_then_decay(step, cfg.steps, cfg.warmup)  # noqa: E731
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    rates = [group["lr"] for group in optimizer.param_groups]
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     batches = data.batches([task], cfg.batch_size, cfg.seed)
     loss_of = loss_of_choices if cfg.choice_losses else train.batch_loss
@@ -224,10 +228,11 @@ def adapt_task(model, tokenizer, task: data.Task, lengths, cfg, log, split: str 
     best_step, best = 0, [p.detach().clone() for p in trained]
     key, sign = ("dev_loss", 1) if cfg.keep == "loss" else ("dev_score", -1)
     for step in range(1, cfg.steps + 1):
-        loss = train.backward_in_parts(loss_of, next(batches), cfg.micro_batch, weight)
-        nn.utils.clip_grad_norm_(trained, cfg.clip)
+        train.set_rates(optimizer, rates, train.warmup_then_decay(step - 1, cfg.steps, cfg.warmup))
+        with advice_on_memory():
+            loss = train.backward_in_parts(loss_of, next(batches), cfg.micro_batch, weight)
+        refuse_nonfinite(loss, nn.utils.clip_grad_norm_(trained, cfg.clip).item(), f"task {task.name}, step {step}")
         optimizer.step()
-        scheduler.step()
         optimizer.zero_grad()
         if step % cfg.eval_every == 0 or step == cfg.steps:
             now = dev_value(model, tokenizer, task, lengths, cfg)
@@ -289,12 +294,18 @@ def adapt(cfg: Config) -> dict:
     check_ranges(cfg)
     if cfg.steps == 0:
         raise UserError("--steps must be above 0, not 0")
-    parallel.join(train.pick_device(cfg.device))
-    if parallel.first():
+    parallel.join(pick_device(cfg.device))
+    folder = Path(cfg.output_dir)
+    if cfg.resume and (folder / "result.json").exists():
+        print(f"{folder} is finished: nothing to go on with")
+        tidy(folder)
+        return read_json(folder / "result.json")
+    going_on = cfg.resume and (folder / "config.json").exists()
+    if parallel.first() and not going_on:
         refuse_used(cfg.output_dir)
     print(describe(cfg))
     base = train_config(cfg)
-    train.warn_if_too_large(base)
+    warn_if_too_large(base)
     splits = {split: tasks_to_adapt(base, split, cfg) for split in cfg.split}
     torch.manual_seed(cfg.seed)
     model, tokenizer = load_run(Path(cfg.checkpoint), base)
@@ -302,83 +313,70 @@ def adapt(cfg: Config) -> dict:
         train.use_checkpointing(model)
     begin = prepare(model, base, cfg)
     begin(next(iter(splits.values()))[0])
-    folder = Path(cfg.output_dir)
-    if parallel.first():
+    if parallel.first() and not going_on:
         new_run_folder(cfg.output_dir)
-        write_json(folder / "config.json", dataclasses.asdict(cfg))
-    parallel.wait()
-    counts = train.count_parameters(model)
-    number = len(next(iter(splits.values())))
-    print(f"{number} tasks in {len(splits)} splits; trainable for each:", *(f"{k} {n:,}" for k, n in counts.items()))
-
-    clock, results = time.monotonic(), {}
-    with open(folder / "log.jsonl", "a") as log:
-        for split, tasks in splits.items():
-            results[split] = adapt_split(model, tokenizer, tasks, begin, split, base, cfg, folder, log)
-    metrics = {task.name: task.metric for tasks in splits.values() for task in tasks}
-    result = summary(results) | {
-        "seconds": round(time.monotonic() - clock, 1), "parameters": counts, "metrics": metrics,
-    }  # fmt: skip
-    if parallel.first():
-        write_json(folder / "result.json", result)
-    parallel.wait()
-    over = f", mean of {len(splits)} splits (std {result['std']:.1f}, median {result['median']:.1f})"
-    print(f"mean score of {number} held-out tasks: before adaptation {result['mean_before']:.1f}, after", end=" ")
-    print(f"{result['mean']:.1f}{over if len(splits) > 1 else ''} ({result['seconds']:.0f} s, saved in {folder})")
-    return result
+        write_json(folder / "config.json", dataclasses.asdict(cfg) | {"resume": False})
+    with lock(folder) if parallel.first() else nullcontext():
+        if parallel.first():
+            cut_log(folder / "log.jsonl", lambda line: (folder / line["split"] / f"{line['task']}.json").exists())
+        parallel.wait()
+        counts, number = train.count_parameters(model), len(next(iter(splits.values())))
+        sizes = " ".join(f"{name} {count:,}" for name, count in counts.items())
+        print(f"{number} tasks in {len(splits)} splits; trainable for each: {sizes}")
+        clock, results = time.monotonic(), {}
+        try:
+            with open(folder / "log.jsonl", "a") as log:
+                for split, tasks in splits.items():
+                    results[split] = adapt_split(model, tokenizer, tasks, begin, split, base, cfg, folder, log)
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
+            print(f"\nstopped between two tasks or in one; to go on: python adapt.py --resume --output-dir {folder}")
+            raise
+        metrics = {task.name: task.metric for tasks in splits.values() for task in tasks}
+        result = over_splits(results) | {
+            "seconds": round(time.monotonic() - clock, 1), "parameters": counts, "metrics": metrics,
+        }  # fmt: skip
+        if parallel.first():
+            write_json(folder / "result.json", result)
+            tidy(folder)
+        parallel.wait()
+        over = f", mean of {len(splits)} splits (std {result['std']:.1f}, median {result['median']:.1f})"
+        print(f"mean score of {number} held-out tasks: before adaptation {result['mean_before']:.1f}, after", end=" ")
+        print(f"{result['mean']:.1f}{over if len(splits) > 1 else ''} ({result['seconds']:.0f} s, saved in {folder})")
+        return result
 
 
 def adapt_split(model, tokenizer, tasks, begin, split: str, base, cfg: Config, folder: Path, log) -> dict:
-    """Adapt to the tasks of one split, each from its starting values (begin: see `prepare`), and save each.
+    """Adapt to the tasks of one split, each from its starting values (begin: see `prepare`), and save each; what is
+    saved already is not done again.
 
     Returns {"before", "tasks": {task: main score}, "groups": {group: mean}, "metrics": {task: {metric: score}},
     "stops"}.
     """
-    lengths = base.max_input, base.max_output
+    lengths, found = (base.max_input, base.max_output), {}
     scoring = dict(lengths=lengths, limit=cfg.test_examples, batch_size=cfg.eval_batch)
-    before, after, stops = {}, {}, {}  # {task: main score}, {task: {metric: score}}, {task: when it stopped}
     (folder / split).mkdir(parents=True, exist_ok=True)
     for task in (
         bar := tqdm(parallel.share(tasks), desc=f"adapt {cfg.variant}, split {split}", unit="task", disable=None)
     ):
-        begin(task)
-        before |= evaluate_tasks(model, tokenizer, [task], [0], **scoring)
-        torch.manual_seed(cfg.seed)  # a task's result does not depend on the tasks before it
-        stops[task.name] = adapt_task(model, tokenizer, task, lengths, cfg, log, split)
-        after |= all_scores(model, tokenizer, [task], [0], **scoring)
-        save_task(model, tokenizer, folder / split, task.name)
-        then, now = before[task.name], main_scores(after)[task.name]
+        done = folder / split / f"{task.name}.json"
+        if not done.exists():
+            begin(task)
+            one = {"before": evaluate_tasks(model, tokenizer, [task], [0], **scoring)[task.name]}
+            torch.manual_seed(cfg.seed)  # a task's result does not depend on the tasks before it
+            one["stops"] = adapt_task(model, tokenizer, task, lengths, cfg, log, split)
+            one["metrics"] = all_scores(model, tokenizer, [task], [0], **scoring)[task.name]
+            save_task(model, tokenizer, folder / split, task.name)
+            write_json(done, one)
+        one = found[task.name] = read_json(done)
+        then, now = one["before"], main_scores({task.name: one["metrics"]})[task.name]
         bar.set_postfix(task=task.name, before=f"{then:.1f}", after=f"{now:.1f}")
         if bar.disable:
             print(f"{task.name:40} split {split:5} before {then:5.1f}  after {now:5.1f}", flush=True)
-    before, after, stops = (  # of all processes, in the tasks' order
-        {task.name: found[task.name] for task in tasks} for found in map(parallel.together, (before, after, stops))
-    )
+    found = parallel.together(found)
+    before, after, stops = ({t.name: found[t.name][key] for t in tasks} for key in ("before", "metrics", "stops"))
     tasks_after = main_scores(after)
     groups = by_group(tasks_after, tasks)
     return {"before": before, "tasks": tasks_after, "groups": groups, "metrics": after, "stops": stops}
-
-
-def summary(results: dict[str, dict]) -> dict:
-    """Scores over splits. results: {split: what `adapt_split` returns}.
-
-    mean_before, mean: over tasks, then over splits. std: of the splits' means (0 for one split). before, tasks, groups:
-    {task or group: mean over the splits that have it}. medians: {task: median over splits}, and median, their mean:
-    what the papers report for T0. splits: the results themselves.
-    """
-
-    def over_splits(key: str, average=statistics.fmean) -> dict[str, float]:
-        names = dict.fromkeys(name for result in results.values() for name in result[key])
-        return {n: average([r[key][n] for r in results.values() if n in r[key]]) for n in names}
-
-    means = [mean(result["tasks"]) for result in results.values()]
-    medians = over_splits("tasks", statistics.median)
-    return {
-        "mean_before": statistics.fmean(mean(result["before"]) for result in results.values()),
-        "mean": statistics.fmean(means), "std": statistics.stdev(means) if len(means) > 1 else 0.0,
-        "median": mean(medians), "before": over_splits("before"), "tasks": over_splits("tasks"), "medians": medians,
-        "groups": over_splits("groups"), "splits": results,
-    }  # fmt: skip
 
 
 def train_config(cfg: Config) -> train.Config:
@@ -391,7 +389,7 @@ def train_config(cfg: Config) -> train.Config:
         raise UserError(
             f"--variant {cfg.variant} needs a run of method {', '.join(fits)}, {cfg.checkpoint} is {base.method}"
         )
-    device = train.pick_device(cfg.device)
+    device = pick_device(cfg.device)
     precision = base.precision if device == "cuda" else "fp32"  # as in train.make_config
     return dataclasses.replace(base, data_dir=cfg.data_dir or base.data_dir, device=device, precision=precision)
 
@@ -427,6 +425,8 @@ def load_adapted(cfg: Config, folder: Path):
 def make_config(**flags) -> Config:
     """A Config from explicit flags: what they leave open comes from the few-shot recipe of the run's data set."""
     start = Config(**flags)
+    if start.resume and start.output_dir and (path := Path(start.output_dir) / "config.json").exists():
+        return resumed(Config, path, flags)
     base = train_config(start)
     method = "lora" if start.variant == "lora" else base.method
     cfg = Config(**recipe(FEW_SHOT, base.dataset, method) | flags)
@@ -436,6 +436,8 @@ def make_config(**flags) -> Config:
         raise UserError(f"--split {' '.join(cfg.split)} names a split twice")
     if not cfg.output_dir:
         cfg.output_dir = f"{cfg.checkpoint.rstrip('/')}-{cfg.variant}"
+        if cfg.resume:
+            return make_config(**flags | {"output_dir": cfg.output_dir})
     return cfg
 
 

@@ -31,6 +31,11 @@ TINY = Path(__file__).parent / "assets" / "tiny"
 SINGLE = {"lora": LoRALinear, "ia3": IA3Linear, "sft": SFTLinear}  # a layer with one adapter, by --adapter
 
 
+def pick_device(device: str) -> str:
+    """auto: cuda where torch sees a GPU, else cpu."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
 def load_backbone(name: str, device: str, precision: str = "fp32", encoder: bool = False):
     """A model and its tokenizer: "tiny", "scratch", a hub name, or a folder with a model or one GGUF file.
 
@@ -57,6 +62,21 @@ def load_backbone(name: str, device: str, precision: str = "fp32", encoder: bool
         reason = str(error).strip().splitlines()[0]
         flag = "--encoder" if encoder else "--backbone"
         raise UserError(f"{flag} {name} cannot be loaded: {reason} ({flag} tiny is bundled)") from None
+
+
+LARGE = {  # the recipes' backbones: parameters in billions
+    "google/t5-xl-lm-adapt": 2.8, "google/t5-xxl-lm-adapt": 11.1, "bigscience/T0_3B": 2.8, "bigscience/T0": 11.1,
+}  # fmt: skip
+
+
+def warn_if_too_large(cfg):
+    """Say at once, before minutes of loading, what a backbone of billions needs and what to use instead."""
+    if billions := LARGE.get(cfg.backbone) if cfg.device == "cpu" else None:
+        size = 2 if cfg.precision == "bf16" else 4
+        print(
+            f"{cfg.backbone} has {billions} billion parameters, {billions * size:.0f} GB in {cfg.precision}, and is "
+            "meant for a GPU with at least twice that; here there is none. To try the program here: --backbone tiny"
+        )
 
 
 def tiny_from_scratch() -> T5ForConditionalGeneration:

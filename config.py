@@ -12,7 +12,9 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import sys
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # Methods by how an adapter comes to a task.
@@ -85,6 +87,10 @@ FEW_SHOT = {
 
 class UserError(Exception):
     """Something that the user can mend: one sentence that names the flag, file and line, or layer, and what to do."""
+
+
+class RunError(Exception):
+    """A run that failed though its settings are right: one sentence that says what happened and what to try."""
 
 
 # --- Flags ------------------------------------------------------------------------------------------------------------
@@ -161,12 +167,21 @@ def describe(cfg) -> str:
 
 
 def exit_on_user_error(main, *args):
-    """Run a script's main; a UserError becomes one line on standard error and exit code 2, Ctrl-C code 130."""
+    """Run a script's main. What goes wrong becomes one line on standard error and an exit code: 2 for what the user can
+    mend (UserError), 1 for a run that failed (RunError, or the disk), 130 for Ctrl-C, 143 for SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main(*args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error} (what was saved before is whole)", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -191,11 +206,26 @@ def new_run_folder(path: str) -> Path:
     return folder
 
 
-def write_json(path: Path, content: dict):
-    """Write a JSON file under a temporary name, then rename it: readers see the old file or the whole new one."""
+@contextmanager
+def whole_file(path: Path):
+    """Write a file under the name that this yields: it is then synced to the disk and renamed, so that readers see the
+    old file or the whole new one, also after a power cut. Raises OSError if it cannot be written; the old one stays."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, f"cannot be written: {error.strerror or error}", str(path)) from None
+
+
+def write_json(path: Path, content: dict):
+    """Write a JSON file, whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict:
@@ -214,8 +244,27 @@ def read_json(path: Path) -> dict:
 
 
 def read_config(Config: type, path: Path):
-    """Rebuild a script's Config from a run's config.json. Raises UserError if the fields are not the Config's."""
-    content, names = read_json(path), {field.name for field in dataclasses.fields(Config)}
-    if odd := names.symmetric_difference(content):
+    """Rebuild a script's Config from a run's config.json. Raises UserError if its fields or their types are not the
+    Config's."""
+    content, fields = read_json(path), {field.name: field.type for field in dataclasses.fields(Config)}
+    if odd := fields.keys() ^ content.keys():
         raise UserError(f"{path}: field {sorted(odd)[0]!r} is missing or unknown: this run is of another version")
+    for name, kind in fields.items():
+        value = tuple(content[name]) if kind is tuple and isinstance(content[name], list) else content[name]
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise UserError(f"{path}: field {name!r} is {value!r}, which is no {kind.__name__}: it was changed by hand")
+        content[name] = value
     return Config(**content)
+
+
+MAY_CHANGE = ("resume", "save_every", "output_dir", "device")  # when a run goes on
+
+
+def resumed(Config: type, path: Path, flags: dict):
+    """The Config of a run that was cut off, from its config.json. Raises UserError if a flag contradicts it."""
+    saved = read_config(Config, path)
+    for name, value in flags.items():
+        if name not in MAY_CHANGE and value != getattr(saved, name):
+            given = f"--{name.replace('_', '-')} {value}"
+            raise UserError(f"{given} does not fit the run in {path.parent}, whose is {getattr(saved, name)}")
+    return dataclasses.replace(saved, **{name: value for name, value in flags.items() if name in MAY_CHANGE})

@@ -336,6 +336,28 @@ def mean_std(values: list[float]) -> str:
     return f"{statistics.fmean(values):.1f}" + (f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
+def over_splits(results: dict[str, dict]) -> dict:
+    """Scores over splits. results: {split: what `adapt_split` returns}.
+
+    mean_before, mean: over tasks, then over splits. std: of the splits' means (0 for one split). before, tasks, groups:
+    {task or group: mean over the splits that have it}. medians: {task: median over splits}, and median, their mean:
+    what the papers report for T0. splits: the results themselves.
+    """
+
+    def over(key: str, average=statistics.fmean) -> dict[str, float]:
+        names = dict.fromkeys(name for result in results.values() for name in result[key])
+        return {n: average([r[key][n] for r in results.values() if n in r[key]]) for n in names}
+
+    means = [mean(result["tasks"]) for result in results.values()]
+    medians = over("tasks", statistics.median)
+    return {
+        "mean_before": statistics.fmean(mean(result["before"]) for result in results.values()),
+        "mean": statistics.fmean(means), "std": statistics.stdev(means) if len(means) > 1 else 0.0,
+        "median": mean(medians), "before": over("before"), "tasks": over("tasks"), "medians": medians,
+        "groups": over("groups"), "splits": results,
+    }  # fmt: skip
+
+
 def aligned(lines: list[tuple[str, ...]], left: int = 2) -> str:
     """Rows of cells to text: the first `left` columns on the left, numbers on the right."""
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]

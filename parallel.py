@@ -58,14 +58,15 @@ def together(results: dict) -> dict:
 
 
 @torch.no_grad()
-def add_up(parameters: list[nn.Parameter], loss: float) -> float:
-    """Gradients become their sums over all processes, where they are missing they count as zero; so does the loss.
+def add_up(parameters: list[nn.Parameter], loss: float, stop: int) -> tuple[float, bool]:
+    """Gradients become their sums over all processes, where they are missing they count as zero. Returns the sum of the
+    losses, and whether any process wants to stop, so that all stop after the same step.
 
-    They travel as one vector: a message has a price of its own, however small it is.
+    Gradients travel as one vector: a message has a price of its own, however small it is.
     """
     if not dist.is_initialized():
-        return loss
-    total = torch.tensor([loss], dtype=torch.float64, device=parameters[0].device)
+        return loss, bool(stop)
+    total = torch.tensor([loss, stop], dtype=torch.float64, device=parameters[0].device)
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     gradients = [p.grad for p in parameters]
@@ -73,4 +74,4 @@ def add_up(parameters: list[nn.Parameter], loss: float) -> float:
     dist.all_reduce(total)
     dist.all_reduce(vector)
     vector_to_parameters(vector, gradients)
-    return total.item()
+    return total[0].item(), bool(total[1].item())

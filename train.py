@@ -4,17 +4,18 @@
     python train.py --method mhr --heads 8 --dataset t0             the papers' recipe; needs the hub and a large GPU
     python train.py --method mhr --heads 8 --dataset t0 --data-dir assets/samples/t0 --backbone tiny --steps 100
     python train.py --from-run RUN --method mu --steps 1000         average RUN's skills, train that one adapter on
+    python train.py --resume --output-dir RUN                       go on with a run that was cut off
 
 Writes to the run folder: config.json (every setting), adapter.safetensors (adapters and routers; method full: the
 folder backbone/ instead), tasks.json (the names of tasks, and of skills where they have names), log.jsonl (one line a
-logged step) and result.json; method adapter-soup also embeddings.safetensors.
+logged step) and result.json; method adapter-soup also embeddings.safetensors; checkpoint.safetensors until it is done.
 """
 
 from dataclasses import dataclass
 
 from config import (
-    GIVEN, LEARNED, METHODS, PRETRAINING, ROUTED, UserError, check_ranges, describe, exit_on_user_error, explicit_flags,
-    flag, new_run_folder, read_config, read_json, recipe, refuse_used, write_json,
+    GIVEN, LEARNED, METHODS, PRETRAINING, ROUTED, UserError, check_ranges, describe, exit_on_user_error,
+    explicit_flags, flag, new_run_folder, read_config, read_json, recipe, refuse_used, resumed, write_json,
 )  # fmt: skip
 
 
@@ -73,6 +74,8 @@ class Config:
     eval_examples: int = flag(0, "test examples per training task to score at the end; 0: none")
     log_every: int = flag(50, "steps between lines of log.jsonl")
     output_dir: str = flag("", "run folder; none: runs/DATASET-METHOD-SEED")
+    save_every: str = flag("10m", "how often to save a checkpoint: 200 is every 200 steps, 10m every 10 minutes")
+    resume: bool = flag(False, "go on with the run in --output-dir where it was cut off; begin it if it is not there")
     device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one", ("auto", "cpu", "cuda"))
 
 
@@ -82,8 +85,10 @@ if __name__ == "__main__":  # Read the flags before the slow imports, so that --
 import dataclasses
 import json
 import os
+import signal
+import sys
 import time
-from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -94,11 +99,15 @@ from tqdm import tqdm
 
 import data
 import parallel
-from baselines.adapter_soup import embed
+from baselines.adapter_soup import embed_tasks
 from baselines.fixed import given_table, skill_names
 from evaluate import evaluate_tasks, mean
 from inject import routers, save_adapters, task_ids
-from backbone import average_skills, build_model, load_backbone, load_run
+from backbone import average_skills, build_model, load_run, pick_device, warn_if_too_large
+from resume import (
+    CHECKPOINT, Every, Progress, Signals, advice_on_memory, cut_log, load_checkpoint, lock, refuse_nonfinite,
+    save_checkpoint, tidy, write_line,
+)  # fmt: skip
 
 # --- Optimisation -----------------------------------------------------------------------------------------------------
 
@@ -193,20 +202,18 @@ def train(cfg: Config) -> dict:
     """Pre-train as cfg says and write the run folder; returns what result.json holds."""
     check_ranges(cfg)
     parallel.join(cfg.device)
-    if parallel.first():
+    folder = Path(cfg.output_dir)
+    if cfg.resume and (folder / "result.json").exists():
+        print(f"{folder} is finished: nothing to go on with")
+        tidy(folder)
+        return read_json(folder / "result.json")
+    going_on = cfg.resume and (folder / "config.json").exists()
+    if parallel.first() and not going_on:
         refuse_used(cfg.output_dir)
     print(describe(cfg))
     warn_if_too_large(cfg)
     tasks = load_tasks(cfg, cfg.split, ("train",)).train
-    examples = sum(len(task.train) for task in tasks)
-    steps = cfg.steps or cfg.epochs * -(-examples // cfg.batch_size)
-    if examples == 0:
-        raise UserError(f"--data-dir {cfg.data_dir}: the training tasks have no examples")
-    if steps == 0:
-        raise UserError("nothing to train: give --steps or --epochs above 0")
-    scored = [t for t, task in enumerate(tasks) if task.test] if cfg.eval_examples else []
-    if cfg.eval_examples and not scored:
-        raise UserError(f"--eval-examples {cfg.eval_examples}: no training task has test examples")
+    steps, scored = steps_to_take(cfg, tasks), tasks_to_score(cfg, tasks)
     torch.manual_seed(cfg.seed)
     skills = names_of_skills(cfg, tasks)
     cfg.skills = len(skills) or cfg.skills
@@ -215,39 +222,64 @@ def train(cfg: Config) -> dict:
         use_checkpointing(model)
     soup = cfg.method == "adapter-soup"
     embeddings = embed_tasks(cfg, tasks) if soup else None  # before training: a wrong --encoder is told at once
-    folder = Path(cfg.output_dir)
-    if parallel.first():
+    if parallel.first() and not going_on:
         new_run_folder(cfg.output_dir)
-        write_json(folder / "config.json", dataclasses.asdict(cfg))
-        write_json(folder / "tasks.json", {"tasks": [task.name for task in tasks], "skills": skills})
-    counts = count_parameters(model)
-    present = sum(1 for task in tasks if len(task.train))
-    print(f"{present} training tasks, {examples:,} examples, {steps:,} steps, {len(routers(model))} routers", end="; ")
-    print("trainable:", *(f"{name} {count:,}" for name, count in counts.items()))
-
-    start = time.monotonic()
-    model.train()
-    batches = data.batches(tasks, cfg.batch_size, cfg.seed, start=steps_before(cfg))
-    loss = train_steps(model, tokenizer, batches, steps, cfg, folder)
-    seconds = time.monotonic() - start
-    if parallel.first():
-        save_run(model, tokenizer, cfg, folder)
-        if embeddings is not None:
-            save_file({"embeddings": embeddings}, folder / "embeddings.safetensors")
-    result = {"steps": steps, "loss": loss, "seconds": round(seconds, 1), "parameters": counts}
-    if scored:
-        lengths = cfg.max_input, cfg.max_output
-        mine = parallel.share(scored)
-        found = evaluate_tasks(model, tokenizer, [tasks[t] for t in mine], mine, lengths, cfg.eval_examples)
-        found = parallel.together(found)
-        scores = {tasks[t].name: found[tasks[t].name] for t in scored}
-        result |= {"mean": mean(scores), "tasks": scores}
-        print(f"training tasks, {cfg.eval_examples} unseen examples each: mean score {result['mean']:.1f}")
-    if parallel.first():
-        write_json(folder / "result.json", result)
-    parallel.wait()
-    print(f"{seconds:.0f} s of training, final loss {loss:.4f}, saved in {folder}")
+        write_json(folder / "config.json", dataclasses.asdict(cfg) | {"resume": False})
+    with lock(folder) if parallel.first() else nullcontext():
+        if parallel.first():
+            write_json(folder / "tasks.json", {"tasks": [task.name for task in tasks], "skills": skills})
+        parallel.wait()
+        counts = count_parameters(model)
+        numbers = (
+            f"{sum(len(t.train) > 0 for t in tasks)} training tasks, {sum(len(t.train) for t in tasks):,} examples"
+        )
+        print(f"{numbers}, {steps:,} steps, {len(routers(model))} routers", end="; ")
+        print("trainable:", *(f"{name} {count:,}" for name, count in counts.items()))
+        model.train()
+        done = train_steps(model, tokenizer, tasks, steps, cfg, folder)
+        if parallel.first():
+            save_run(model, tokenizer, cfg, folder)
+            if embeddings is not None:
+                save_file({"embeddings": embeddings}, folder / "embeddings.safetensors")
+        result = {"steps": steps, "loss": done.loss, "seconds": round(done.seconds, 1), "parameters": counts}
+        result |= score(model, tokenizer, tasks, scored, cfg)
+        if parallel.first():
+            write_json(folder / "result.json", result)
+            tidy(folder)
+        parallel.wait()
+    print(f"{done.seconds:.0f} s of training, final loss {done.loss:.4f}, saved in {folder}")
     return result
+
+
+def score(model, tokenizer, tasks: list[data.Task], scored: list[int], cfg: Config) -> dict:
+    """{"mean", "tasks": {name: main score}} of the training tasks with these numbers, {} if there are none."""
+    if not scored:
+        return {}
+    mine, lengths = parallel.share(scored), (cfg.max_input, cfg.max_output)
+    found = evaluate_tasks(model, tokenizer, [tasks[t] for t in mine], mine, lengths, cfg.eval_examples)
+    found = parallel.together(found)
+    scores = {tasks[t].name: found[tasks[t].name] for t in scored}
+    print(f"training tasks, {cfg.eval_examples} unseen examples each: mean score {mean(scores):.1f}")
+    return {"mean": mean(scores), "tasks": scores}
+
+
+def steps_to_take(cfg: Config, tasks: list[data.Task]) -> int:
+    """--steps, or what --epochs makes. Raises UserError if there is nothing to train."""
+    examples = sum(len(task.train) for task in tasks)
+    if examples == 0:
+        raise UserError(f"--data-dir {cfg.data_dir}: the training tasks have no examples")
+    steps = cfg.steps or cfg.epochs * -(-examples // cfg.batch_size)
+    if steps == 0:
+        raise UserError("nothing to train: give --steps or --epochs above 0")
+    return steps
+
+
+def tasks_to_score(cfg: Config, tasks: list[data.Task]) -> list[int]:
+    """The numbers of the training tasks to score at the end. Raises UserError if --eval-examples finds none."""
+    scored = [t for t, task in enumerate(tasks) if task.test] if cfg.eval_examples else []
+    if cfg.eval_examples and not scored:
+        raise UserError(f"--eval-examples {cfg.eval_examples}: no training task has test examples")
+    return scored
 
 
 def load_tasks(cfg: Config, split: str, parts: tuple[str, ...]) -> data.Benchmark:
@@ -262,14 +294,6 @@ def names_of_skills(cfg: Config, tasks: list[data.Task]) -> list[str]:
     if cfg.method == "expert" and not names:
         raise UserError(f"--method expert: nothing is known of the skills of these tasks of {cfg.dataset}")
     return names
-
-
-def embed_tasks(cfg: Config, tasks: list[data.Task]) -> torch.Tensor:
-    """AdapterSoup: the embedding of each task that has examples, (s, d), for new tasks to be compared with."""
-    name = cfg.encoder or cfg.backbone
-    encoder, tokenizer = load_backbone(name, cfg.device, cfg.precision, encoder=bool(cfg.encoder))
-    bar = tqdm([task for task in tasks if len(task.train)], desc="embed", unit="task", disable=None)
-    return torch.stack([embed(encoder.eval(), tokenizer, task, cfg.max_input) for task in bar])
 
 
 def starting_point(cfg: Config, tasks: list[data.Task], skills: list[str]):
@@ -292,53 +316,51 @@ def steps_before(cfg: Config) -> int:
     return read_json(Path(cfg.from_run) / "result.json")["steps"] if same else 0
 
 
-LARGE = {  # the recipes' backbones: parameters in billions
-    "google/t5-xl-lm-adapt": 2.8, "google/t5-xxl-lm-adapt": 11.1, "bigscience/T0_3B": 2.8, "bigscience/T0": 11.1,
-}  # fmt: skip
-
-
-def warn_if_too_large(cfg: Config):
-    """Say at once, before minutes of loading, what a backbone of billions needs and what to use instead."""
-    if billions := LARGE.get(cfg.backbone) if cfg.device == "cpu" else None:
-        size = 2 if cfg.precision == "bf16" else 4
-        print(
-            f"{cfg.backbone} has {billions} billion parameters, {billions * size:.0f} GB in {cfg.precision}, and is "
-            "meant for a GPU with at least twice that; here there is none. To try the program here: --backbone tiny"
-        )
-
-
-def train_steps(model, tokenizer, batches: Iterator[list[data.Item]], steps: int, cfg: Config, folder: Path) -> float:
-    """The loop: batch, learning rate, forward, backward, step, log. Returns the mean loss of the last logged steps."""
-    optimizer = make_optimizer(model, cfg)
-    rate = lambda step: warmup_then_decay(step, steps, cfg.warmup)  # noqa: E731
+def train_steps(model, tokenizer, tasks: list[data.Task], steps: int, cfg: Config, folder: Path) -> Progress:
+    """The loop: batch, learning rate, forward, backward, step, log, save. With --resume it begins where the checkpoint
+    is. Raises RunError if the memory does not suffice, or loss or gradients are no longer finite."""
+    optimizer, every, checkpoint = make_optimizer(model, cfg), Every(cfg.save_every), folder / CHECKPOINT
+    now = Progress()
+    if cfg.resume and checkpoint.exists():
+        now = load_checkpoint(checkpoint, model, optimizer)
+        print(f"going on after step {now.step:,}")
+    if parallel.first():
+        cut_log(folder / "log.jsonl", lambda line: line["step"] <= now.step)
     loss_of = lambda items: batch_loss(model, tokenizer, items, cfg.max_input, cfg.max_output)  # noqa: E731
     weight = lambda items: output_tokens(model, tokenizer, items, cfg.max_output)  # noqa: E731
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    batches = data.batches(tasks, cfg.batch_size, cfg.seed, start=steps_before(cfg) + now.step)
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
-    recent, seconds, begin = [], 0.0, time.monotonic()
-    bar = tqdm(range(1, steps + 1), desc=f"train {cfg.method}", unit="step", disable=None)
-    with open(folder / "log.jsonl" if parallel.first() else os.devnull, "a") as log:
+    rates, start = [group["lr"] for group in optimizer.param_groups], time.monotonic() - now.seconds
+    bar = tqdm(
+        range(now.step + 1, steps + 1), f"train {cfg.method}", steps, initial=now.step, unit="step", disable=None
+    )
+    with open(folder / "log.jsonl" if parallel.first() else os.devnull, "a") as log, Signals() as signals:
         for step in bar:
             batch = next(batches)
-            loss = backward_in_parts(loss_of, parallel.share(batch), cfg.micro_batch, weight, batch)
-            loss = parallel.add_up(trainable, loss)
-            norm = nn.utils.clip_grad_norm_(trainable, cfg.clip)
+            set_rates(optimizer, rates, warmup_then_decay(step - 1, steps, cfg.warmup))
+            with advice_on_memory():
+                loss = backward_in_parts(loss_of, parallel.share(batch), cfg.micro_batch, weight, batch)
+            loss, stop = parallel.add_up(trainable, loss, signals.caught)
+            norm = nn.utils.clip_grad_norm_(trainable, cfg.clip).item()
+            refuse_nonfinite(loss, norm, f"step {step}, tasks {', '.join(sorted({tasks[i.task].name for i in batch}))}")
             optimizer.step()
-            scheduler.step()
             optimizer.zero_grad()
-            recent.append(loss)
+            now = now.after(step, loss, time.monotonic() - start)
             if step % cfg.log_every == 0 or step == steps:
-                seconds, mean_loss = time.monotonic() - begin, sum(recent) / len(recent)
-                lr = scheduler.get_last_lr()[0]
-                line = {"step": step, "loss": mean_loss, "norm": norm.item(), "lr": lr, "seconds": round(seconds, 1)}
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                bar.set_postfix(loss=f"{mean_loss:.3f}")
-                if bar.disable:  # not a terminal: plain lines, ten or so in all
-                    if step % max(cfg.log_every, steps // 10 // cfg.log_every * cfg.log_every) == 0 or step == steps:
-                        print(f"step {step}/{steps}  loss {mean_loss:.4f}  {seconds:.0f} s", flush=True)
-                recent = []
-    return mean_loss
+                now = now.logged()
+                write_line(log, bar, now, norm, optimizer.param_groups[0]["lr"], max(cfg.log_every, steps // 10))
+            if (every.due(step) or stop or step == steps) and parallel.first():
+                save_checkpoint(checkpoint, model, optimizer, now)
+            if stop and step < steps:
+                print(f"stopped after step {step}; to go on: python train.py --resume --output-dir {folder}")
+                sys.exit(128 + (signals.caught or signal.SIGTERM))
+    return now
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rates: list[float], factor: float):
+    """Each parameter group's learning rate: its own, times a factor."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate * factor
 
 
 def save_run(model, tokenizer, cfg: Config, folder: Path):
@@ -354,6 +376,10 @@ def make_config(**flags) -> Config:
     """A Config from explicit flags; what they leave open comes from the run that is gone on from, or from the recipe of
     the data set and method. Raises UserError if the flags contradict that run."""
     start = Config(**flags)
+    if start.resume and start.output_dir and (path := Path(start.output_dir) / "config.json").exists():
+        cfg = resumed(Config, path, flags)
+        cfg.device = pick_device(cfg.device)
+        return cfg
     if start.from_run:
         cfg = _config_from_run(start, flags)
     else:
@@ -380,6 +406,8 @@ def make_config(**flags) -> Config:
     if not cfg.output_dir:
         name = f"{cfg.from_run.rstrip('/')}-{cfg.method}-{cfg.steps}-steps"
         cfg.output_dir = name if cfg.from_run else f"runs/{cfg.dataset}-{cfg.method}-{cfg.seed}"
+        if cfg.resume:
+            return make_config(**flags | {"output_dir": cfg.output_dir})
     return cfg
 
 
@@ -420,11 +448,6 @@ def _config_from_run(start: Config, flags: dict) -> Config:
         )
     own = {"method": method, "output_dir": start.output_dir, "device": start.device}  # not that of the run's machine
     return dataclasses.replace(base, **flags | own)
-
-
-def pick_device(device: str) -> str:
-    """auto: cuda where torch sees a GPU, else cpu."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def main(flags: dict) -> dict:

@@ -18,7 +18,9 @@ Deviations:
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from backbone import load_backbone
 from data import Task, collate
 
 EXAMPLES = 200
@@ -42,6 +44,14 @@ def embed(encoder, tokenizer, task: Task, max_input: int, batch_size: int = 16) 
         mask = batch["attention_mask"][..., None]
         total += ((hidden * mask).sum(1) / mask.sum(1).clamp(min=1)).sum(0).cpu()
     return total / len(examples)
+
+
+def embed_tasks(cfg, tasks: list[Task]) -> Tensor:
+    """The embedding of each task that has examples, (s, d), for new tasks to be compared with. cfg: a `train.Config`."""
+    name = cfg.encoder or cfg.backbone
+    encoder, tokenizer = load_backbone(name, cfg.device, cfg.precision, encoder=bool(cfg.encoder))
+    bar = tqdm([task for task in tasks if len(task.train)], desc="embed", unit="task", disable=None)
+    return torch.stack([embed(encoder.eval(), tokenizer, task, cfg.max_input) for task in bar])
 
 
 def soup_weights(embeddings: Tensor, new: Tensor, n: int) -> Tensor:

@@ -101,7 +101,7 @@ def test_a_part_draws_the_noise_of_the_whole():
 
 def test_alone_nothing_happens():
     p = torch.nn.Parameter(torch.ones(2))
-    assert parallel.add_up([p], 3.5) == 3.5 and p.grad is None
+    assert parallel.add_up([p], 3.5, 0) == (3.5, False) and p.grad is None
     assert parallel.share([1, 2, 3]) == [1, 2, 3] and parallel.first() and parallel.together({"a": 1}) == {"a": 1}
     parallel.join("cpu")
     parallel.wait()

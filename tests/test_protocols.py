@@ -191,14 +191,17 @@ def test_summary_by_hand():
         "2": split({"a": 2.0, "b": 20.0}, {"a": 20.0, "b": 80.0}),  # 11 and 50
         "3": split({"a": 1.0}, {"a": 26.0}),  # 1 and 26: b had no examples here
     }
-    result = adapt.summary(splits)
+    result = evaluate.over_splits(splits)
     assert result["mean_before"] == pytest.approx(17 / 3) and result["mean"] == pytest.approx(32)
     assert result["std"] == pytest.approx((((20 - 32) ** 2 + (50 - 32) ** 2 + (26 - 32) ** 2) / 2) ** 0.5)
     assert result["medians"] == {"a": 20.0, "b": 55.0} and result["median"] == 37.5  # of each task, then over tasks
     assert result["groups"] == {"all": pytest.approx((40 + 100 + 26) / 3)}
     assert result["before"] == {"a": 1.0, "b": 15.0} and result["tasks"] == pytest.approx({"a": 56 / 3, "b": 55.0})
     assert result["splits"] == splits
-    assert adapt.summary({"1": splits["1"]})["std"] == 0 and adapt.summary({"1": splits["1"]})["median"] == 20
+    assert (
+        evaluate.over_splits({"1": splits["1"]})["std"] == 0
+        and evaluate.over_splits({"1": splits["1"]})["median"] == 20
+    )
 
 
 @pytest.mark.parametrize("dataset", DATASETS)

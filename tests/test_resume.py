@@ -1,0 +1,364 @@
+"""Runs that are cut off: killed, stopped, out of disk or memory. What goes on is what was never cut off, to the bit."""
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import adapt
+import config
+import resume
+import train
+from backbone import tiny_from_scratch
+from config import RunError, UserError
+
+STEPS = 12
+FLAGS = dict(
+    method="mhr", heads=4, dataset="strings", rank=1, skills=2, steps=STEPS, batch_size=4, max_input=8, max_output=4,
+    eval_examples=1, log_every=5, save_every="1", seed=3,
+)  # fmt: skip
+FEW = dict(steps=3, eval_every=2, batch_size=4, shots=4, test_examples=2, tasks="sort+double,drop+swap,double+upper")
+
+
+class PowerCut(BaseException):
+    """Ends a run at a chosen call, past all that handles exceptions."""
+
+
+def lines(folder: Path) -> list[dict]:
+    """The log without the seconds, which no two runs share."""
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in log]
+
+
+def same(folder: Path, reference: Path):
+    """Two finished runs are the same: files, bits of what was trained, log, result but for the seconds."""
+    names = [{str(p.relative_to(f)) for p in f.rglob("*")} for f in (folder, reference)]
+    assert names[0] == names[1]
+    for path in reference.rglob("*.safetensors"):
+        assert (folder / path.relative_to(reference)).read_bytes() == path.read_bytes(), path
+    assert lines(folder) == lines(reference)
+    results = [json.loads((f / "result.json").read_text()) | {"seconds": 0} for f in (folder, reference)]
+    assert results[0] == results[1]
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory) -> str:
+    """A smaller tiny backbone: one layer of each kind."""
+    from transformers import ByT5Tokenizer, T5ForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("backbone")
+    shape = tiny_from_scratch().config
+    shape.d_model, shape.d_kv, shape.d_ff, shape.num_layers, shape.num_decoder_layers = 16, 4, 16, 1, 1
+    torch.manual_seed(0)
+    T5ForConditionalGeneration(shape).save_pretrained(folder)
+    ByT5Tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def flags(backbone) -> dict:
+    return FLAGS | dict(backbone=backbone)
+
+
+@pytest.fixture(scope="module")
+def reference(flags, tmp_path_factory) -> Path:
+    """A run that was never cut off."""
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    train.main(flags | dict(output_dir=str(folder)))
+    return folder
+
+
+# --- Killed -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def child():
+    """start(function, *args): a real process, forked from one that has imported everything and computed nothing."""
+    before, os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS"), "1"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+
+    def start(function, *args) -> multiprocessing.Process:
+        process = context.Process(target=function, args=args)
+        process.start()
+        return process
+
+    yield start
+    os.environ.pop("OMP_NUM_THREADS")
+    if before is not None:
+        os.environ["OMP_NUM_THREADS"] = before
+
+
+def test_killed_at_fifty_random_moments(child, flags, reference, tmp_path):
+    """SIGKILL, wherever it falls: while loading, training, saving or scoring."""
+    chance, kills, runs, length = random.Random(0), 0, 0, None
+    while kills < 50:
+        folder = tmp_path / str(runs)
+        now = flags | dict(output_dir=str(folder), resume=True)
+        process, begin = child(train.main, now), time.monotonic()
+        process.join(length and chance.uniform(0, 1.2 * length))
+        if process.is_alive():
+            process.kill()
+            process.join()
+            kills += 1
+            continue
+        assert process.exitcode == 0
+        length = length or time.monotonic() - begin  # of the first run, which nobody kills
+        same(folder, reference)
+        runs += 1
+    child(train.main, now).join()
+    same(folder, reference)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stopped_by_a_signal(child, flags, reference, tmp_path, number, code):
+    """SIGTERM and Ctrl-C end the step, save, and end with their exit codes; the run then goes on."""
+    folder = tmp_path / "run"
+    now = flags | dict(output_dir=str(folder), save_every="100000")
+    process = child(config.exit_on_user_error, train.main, now)
+    while not (log := folder / "log.jsonl").exists() or not log.stat().st_size:  # it is at step 5 or later
+        time.sleep(0.001)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode in (code, 0)  # 0: it was done before
+    if process.exitcode:
+        step = resume.load_checkpoint(folder / resume.CHECKPOINT, *made(flags)).step
+        assert 5 <= step < STEPS and not (folder / "result.json").exists()
+    train.main(flags | dict(output_dir=str(folder), resume=True, save_every="100000"))
+    same_but_config = json.loads((folder / "result.json").read_text())["tasks"]
+    assert same_but_config == json.loads((reference / "result.json").read_text())["tasks"]
+    assert (folder / "adapter.safetensors").read_bytes() == (reference / "adapter.safetensors").read_bytes()
+
+
+def made(flags: dict):
+    """A model and an optimiser as a run makes them."""
+    cfg = train.make_config(**flags)
+    model, _ = train.starting_point(cfg, train.load_tasks(cfg, cfg.split, ("train",)).train, [])
+    return model, train.make_optimizer(model, cfg)
+
+
+@pytest.mark.parametrize(
+    "call, count", [*((call, n) for call in ("fsync", "replace") for n in (1, 2, 3, 6, 14, 15)), ("unlink", 1)]
+)
+def test_power_cut_within_a_save(monkeypatch, flags, reference, tmp_path, call, count):
+    """Cut off at the count-th sync, renaming or removal of a file: config, tasks, log, checkpoints, adapter, result."""
+    real, calls, folder = getattr(os, call), [], tmp_path / "run"
+
+    def cut(*args):
+        calls.append(args)
+        if len(calls) == count:
+            raise PowerCut
+        return real(*args)
+
+    monkeypatch.setattr(os, call, cut)
+    with pytest.raises(PowerCut):
+        train.main(flags | dict(output_dir=str(folder)))
+    monkeypatch.undo()
+    train.main(flags | dict(output_dir=str(folder), resume=True))
+    same(folder, reference)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        dict(method="full"), dict(method="lora", optimizer="adafactor"), dict(method="poly", adapter="sft"),
+        dict(method="random", random_by="task"), dict(method="hyperformer"), dict(method="adapter-soup", skills=None),
+        dict(method="expert", skills=None), dict(micro_batch=2), dict(checkpointing=True), dict(steps=0, epochs=1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_kind_of_run_goes_on(monkeypatch, flags, tmp_path, extra):
+    """Cut off after step 7 with a checkpoint of step 6, whatever is trained and however."""
+    now = {k: v for k, v in (flags | dict(save_every="3", batch_size=64) | extra).items() if v is not None}
+    if extra.get("epochs"):  # few steps: an epoch of this batch
+        now["batch_size"] = 4096
+    train.main(now | dict(output_dir=str(tmp_path / "whole")))
+    folder, real, calls = str(tmp_path / "cut"), train.backward_in_parts, []
+
+    def cut(*args):
+        calls.append(args)
+        if len(calls) == 8:
+            raise PowerCut
+        return real(*args)
+
+    monkeypatch.setattr(train, "backward_in_parts", cut)
+    with pytest.raises(PowerCut):
+        train.main(now | dict(output_dir=folder))
+    monkeypatch.undo()
+    torch.manual_seed(99)  # the state of this process must not matter
+    train.main(now | dict(output_dir=folder, resume=True))
+    same(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("variant", ["all", "z", "mu"])
+def test_adaptation_goes_on_with_the_next_task(monkeypatch, reference, tmp_path, variant):
+    """Cut off in the second of three tasks: the first is not done again, and all is as if nothing had happened."""
+    now = FEW | dict(checkpoint=str(reference), variant=variant)
+    adapt.main(now | dict(output_dir=str(tmp_path / "whole")))
+    real, started = adapt.adapt_task, []
+
+    def cut(model, tokenizer, task, *args):
+        started.append(task.name)
+        if len(started) == 2:
+            real(model, tokenizer, task, *args)  # its lines are in the log, its scores are not there
+            raise PowerCut
+        return real(model, tokenizer, task, *args)
+
+    monkeypatch.setattr(adapt, "adapt_task", cut)
+    with pytest.raises(PowerCut):
+        adapt.main(now | dict(output_dir=str(tmp_path / "cut")))
+    adapt.main(dict(output_dir=str(tmp_path / "cut"), resume=True))
+    assert started == ["sort+double", "drop+swap", "drop+swap", "double+upper"]
+    same(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_adaptation_says_how_to_go_on(monkeypatch, capsys, reference, tmp_path):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(adapt, "adapt_task", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        config.exit_on_user_error(adapt.main, FEW | dict(checkpoint=str(reference), output_dir=str(tmp_path / "few")))
+    assert stopped.value.code == 130
+    assert f"python adapt.py --resume --output-dir {tmp_path / 'few'}" in capsys.readouterr().out
+
+
+# --- What --resume refuses, and what it does not need -----------------------------------------------------------------
+
+
+def test_begins_what_is_not_there_and_leaves_what_is_done(capsys, flags, reference, tmp_path):
+    train.main(flags | dict(output_dir=str(tmp_path / "run"), resume=True))
+    same(tmp_path / "run", reference)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").iterdir()}
+    found = train.main(dict(output_dir=str(tmp_path / "run"), resume=True))
+    assert "is finished" in capsys.readouterr().out and found["steps"] == STEPS
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").iterdir()}
+
+
+@pytest.fixture
+def cut_off(flags, tmp_path, monkeypatch) -> Path:
+    """A run with a checkpoint of step 3."""
+    folder, real, calls = tmp_path / "cut", train.backward_in_parts, []
+
+    def cut(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise PowerCut
+        return real(*args)
+
+    monkeypatch.setattr(train, "backward_in_parts", cut)
+    with pytest.raises(PowerCut):
+        train.main(flags | dict(output_dir=str(folder)))
+    monkeypatch.undo()
+    return folder
+
+
+def test_settings_cannot_change(cut_off, flags):
+    for name, value in (("lr", 0.5), ("heads", 2), ("steps", 20), ("seed", 4)):
+        with pytest.raises(UserError, match=f"--{name} {value} does not fit the run in .*cut"):
+            train.main(flags | {name: value, "output_dir": str(cut_off), "resume": True})
+    with pytest.raises(UserError, match="already holds a run"):
+        train.main(flags | dict(output_dir=str(cut_off)))
+
+
+def test_damaged_checkpoints_are_refused(cut_off, reference, flags):
+    path = cut_off / resume.CHECKPOINT
+    whole = path.read_bytes()
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    damaged = {
+        "empty": b"", "cut": whole[: len(whole) // 2], "a pickle": b"\x80\x04}q\x00.",
+        "an adapter": (reference / "adapter.safetensors").read_bytes(),
+    }  # fmt: skip
+    for content in damaged.values():
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"checkpoint.safetensors is no whole checkpoint .*delete it"):
+            train.main(dict(output_dir=str(cut_off), resume=True))
+        assert path.read_bytes() == content
+    state = {"state": json.dumps({"step": 3, "seconds": 1.0, "recent": [], "loss": 1.0, "numbers": {}})}
+    other = {k: v[..., :1].contiguous() if k.startswith("model.") else v for k, v in tensors.items()}
+    save_file(other, path, metadata=state)
+    with pytest.raises(UserError, match="of a run with other settings"):
+        train.main(dict(output_dir=str(cut_off), resume=True))
+    path.unlink()  # as the message says
+    train.main(dict(output_dir=str(cut_off), resume=True))
+    same(cut_off, reference)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(cut_off):
+    with resume.lock(cut_off), pytest.raises(UserError, match="another process is at work in .*cut"):
+        train.main(dict(output_dir=str(cut_off), resume=True))
+    train.main(dict(output_dir=str(cut_off), resume=True))
+
+
+@pytest.mark.parametrize("text", ["", "0", "-5", "10s", "1.5m", "m", "10m ", "9" * 12])
+def test_save_every_is_steps_or_minutes(text):
+    with pytest.raises(UserError, match="--save-every"):
+        resume.Every(text)
+
+
+def test_when_to_save(monkeypatch):
+    assert [step for step in range(1, 10) if resume.Every("3").due(step)] == [3, 6, 9]
+    clock = [0.0]
+    monkeypatch.setattr(resume.time, "monotonic", lambda: clock[0])
+    every, saved = resume.Every("2m"), []
+    for step in range(10):
+        clock[0] += 50
+        saved += [step] * every.due(step)
+    assert saved == [2, 5, 8]  # after 150, 300, 450 seconds
+
+
+# --- Runs that fail ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: no space")])
+def test_full_disk(monkeypatch, capsys, cut_off, reference, error):
+    """One sentence and exit code 1; the checkpoint before is whole, and the run goes on when there is space."""
+
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise error
+
+    before = (cut_off / resume.CHECKPOINT).read_bytes()
+    monkeypatch.setattr(resume, "save_file", full)
+    with pytest.raises(SystemExit) as failed:
+        config.exit_on_user_error(train.main, dict(output_dir=str(cut_off), resume=True))
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert failed.value.code == 1 and said.startswith(f"error: {cut_off / resume.CHECKPOINT}: cannot be written: ")
+    assert (cut_off / resume.CHECKPOINT).read_bytes() == before and not list(cut_off.glob("*.tmp"))
+    monkeypatch.undo()
+    train.main(dict(output_dir=str(cut_off), resume=True))
+    same(cut_off, reference)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nonfinite_loss_stops_the_run(monkeypatch, cut_off, reference, value):
+    """Before it changes anything: the last good checkpoint stays, and the message names the step and the tasks."""
+    real, calls = train.token_loss, []
+
+    def broken(model, batch):
+        calls.append(batch)
+        return real(model, batch) * (value if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(train, "token_loss", broken)
+    with pytest.raises(RunError, match=r"step 6, tasks [\w+, ]+: the loss is (nan|inf)"):
+        train.main(dict(output_dir=str(cut_off), resume=True))
+    monkeypatch.undo()
+    train.main(dict(output_dir=str(cut_off), resume=True))
+    same(cut_off, reference)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("[..] can't allocate memory: 9")])
+def test_out_of_memory_is_one_sentence_with_advice(monkeypatch, error):
+    with pytest.raises(RunError, match="--micro-batch.*--checkpointing.*--batch-size"), resume.advice_on_memory():
+        raise error
+    with pytest.raises(RuntimeError, match="^another$"), resume.advice_on_memory():
+        raise RuntimeError("another")
