@@ -31,7 +31,7 @@ from tqdm import tqdm
 from config import RunError, UserError, whole_file
 from inject import adapter_parameters
 
-CHECKPOINT = "checkpoint.safetensors"  # in the run folder, until the run is done
+CHECKPOINT, LOCK = "checkpoint.safetensors", ".lock"  # in the run folder, until the run is done
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -130,8 +130,8 @@ def write_line(log, bar: tqdm, now: Progress, norm: float, lr: float, plain_ever
 
 
 def tidy(folder: Path):
-    """Remove what a finished run needs no more: its checkpoint, and files that a killed process left half written."""
-    for path in (folder / CHECKPOINT, *folder.rglob("*.tmp")):
+    """Remove what a finished run needs no more: checkpoint, lock, and files that a killed process left half written."""
+    for path in (folder / CHECKPOINT, folder / LOCK, *folder.rglob("*.tmp")):
         path.unlink(missing_ok=True)
 
 
@@ -185,7 +185,7 @@ class Signals:
 @contextmanager
 def lock(folder: Path):
     """Hold a run folder; when the process ends, however it ends, it is free. UserError if another one holds it."""
-    held = FileLock(folder / ".lock")
+    held = FileLock(folder / LOCK)
     try:
         held.acquire(timeout=0)
     except Timeout:

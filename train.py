@@ -83,7 +83,6 @@ if __name__ == "__main__":  # Read the flags before the slow imports, so that --
     FLAGS = explicit_flags(Config, PRETRAINING)
 
 import dataclasses
-import json
 import os
 import signal
 import sys

@@ -47,7 +47,7 @@ def embed(encoder, tokenizer, task: Task, max_input: int, batch_size: int = 16) 
 
 
 def embed_tasks(cfg, tasks: list[Task]) -> Tensor:
-    """The embedding of each task that has examples, (s, d), for new tasks to be compared with. cfg: a `train.Config`."""
+    """The embedding of each task that has examples, (s, d), to compare new tasks with. cfg: a `train.Config`."""
     name = cfg.encoder or cfg.backbone
     encoder, tokenizer = load_backbone(name, cfg.device, cfg.precision, encoder=bool(cfg.encoder))
     bar = tqdm([task for task in tasks if len(task.train)], desc="embed", unit="task", disable=None)
