@@ -8,7 +8,6 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, ByT5Tokenizer, T5Config,
@@ -40,8 +39,8 @@ def load_backbone(name: str, device: str, precision: str = "fp32", encoder: bool
     """A model and its tokenizer: "tiny", "scratch", a hub name, or a folder with a model or one GGUF file.
 
     precision: fp32 or bf16, in which the weights are held. encoder: any model that makes hidden states will do (for
-    AdapterSoup); it may have no language-model head. Raises UserError if there is no such model, or CUDA is asked
-    for and absent.
+    AdapterSoup); it may have no language-model head. Raises UserError if there is no such model, if it brings code of
+    its own to run, or if CUDA is asked for and absent.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA GPU here, use --device cpu")
@@ -53,13 +52,19 @@ def load_backbone(name: str, device: str, precision: str = "fp32", encoder: bool
         reach_hub()
     gguf = sorted(Path(source).glob("*.gguf")) if Path(source).is_dir() else []
     options = {"gguf_file": gguf[0].name} if gguf and not (Path(source) / "config.json").exists() else {}
+    options["trust_remote_code"] = False  # loading a file never runs code
     try:
         config = AutoConfig.from_pretrained(source, **options)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = (AutoModel if encoder else auto).from_pretrained(source, dtype=dtype, **options)
+        loader = AutoModel if encoder else auto
+        model, info = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+        if missing := sorted(info["missing_keys"]) if not encoder else []:  # an encoder may lack its head
+            raise ValueError(f"its file has no {missing[0]}, which would be random")
         return model.to(device), AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # a file can be broken in any way, and each loader then fails in its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "trust_remote_code" in str(error):
+            reason = "it asks to run code of its own, which is never done here"
         flag = "--encoder" if encoder else "--backbone"
         raise UserError(f"{flag} {name} cannot be loaded: {reason} ({flag} tiny is bundled)") from None
 

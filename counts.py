@@ -55,14 +55,14 @@ def meta_backbone(name: str, device: str = "meta", dtype: torch.dtype = torch.fl
     if not bundled.exists() and not Path(name).exists():
         reach_hub()
     try:
-        config = AutoConfig.from_pretrained(bundled if bundled.exists() else name)
+        config = AutoConfig.from_pretrained(bundled if bundled.exists() else name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.json")))
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--backbone {name}: no config can be read: {reason} (bundled: {known})") from None
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device(device):
-        model = auto.from_config(config, dtype=dtype)
+        model = auto.from_config(config, dtype=dtype, trust_remote_code=False)
         if not getattr(config, "scale_decoder_outputs", True):
             # T5 v1.1 has an output layer of its own, which transformers 5 ties until it sees the weights
             model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))

@@ -742,7 +742,7 @@ def test_a_folder_with_a_gguf_file_alone(tmp_path, monkeypatch):
         )
 
     loader("AutoConfig", LlamaConfig())
-    loader("AutoModelForCausalLM", nn.Linear(1, 1))
+    loader("AutoModelForCausalLM", (nn.Linear(1, 1), {"missing_keys": set()}))
     loader("AutoTokenizer", "tokenizer")
     (tmp_path / "model.Q4.gguf").touch()
     assert load_backbone(str(tmp_path), "cpu")[1] == "tokenizer"
@@ -753,6 +753,46 @@ def test_a_folder_with_a_gguf_file_alone(tmp_path, monkeypatch):
     calls.clear()
     load_backbone(str(tmp_path), "cpu")
     assert len(calls) == 3 and not any("gguf_file" in options for _, _, options in calls)
+
+
+class Hostile:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_backbones_run_no_code(tmp_path, backbones):
+    """Neither code that a folder brings along, nor a pickle in the place of its weights; each is one sentence."""
+    sign, code, weights = tmp_path / "it ran", tmp_path / "code", tmp_path / "weights"
+    for folder in (code, weights):
+        shutil.copytree(backbones[0], folder)
+    remote = {"auto_map": {n: f"mine.{n}" for n in ("AutoConfig", "AutoModelForSeq2SeqLM")}, "model_type": "mine"}
+    (code / "config.json").write_text(json.dumps(read(code / "config.json") | remote))
+    (code / "mine.py").write_text(f"open({str(sign)!r}, 'w')")
+    with pytest.raises(UserError, match="asks to run code of its own, which is never done"):
+        load_backbone(str(code), "cpu")
+    (weights / "model.safetensors").unlink()
+    torch.save({"shared.weight": Hostile(sign)}, weights / "pytorch_model.bin")
+    with pytest.raises(UserError, match="--backbone .* cannot be loaded"):
+        load_backbone(str(weights), "cpu")
+    assert not sign.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(d_model="wide"), dict(num_layers=4), dict(d_model=17), dict(model_type="nothing"), dict(vocab_size=None)],
+    ids=str,
+)
+def test_broken_backbone_configs_are_one_sentence(tmp_path, backbones, change):
+    shutil.copytree(backbones[0], tmp_path / "broken")
+    path = tmp_path / "broken" / "config.json"
+    path.write_text(json.dumps(read(path) | change))
+    with pytest.raises(UserError, match="--backbone .*broken cannot be loaded: .*bundled"):
+        load_backbone(str(path.parent), "cpu")
 
 
 @pytest.mark.parametrize("name", ["mhr", "lora"])
