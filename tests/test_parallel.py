@@ -4,14 +4,17 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import parallel
 from inject import _contexts, task_ids
+from resume import CHECKPOINT
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -27,7 +30,7 @@ def in_double(*args):  # in float32 Adam makes steps of the full size out of gra
     model, tokenizer = start(*args)
     return model.double(), tokenizer
 train.starting_point = in_double
-train.main(dict({flags!r}, output_dir=sys.argv[1]))
+train.main(dict({flags!r}, output_dir=sys.argv[1], resume="resume" in sys.argv, save_every="1"))
 """
 
 
@@ -67,6 +70,27 @@ def test_training_is_the_same(runs):
     assert [a["norm"] for a in logs[1]] == pytest.approx([a["norm"] for a in logs[0]], rel=1e-5)
     results = [read(runs / name / "result.json") for name in ("one", "two")]
     assert results[0]["tasks"] == results[1]["tasks"] and list(results[0]["tasks"]) == list(results[1]["tasks"])
+
+
+def test_two_processes_go_on(runs):
+    """Killed after the first checkpoint, both of them; resumed by two, the run equals that of one process."""
+    folder, environment = runs / "cut", os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *TORCHRUN, str(runs / "child.py"), str(folder)]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (folder / CHECKPOINT).exists():
+        time.sleep(0.01)
+    for one in (*(agent := psutil.Process(process.pid)).children(recursive=True), agent):
+        one.kill()
+    process.wait()
+    assert not (folder / "result.json").exists()
+    said = launch([*TORCHRUN, runs / "child.py", folder, "resume"])
+    assert "going on after step" in said
+    one, cut = (load_file(runs / name / "adapter.safetensors") for name in ("one", "cut"))
+    for key in one:
+        torch.testing.assert_close(cut[key], one[key], rtol=1e-5, atol=1e-5)
+    logs = [[json.loads(line) for line in (runs / n / "log.jsonl").read_text().splitlines()] for n in ("one", "cut")]
+    assert [a["step"] for a in logs[1]] == [5, 10, 15, 20]
+    assert [a["loss"] for a in logs[1]] == pytest.approx([a["loss"] for a in logs[0]], rel=1e-6)
 
 
 def test_adaptation_shares_the_tasks(runs):
