@@ -81,7 +81,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
@@ -96,7 +95,7 @@ from baselines.adapter_soup import embed, soup_weights
 from baselines.fixed import FixedRouter, RandomRouter, given_table
 from choices import choice_log_probs, t_few_loss
 from evaluate import all_scores, by_group, evaluate_tasks, main_scores, over_splits
-from inject import adapted_layers, add_tasks, routers, save_adapters, task_ids
+from inject import adapted_layers, add_tasks, read_tensors, routers, save_adapters, task_ids
 from resume import advice_on_memory, cut_log, lock, refuse_nonfinite, tidy
 
 # --- The starting point -----------------------------------------------------------------------------------------------
@@ -148,7 +147,10 @@ def begin_with_soup(model: nn.Module, base: train.Config, cfg: Config) -> Callab
     path = Path(cfg.checkpoint) / "embeddings.safetensors"
     if not path.exists():
         raise UserError(f"{path} does not exist: its training has not finished")
-    embeddings, routed = load_file(path)["embeddings"], adapted_layers(model)
+    try:
+        embeddings, routed = read_tensors(path)[0]["embeddings"], adapted_layers(model)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     encoder = load_backbone(base.encoder or base.backbone, base.device, base.precision, encoder=bool(base.encoder))
 
     @torch.no_grad()

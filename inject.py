@@ -17,9 +17,10 @@ its hooks before backward, and then gradient checkpointing fails), and nothing i
 """
 
 import hashlib
+import json
 import os
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import torch
@@ -345,15 +346,53 @@ def fingerprint(model: nn.Module) -> str:
 def save_adapters(model: nn.Module, path: str):
     """Write adapters and routers, and nothing of the backbone but its fingerprint, to a safetensors file.
 
-    Written under a temporary name and renamed, so an older file of that name is never half overwritten.
-    Raises ValueError if there are no adapters.
+    Raises ValueError if there are no adapters, OSError as `write_tensors`.
     """
     tensors = {name: p.detach().contiguous().cpu() for name, p in adapter_parameters(model).items()}
     if not tensors:
         raise ValueError("nothing to save: this model has no adapters (a merged one must be unmerged first)")
+    write_tensors(tensors, path, backbone=fingerprint(model))
+
+
+def write_tensors(tensors: dict[str, Tensor], path: str, **metadata: str):
+    """Write a safetensors file whole or not at all: under another name, synced to the disk, then renamed.
+
+    A digest of its content goes with it. Raises OSError if it cannot be written; an older file of that name stays.
+    """
     temporary = f"{path}.tmp"
-    save_file(tensors, temporary, metadata={"backbone": fingerprint(model)})
-    os.replace(temporary, path)
+    try:
+        one = json.dumps(metadata | {"sha256": _digest(tensors)})  # one entry: safetensors writes several in any order
+        save_file(tensors, temporary, metadata={"saved": one})
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:  # SafetensorError: how safetensors calls a full disk
+        with suppress(OSError):
+            os.remove(temporary)
+        number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)
+        raise OSError(number, f"cannot be written: {reason}", str(path)) from None
+
+
+def read_tensors(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file of `write_tensors`, and its metadata. Raises ValueError unless they are as written."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("saved", "{}"))
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # not the file's own pages
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from None
+    if not isinstance(metadata, dict) or metadata.get("sha256") != _digest(tensors):
+        raise ValueError(f"{path} is damaged: its content is not what was saved")
+    return tensors, metadata
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {_kind(tensor)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @torch.no_grad()
@@ -362,15 +401,11 @@ def load_adapters(model: nn.Module, path: str):
 
     What may have another length in the file, the number of tasks in a Z and of changed weights in an SFT that is an
     average, becomes a new parameter of that length: make the optimiser afterwards.
-    Raises ValueError, with the model unchanged, if the file is damaged or belongs to another backbone or other
-    adapters, naming the first difference.
+    Raises ValueError, with the model unchanged, if the file is damaged, holds a number that is not finite, or belongs
+    to another backbone or other adapters, naming the first difference.
     """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            backbone = (file.metadata() or {}).get("backbone")
-            saved = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file: {error}") from None
+    saved, metadata = read_tensors(path)
+    backbone = metadata.get("backbone")
     if backbone != fingerprint(model):
         raise ValueError(f"{path} was trained on another backbone: load the model that it was trained on")
     own = adapter_parameters(model)
@@ -381,6 +416,8 @@ def load_adapters(model: nn.Module, path: str):
         free = name.endswith((".router.Z", ".params.value", ".params.place"))  # the length of the first axis is free
         if saved[name].dtype != p.dtype or saved[name].dim() != p.dim() or saved[name].shape[free:] != p.shape[free:]:
             raise ValueError(f"{path}: {name} is {_kind(saved[name])}, the model has {_kind(p)}")
+        if saved[name].is_floating_point() and not bool(saved[name].isfinite().all()):
+            raise ValueError(f"{path}: {name} holds numbers that are not finite")
         if name.endswith(".place"):
             weight = model.get_submodule(re.sub(r"\.(params|inventory)\.place$", "", name)).weight
             values, places = saved[name.removesuffix("place") + "value"], saved[name]

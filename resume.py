@@ -23,13 +23,11 @@ from typing import NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import RunError, UserError, whole_file
-from inject import adapter_parameters
+from inject import adapter_parameters, read_tensors, write_tensors
 
 CHECKPOINT, LOCK = "checkpoint.safetensors", ".lock"  # in the run folder, until the run is done
 
@@ -68,11 +66,7 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     tensors["random"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
-    with whole_file(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata={"state": json.dumps({**progress._asdict(), "numbers": numbers})})
-        except SafetensorError as error:  # how safetensors calls a full disk
-            raise OSError(str(error)) from None
+    write_tensors(tensors, path, state=json.dumps({**progress._asdict(), "numbers": numbers}))
 
 
 @torch.no_grad()
@@ -82,11 +76,10 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     Raises UserError, with the model unchanged, if the file is damaged or of another run.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            state = json.loads((file.metadata() or {})["state"])
-            saved = {name: file.get_tensor(name).clone() for name in file.keys()}  # not the file's own pages
+        saved, metadata = read_tensors(path)
+        state = json.loads(metadata["state"])
         numbers, progress = state.pop("numbers"), Progress(**state | {"recent": tuple(state["recent"])})
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no whole checkpoint ({error}): delete it to begin the run again") from None
     own = {f"model.{name}": p for name, p in run_tensors(model).items()}
     kinds = [{n: (p.shape, p.dtype) for n, p in d.items() if n.startswith("model.")} for d in (own, saved)]

@@ -91,7 +91,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -101,7 +100,7 @@ import parallel
 from baselines.adapter_soup import embed_tasks
 from baselines.fixed import given_table, skill_names
 from evaluate import evaluate_tasks, mean
-from inject import routers, save_adapters, task_ids
+from inject import routers, save_adapters, task_ids, write_tensors
 from backbone import average_skills, build_model, load_run, pick_device, warn_if_too_large
 from resume import (
     CHECKPOINT, Every, Progress, Signals, advice_on_memory, cut_log, load_checkpoint, lock, refuse_nonfinite,
@@ -239,7 +238,7 @@ def train(cfg: Config) -> dict:
         if parallel.first():
             save_run(model, tokenizer, cfg, folder)
             if embeddings is not None:
-                save_file({"embeddings": embeddings}, folder / "embeddings.safetensors")
+                write_tensors({"embeddings": embeddings}, folder / "embeddings.safetensors")
         result = {"steps": steps, "loss": done.loss, "seconds": round(done.seconds, 1), "parameters": counts}
         result |= score(model, tokenizer, tasks, scored, cfg)
         if parallel.first():

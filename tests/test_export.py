@@ -15,7 +15,6 @@ from models import (
     GIVEN, HEADS, IDS, LEARNED, NAMES, RANK, SINGLE, SKILLS, TABLES, TASKS, adapted, backbone, difference, grid, inputs,
     layers_of, logits, randomise,
 )  # fmt: skip
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, ByT5Tokenizer
 
@@ -26,7 +25,7 @@ import export
 import train
 from baselines.fixed import FixedRouter
 from config import UserError, write_json
-from inject import adapted_layers, save_adapters
+from inject import adapted_layers, read_tensors, save_adapters, write_tensors
 
 peft = pytest.importorskip("peft")
 
@@ -495,8 +494,8 @@ def test_pretraining_and_adaptation(tmp_path):
     assert results[0]["splits"] == results[1]["splits"]
     few = tmp_path / "back-few"
     path = few / "0" / f"{task}.safetensors"
-    saved, fingerprint = load_file(path), safe_open(str(path), "pt").metadata()
-    save_file({key: p + 0.1 * torch.randn_like(p) for key, p in saved.items()}, path, fingerprint)
+    saved, metadata = read_tensors(str(path))
+    write_tensors({key: p + 0.1 * torch.randn_like(p) for key, p in saved.items()}, path, backbone=metadata["backbone"])
     (_, _, model, _, _), *_ = adapt.load_adapted(config.read_config(adapt.Config, few / "config.json"), few)
     out = run_export(few, tmp_path / "peft", task=task)
     theirs, batch = peft.AutoPeftModelForSeq2SeqLM.from_pretrained(str(out)), inputs("t5")

@@ -1,6 +1,7 @@
 """inject.py in real Hugging Face models: tiny random T5, BART, Llama and GPT-2, every method with every adapter."""
 
 import copy
+import math
 import os
 import pickle
 import re
@@ -14,7 +15,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5ForConditionalGeneration
 from transformers import BartConfig, BartForConditionalGeneration, T5Config
@@ -26,7 +26,8 @@ from backbone import add_adapters, average_skills
 from ia3 import IA3, IA3Linear
 from inject import (
     GRANULARITIES, LIKE_LLAMA, LIKE_T5, adapted_layers, adapter_parameters, add_tasks, fingerprint, freeze, inject,
-    load_adapters, merge, merged, named_layers, routers, save_adapters, task_ids, unmerge,
+    load_adapters, merge, merged, named_layers, read_tensors, routers, save_adapters, task_ids, unmerge,
+    write_tensors,
 )  # fmt: skip
 from lora import LoRA, LoRALinear
 from mhr import MHRRouter
@@ -353,9 +354,8 @@ def test_save_and_load_bit_for_bit(name, method, adapter, tmp_path):
     model = adapted(name, method, adapter)
     save_adapters(model, str(path))
     assert os.listdir(tmp_path) == ["adapter.safetensors"]  # no .tmp left
-    with safe_open(path, "pt") as file:
-        saved = {key: file.get_tensor(key) for key in file.keys()}
-        assert file.metadata() == {"backbone": fingerprint(model)}
+    saved, metadata = read_tensors(str(path))
+    assert metadata.keys() == {"backbone", "sha256"} and metadata["backbone"] == fingerprint(model)
     assert saved.keys() == adapter_parameters(model).keys() and saved
     names = {key: key.removesuffix(".router.hidden.weight") for key in saved}  # HyperFormer's own
     assert not any(key.startswith("linear.") or ".linear." in key or key.endswith(".weight") for key in names.values())
@@ -444,10 +444,37 @@ def test_a_file_of_impossible_places_is_refused(spoil, message, tmp_path):
     tensors = {key: p.detach().clone() for key, p in adapter_parameters(model).items()}
     place, value = spoil(tensors["a.params.place"], tensors["a.params.value"])
     tensors |= {"a.params.place": place.contiguous(), "a.params.value": value.contiguous()}
-    save_file(tensors, path, metadata={"backbone": fingerprint(model)})
+    write_tensors(tensors, path, backbone=fingerprint(model))
     before = snapshot(model)
     with pytest.raises(ValueError, match=message) as error:
         load_adapters(model, path)
+    assert "\n" not in str(error.value)
+    assert_same_state(model, before)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_refused(tmp_path, value):
+    path, model = str(tmp_path / "saved"), two("poly")
+    before, other = snapshot(model), copy.deepcopy(model)
+    other.a.inventory["A"].data[1, 2, 0] = value
+    save_adapters(other, path)
+    with pytest.raises(ValueError, match="a.inventory.A holds numbers that are not finite"):
+        load_adapters(model, path)
+    assert_same_state(model, before)
+
+
+@given(place=st.integers(0, 10**6), bit=st.integers(0, 7))
+def test_any_flipped_bit_is_noticed(tmp_path_factory, place, bit):
+    """Anywhere in the file: header or content. No bit of a parameter is ever read wrong."""
+    folder = tmp_path_factory.mktemp("flipped")
+    model = two("poly")
+    save_adapters(model, str(folder / "saved"))
+    content = bytearray((folder / "saved").read_bytes())
+    content[place % len(content)] ^= 1 << bit
+    (folder / "saved").write_bytes(content)
+    before = snapshot(model)
+    with pytest.raises(ValueError) as error:
+        load_adapters(model, str(folder / "saved"))
     assert "\n" not in str(error.value)
     assert_same_state(model, before)
 

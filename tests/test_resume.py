@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import adapt
 import config
+import inject
 import resume
 import train
 from backbone import tiny_from_scratch
@@ -277,15 +278,16 @@ def test_damaged_checkpoints_are_refused(cut_off, reference, flags):
     damaged = {
         "empty": b"", "cut": whole[: len(whole) // 2], "a pickle": b"\x80\x04}q\x00.",
         "an adapter": (reference / "adapter.safetensors").read_bytes(),
+        "a flipped bit": bytes([*whole[:-1], whole[-1] ^ 1]),
     }  # fmt: skip
     for content in damaged.values():
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"checkpoint.safetensors is no whole checkpoint .*delete it"):
             train.main(dict(output_dir=str(cut_off), resume=True))
         assert path.read_bytes() == content
-    state = {"state": json.dumps({"step": 3, "seconds": 1.0, "recent": [], "loss": 1.0, "numbers": {}})}
+    state = json.dumps({"step": 3, "seconds": 1.0, "recent": [], "loss": 1.0, "numbers": {}})
     other = {k: v[..., :1].contiguous() if k.startswith("model.") else v for k, v in tensors.items()}
-    save_file(other, path, metadata=state)
+    inject.write_tensors(other, path, state=state)
     with pytest.raises(UserError, match="of a run with other settings"):
         train.main(dict(output_dir=str(cut_off), resume=True))
     path.unlink()  # as the message says
@@ -328,7 +330,7 @@ def test_full_disk(monkeypatch, capsys, cut_off, reference, error):
         raise error
 
     before = (cut_off / resume.CHECKPOINT).read_bytes()
-    monkeypatch.setattr(resume, "save_file", full)
+    monkeypatch.setattr(inject, "save_file", full)
     with pytest.raises(SystemExit) as failed:
         config.exit_on_user_error(train.main, dict(output_dir=str(cut_off), resume=True))
     said = capsys.readouterr().err.strip().splitlines()[-1]
