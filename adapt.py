@@ -135,7 +135,7 @@ def prepare(model: nn.Module, base: train.Config, cfg: Config) -> Callable[[data
         for p, value in zip(trained, start, strict=True):
             p.copy_(value)
         if base.method == "expert" and cfg.variant == "all":
-            skills = read_json(Path(cfg.checkpoint) / "tasks.json")["skills"]
+            skills = read_json(Path(cfg.checkpoint) / "tasks.json", skills=list)["skills"]
             for router in routers(model):
                 router.Z.copy_(given_table("expert", [task], skills))
 
@@ -369,7 +369,7 @@ def adapt_split(model, tokenizer, tasks, begin, split: str, base, cfg: Config, f
             one["metrics"] = all_scores(model, tokenizer, [task], [0], **scoring)[task.name]
             save_task(model, tokenizer, folder / split, task.name)
             write_json(done, one)
-        one = found[task.name] = read_json(done)
+        one = found[task.name] = read_json(done, before=float, stops=dict, metrics=dict)
         then, now = one["before"], main_scores({task.name: one["metrics"]})[task.name]
         bar.set_postfix(task=task.name, before=f"{then:.1f}", after=f"{now:.1f}")
         if bar.disable:

@@ -228,8 +228,9 @@ def write_json(path: Path, content: dict):
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> dict:
-    """Read a JSON object from a file. Raises UserError if the file is missing or broken."""
+def read_json(path: Path, **kinds: type) -> dict:
+    """Read a JSON object from a file. kinds: entries that it must have, and their types. Raises UserError if the file
+    is missing, broken, or has other entries."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -238,9 +239,19 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path} is not UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno} is not valid JSON: {error.msg}") from None
+    except (RecursionError, ValueError) as error:  # nested too deep; a number of too many digits
+        raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object: give a file that was not changed by hand")
+    for name, kind in kinds.items():
+        if not _is(content.get(name), kind):
+            raise UserError(f"{path}: {name!r} is missing or no {kind.__name__}: it was changed by hand")
     return content
+
+
+def _is(value, kind: type) -> bool:
+    """Whether a value from a JSON file is of a type; 1 may stand for 1.0, and true is no number."""
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def read_config(Config: type, path: Path):
@@ -251,7 +262,7 @@ def read_config(Config: type, path: Path):
         raise UserError(f"{path}: field {sorted(odd)[0]!r} is missing or unknown: this run is of another version")
     for name, kind in fields.items():
         value = tuple(content[name]) if kind is tuple and isinstance(content[name], list) else content[name]
-        if type(value) is not kind and not (kind is float and type(value) is int):
+        if not _is(value, kind):
             raise UserError(f"{path}: field {name!r} is {value!r}, which is no {kind.__name__}: it was changed by hand")
         content[name] = value
     return Config(**content)

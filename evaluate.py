@@ -263,7 +263,9 @@ def _score_adapted(cfg: Config, folder: Path, adapt):
 
 
 # What may differ in a group of runs.
-SAME_RUN = ("seed", "split", "checkpoint", "output_dir", "data_dir", "device", "precision", "log_every")
+SAME_RUN = (
+    "seed", "split", "checkpoint", "output_dir", "data_dir", "device", "precision", "log_every", "save_every", "resume",
+)  # fmt: skip
 
 
 def compare(folders: tuple[str, ...]) -> str:
@@ -283,7 +285,10 @@ def compare(folders: tuple[str, ...]) -> str:
             label, dataset = _label(folder)
             result = read_json(folder / "result.json")
             trained = sum(result["parameters"].values())
-            groups[label, dataset, trained] += _samples(result)
+            samples = _samples(result)
+            if not all(isinstance(value, int | float | None) for sample in samples for value in sample):
+                raise TypeError
+            groups[label, dataset, trained] += samples
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"--compare {folder} is no run folder of this version") from None
     lines = [("run", "data set", "trained", "runs", "before", "score", "seconds")]
@@ -307,9 +312,9 @@ def _label(folder: Path) -> tuple[str, str]:
     import adapt  # here: adapt.py and train.py import this file
     import train
 
-    config = read_json(folder / "config.json")
-    adapted = "checkpoint" in config
-    base = read_json(Path(config["checkpoint"]) / "config.json") if adapted else config
+    adapted = "checkpoint" in read_json(folder / "config.json")
+    config = asdict(read_config(adapt.Config if adapted else train.Config, folder / "config.json"))
+    base = asdict(read_config(train.Config, Path(config["checkpoint"]) / "config.json")) if adapted else config
     method, dataset = base["method"], base["dataset"]
     words = [_label(Path(base["from_run"]))[0], f"-> {base['steps']} steps of"] if base["from_run"] else []
     words += [method]

@@ -79,7 +79,7 @@ def one_adapter(cfg: Config):
         raise UserError(f"{folder} is a run of method full: {folder / 'backbone'} is a plain model folder already")
     if cfg.split:
         raise UserError(f"--split {cfg.split} is for runs of adapt.py, {folder} is one of train.py: leave it out")
-    names = read_json(folder / "tasks.json")["tasks"]
+    names = read_json(folder / "tasks.json", tasks=list)["tasks"]
     if base.method not in ONE_ADAPTER:
         _check_task(cfg, ["mu", *names])
     elif cfg.task:
@@ -341,7 +341,7 @@ def import_run(cfg: Config):
         from_blocks(layer, **layers[name])
     tasks = {"tasks": [str(k) for k in range(t)], "skills": []}
     if source.is_dir() and (source / "tasks.json").exists():
-        saved = read_json(source / "tasks.json")
+        saved = read_json(source / "tasks.json", tasks=list)
         tasks = saved if len(saved["tasks"]) == t else tasks
     folder = new_run_folder(cfg.output_dir)
     save_adapters(model, str(folder / "adapter.safetensors"))

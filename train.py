@@ -311,7 +311,7 @@ def steps_before(cfg: Config) -> int:
         return 0
     base = read_config(Config, Path(cfg.from_run) / "config.json")
     same = (base.seed, base.batch_size, base.from_run) == (cfg.seed, cfg.batch_size, "")
-    return read_json(Path(cfg.from_run) / "result.json")["steps"] if same else 0
+    return read_json(Path(cfg.from_run) / "result.json", steps=int)["steps"] if same else 0
 
 
 def train_steps(model, tokenizer, tasks: list[data.Task], steps: int, cfg: Config, folder: Path) -> Progress:

@@ -1,0 +1,303 @@
+"""What runs and readers survive: kills at random moments, and mutated files and command lines.
+
+    python -m experiments.faults --kills 500            a training run, cut off that often by SIGKILL
+    python -m experiments.faults --mutations 100000     files of all benchmarks, checkpoints, configs, command lines
+
+Kills: runs of 12 steps that save after each are started again and again with --resume, and killed at a random moment.
+Every run that gets to its end is compared, to the bit, with one that was never killed.
+
+Mutations: a good file (or command line) gets one to four random changes, then it is read. Each must be read, or refused
+by one sentence (a UserError), within 20 seconds. Anything else is counted and kept in --keep, and the exit code is 1.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLES = ROOT / "assets" / "samples"
+RUN = dict(
+    method="mhr", dataset="strings", rank=1, skills=2, steps=12, batch_size=4, max_input=8, max_output=4,
+    eval_examples=1, log_every=5, save_every="1",
+)  # fmt: skip
+WORDS = [  # what breaks programs
+    b"", b"0", b"-1", b"1e999", b"NaN", b"null", b"true", b"[]", b"{}", b'"', b"\\", b"\0", b"\n", b"\r\n", b"\t", b",",
+    b"../../x", b"/etc/passwd", b"9" * 40, b"\xff\xfe", b"\xed\xa0\x80", "\u2028".encode(), "é".encode(), b"A" * 5000,
+    b"[" * 2000,
+]  # fmt: skip
+
+
+# --- Kills ------------------------------------------------------------------------------------------------------------
+
+
+def kills(wanted: int, seed: int) -> str:
+    """Kill runs until `wanted` kills are done; the sentence for the results. Ends the program if a run differs."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("forkserver")  # each child is forked from a process that has imported all
+    context.set_forkserver_preload(["train"])
+    import train
+
+    chance, done, finished = random.Random(seed), 0, 0
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=wanted, desc="kill", unit="kill", disable=None) as bar:
+        length = 0.0
+        while done < wanted:
+            now = Path(folder) / str(finished)
+            flags = RUN | dict(output_dir=str(now), resume=True)
+            process, begin = context.Process(target=quietly, args=(train.main, flags)), time.monotonic()
+            process.start()
+            process.join(chance.uniform(0, 1.2 * length) if length else None)  # the first run is the one not killed
+            if process.is_alive():
+                process.kill()
+                process.join()
+                done += 1
+                bar.update()
+            elif process.exitcode or bits(now) != bits(Path(folder) / "0"):
+                raise SystemExit(f"after {done} kills run {finished} ended with {process.exitcode} or differs: {now}")
+            else:
+                length = length or time.monotonic() - begin
+                finished += 1
+    return f"{done} kills over {finished} finished runs of {length:.1f} s, all equal to the one that nobody killed"
+
+
+def bits(folder: Path) -> tuple:
+    """What two equal runs have in common: the bytes of what was trained, the log and the scores without seconds."""
+    log = [json.loads(line) | {"seconds": 0} for line in (folder / "log.jsonl").read_text().splitlines()]
+    result = json.loads((folder / "result.json").read_text()) | {"seconds": 0}
+    return sorted(p.name for p in folder.iterdir()), (folder / "adapter.safetensors").read_bytes(), log, result
+
+
+def quietly(main: Callable, flags: dict):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        main(flags)
+
+
+# --- Mutations --------------------------------------------------------------------------------------------------------
+
+
+def mutated(content: bytes, chance: random.Random) -> bytes:
+    """One to four changes: bits, words, cuts, repeats, swapped lines."""
+    for _ in range(chance.randint(1, 4)):
+        a, b = sorted(chance.randrange(len(content) + 1) for _ in range(2))
+        kind = chance.randrange(7)
+        if kind == 0 and content:
+            content = content[: a % len(content)] + bytes([chance.randrange(256)]) + content[a % len(content) + 1 :]
+        elif kind == 1:
+            content = content[:a] + chance.choice(WORDS) + content[a:]
+        elif kind == 2:
+            content = content[:a] + chance.choice(WORDS) + content[b:]
+        elif kind == 3:
+            content = content[:a]
+        elif kind == 4:
+            content = content[:a] + content[b:]
+        elif kind == 5:
+            content = content[:b] + content[a:]
+        else:
+            lines = content.split(b"\n")
+            chance.shuffle(lines)
+            content = b"\n".join(lines)
+    return content
+
+
+def mutated_word(content: bytes, chance: random.Random) -> bytes:
+    """A JSON file with one value replaced, so that it stays JSON more often than by `mutated`."""
+    try:
+        found = json.loads(content)
+        key = chance.choice(list(found))
+        values = [None, -1, 1e308, 10**30, "", "x", "../../x", [], {}, [1], True, 0, 0.5, {"a": 1}]
+        return json.dumps(found | {key: chance.choice(values)}).encode()
+    except (ValueError, TypeError, IndexError):
+        return mutated(content, chance)
+
+
+class Files:
+    """Copies of files in a folder, of which one at a time is changed while something reads them."""
+
+    def __init__(self, files: list[Path], read: Callable):
+        self.files, self.read = [(path, path.read_bytes()) for path in files], read
+
+    def __call__(self, chance: random.Random) -> bytes:
+        path, content = chance.choice(self.files)
+        change = mutated_word if path.suffix == ".json" and chance.random() < 0.5 else mutated
+        new = change(content, chance)
+        path.write_bytes(new)
+        try:
+            self.read()
+        finally:
+            path.write_bytes(content)
+        return new
+
+
+def targets(folder: Path) -> dict[str, tuple[float, Callable]]:
+    """{name: (share of the mutations, function of a random.Random that mutates and reads)}"""
+    import data
+
+    for name in ("crossfit", "superni", "t0"):
+        shutil.copytree(SAMPLES / name, folder / name)
+    partition = json.loads((folder / "crossfit" / "random.json").read_text())
+    few = {part: names[:2] for part, names in partition.items() if isinstance(names, list)}
+    (folder / "crossfit" / "random.json").write_text(json.dumps(few))  # two tasks of each kind are enough to read
+
+    def reader(name: str, split: str) -> Callable:
+        def read():
+            found = data.load(name, str(folder / name), split, ("train", "dev", "test"))
+            for task in found.train + found.dev + found.test:
+                for part in (task.train, task.dev, task.test):
+                    for k in range(len(part)):
+                        part[k]
+
+        return read
+
+    crossfit = [p for t in sum(few.values(), []) for p in (folder / "crossfit" / t).glob("*_100_*.tsv")]
+    every = {
+        "crossfit": (0.15, Files([*crossfit, folder / "crossfit" / "random.json"], reader("crossfit", "100"))),
+        "superni": (0.05, Files([*(folder / "superni").rglob("*.json"), *(folder / "superni").rglob("*.txt")],
+                                reader("superni", "13"))),
+        "t0": (0.05, Files([p for p in (folder / "t0").rglob("*") if p.suffix in (".jsonl", ".parquet")],
+                           reader("t0", "42"))),
+    }  # fmt: skip
+    return every | run_targets(folder / "run") | {"command line": (0.15, command_line)}
+
+
+def run_targets(run: Path) -> dict[str, tuple[float, Callable]]:
+    """The files of a run: adapter, checkpoint, config, and what evaluate.py --compare reads."""
+    import torch
+
+    import evaluate
+    import resume
+    import train
+    from backbone import load_adapter_file
+    from config import check_ranges, read_config
+
+    flags = RUN | dict(backbone="tiny", output_dir=str(run))
+    quietly(train.main, flags)
+    model, _ = train.starting_point(train.make_config(**flags), [None] * 64, [])
+    optimizer = train.make_optimizer(model, train.make_config(**flags))
+    load_adapter_file(model, run / "adapter.safetensors")
+    for p in resume.run_tensors(model).values():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    resume.save_checkpoint(run / resume.CHECKPOINT, model, optimizer, resume.Progress(1))
+    state = {name: p.detach().clone() for name, p in resume.run_tensors(model).items()}
+
+    def unchanged(read: Callable, path: Path) -> Callable:
+        """`read` the file; where that fails the model must be as before."""
+
+        def run_it():
+            try:
+                read()
+            except Exception:
+                for name, p in resume.run_tensors(model).items():
+                    if not torch.equal(p, state[name]):
+                        raise AssertionError(f"{path.name} was refused, but {name} has changed") from None
+                raise
+
+        return run_it
+
+    adapter, checkpoint, config = (run / n for n in ("adapter.safetensors", resume.CHECKPOINT, "config.json"))
+    load = {
+        adapter: lambda: load_adapter_file(model, adapter),
+        checkpoint: lambda: resume.load_checkpoint(checkpoint, model, optimizer),
+    }
+    return {
+        "adapter": (0.15, Files([adapter], unchanged(load[adapter], adapter))),
+        "checkpoint": (0.1, Files([checkpoint], unchanged(load[checkpoint], checkpoint))),
+        "config.json": (0.2, Files([config], lambda: check_ranges(read_config(train.Config, config)))),
+        "--compare": (0.15, Files([config, run / "result.json"], lambda: evaluate.compare((str(run),)))),
+    }
+
+
+def command_line(chance: random.Random) -> bytes:
+    """Flags of a script with changed names and values, read as the script does before it begins to work."""
+    import config
+    import evaluate
+    import train
+
+    good = {
+        train: "--method mhr --heads 8 --dataset strings --lr 0.01 --steps 5 --seed 1 --layers light --save-every 5",
+        evaluate: "--checkpoint runs/x --split 13 --beams 2 --zero-shot --test-examples 3",
+    }
+    module = chance.choice(list(good))
+    words = mutated(good[module].encode(), chance).decode("utf-8", "replace").split(" ")
+    recipes = config.PRETRAINING if module is train else {}
+    try:
+        flags = config.explicit_flags(module.Config, recipes, [word.replace("\0", "") for word in words])
+        cfg = module.make_config(**flags) if module is train else module.Config(**flags)
+        config.check_ranges(cfg)
+    except SystemExit as stop:
+        if stop.code not in (0, 2):
+            raise AssertionError(f"exit code {stop.code}") from None
+        raise config.UserError("refused by the parser") from None
+    return " ".join(words).encode()
+
+
+class Hang(BaseException):
+    """A read that took too long."""
+
+
+def mutations(wanted: int, seed: int, keep: Path) -> str:
+    """Mutate and read `wanted` times; the table for the results. What is neither read nor refused is kept."""
+    from config import UserError
+    from evaluate import aligned
+
+    def ring(*_):
+        raise Hang
+
+    signal.signal(signal.SIGALRM, ring)
+    chance, counts, bad = random.Random(seed), Counter(), 0
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"
+        every = targets(Path(folder))
+        weights = [share for share, _ in every.values()]
+        for number in tqdm(range(wanted), desc="mutate", unit="file", disable=None):
+            name = chance.choices(list(every), weights)[0]
+            one = random.Random(f"{seed} {number}")
+            signal.alarm(20)
+            try:
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                    every[name][1](one)
+                outcome = "read"
+            except UserError as error:
+                outcome = "refused" if "\n" not in str(error) else "refused in several lines"
+            except (Exception, Hang) as error:
+                outcome = type(error).__name__
+                keep.mkdir(parents=True, exist_ok=True)
+                (keep / f"{number}.txt").write_text(f"{name}: {outcome}: {error}\n")
+            signal.alarm(0)
+            counts[name, outcome] += 1
+            bad += outcome not in ("read", "refused")
+    outcomes = ["read", "refused", *sorted({o for _, o in counts} - {"read", "refused"})]
+    lines = [("", *outcomes), *((name, *(f"{counts[name, o]:,}" for o in outcomes)) for name in every)]
+    return aligned(lines, left=1) + f"\n{wanted:,} mutations, {bad} neither read nor refused in one sentence"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--mutations", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, default=Path("runs/faults"), help="where what went wrong is described")
+    args = parser.parse_args()
+    if args.kills:
+        print(kills(args.kills, args.seed))
+    if args.mutations:
+        table = mutations(args.mutations, args.seed, args.keep)
+        print(table)
+        sys.exit(not table.endswith(" 0 neither read nor refused in one sentence"))
+
+
+if __name__ == "__main__":
+    main()
