@@ -30,7 +30,7 @@ from dataclasses import dataclass
 
 from config import (
     FEW_SHOT, VARIANTS, UserError, check_ranges, describe, exit_on_user_error, explicit_flags, flag,
-    new_run_folder, read_config, read_json, recipe, refuse_used, resumed, write_json,
+    read_config, read_json, recipe, refuse_used, resumed, write_json,
 )  # fmt: skip
 
 
@@ -74,10 +74,10 @@ if __name__ == "__main__":  # Read the flags before the slow imports, so that --
 import dataclasses
 import functools
 import json
+import math
 import random
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -89,14 +89,14 @@ import parallel
 import train
 from backbone import (
     SINGLE, add_adapters, average_skills, build_model, collapse, load_adapter_file, load_backbone, load_run,
-    pick_device, warn_if_too_large,
+    pick_device, save_backbone, warn_if_too_large,
 )  # fmt: skip
 from baselines.adapter_soup import embed, soup_weights
 from baselines.fixed import FixedRouter, RandomRouter, given_table
 from choices import choice_log_probs, t_few_loss
 from evaluate import all_scores, by_group, evaluate_tasks, main_scores, over_splits
 from inject import adapted_layers, add_tasks, read_tensors, routers, save_adapters, task_ids
-from resume import advice_on_memory, cut_log, lock, refuse_nonfinite, tidy
+from resume import advice_on_memory, cut_log, hold, tidy
 
 # --- The starting point -----------------------------------------------------------------------------------------------
 
@@ -204,14 +204,16 @@ def dev_value(model, tokenizer, task: data.Task, lengths, cfg) -> float:
     if cfg.keep == "loss":
         return dev_loss(model, tokenizer, task, lengths, cfg.batch_size)
     on_dev = dataclasses.replace(task, test=task.dev)
-    return -evaluate_tasks(model, tokenizer, [on_dev], [0], lengths, cfg.test_examples, cfg.eval_batch)[task.name]
+    score = evaluate_tasks(model, tokenizer, [on_dev], [0], lengths, cfg.test_examples, cfg.eval_batch)[task.name]
+    model.train()
+    return -score
 
 
 def adapt_task(model, tokenizer, task: data.Task, lengths, cfg, log, split: str = "") -> dict:
     """Train what is trainable on one task, keep the values with the best dev value.
 
     lengths: (max_input, max_output). Returns {"stopped": last step, "best_step": step of the values kept, "dev_loss"}
-    (with --keep score: "dev_score").
+    (with --keep score: "dev_score"). A loss that is not finite ends it: one task must not keep all others waiting.
 
     The same loop as `train.train_steps`, with a look at the dev examples every cfg.eval_every steps, the first one
     before training, so that a task that only gets worse keeps its starting values.
@@ -231,9 +233,10 @@ def adapt_task(model, tokenizer, task: data.Task, lengths, cfg, log, split: str 
     key, sign = ("dev_loss", 1) if cfg.keep == "loss" else ("dev_score", -1)
     for step in range(1, cfg.steps + 1):
         train.set_rates(optimizer, rates, train.warmup_then_decay(step - 1, cfg.steps, cfg.warmup))
-        with advice_on_memory():
-            loss = train.backward_in_parts(loss_of, next(batches), cfg.micro_batch, weight)
-        refuse_nonfinite(loss, nn.utils.clip_grad_norm_(trained, cfg.clip).item(), f"task {task.name}, step {step}")
+        loss = train.backward_in_parts(loss_of, next(batches), cfg.micro_batch, weight)
+        if not math.isfinite(loss) or not nn.utils.clip_grad_norm_(trained, cfg.clip).isfinite():
+            print(f"{task.name}: loss or gradients are not finite in step {step}: the best values before are kept")
+            break
         optimizer.step()
         optimizer.zero_grad()
         if step % cfg.eval_every == 0 or step == cfg.steps:
@@ -298,13 +301,18 @@ def adapt(cfg: Config) -> dict:
         raise UserError("--steps must be above 0, not 0")
     parallel.join(pick_device(cfg.device))
     folder = Path(cfg.output_dir)
-    if cfg.resume and (folder / "result.json").exists():
-        print(f"{folder} is finished: nothing to go on with")
-        tidy(folder)
-        return read_json(folder / "result.json")
-    going_on = cfg.resume and (folder / "config.json").exists()
-    if parallel.first() and not going_on:
-        refuse_used(cfg.output_dir)
+    with hold(folder), advice_on_memory("a smaller --micro-batch (the same batch in parts) or --eval-batch"):
+        if cfg.resume and (folder / "result.json").exists():
+            print(f"{folder} is finished: nothing to go on with")
+            tidy(folder)
+            return read_json(folder / "result.json")
+        if parallel.first() and not cfg.resume:
+            refuse_used(cfg.output_dir)
+        return run(cfg, folder)
+
+
+def run(cfg: Config, folder: Path) -> dict:
+    """`adapt` in a folder that this process holds."""
     print(describe(cfg))
     base = train_config(cfg)
     warn_if_too_large(base)
@@ -315,44 +323,40 @@ def adapt(cfg: Config) -> dict:
         train.use_checkpointing(model)
     begin = prepare(model, base, cfg)
     begin(next(iter(splits.values()))[0])
-    if parallel.first() and not going_on:
-        new_run_folder(cfg.output_dir)
+    if parallel.first() and not (folder / "config.json").exists():
         write_json(folder / "config.json", dataclasses.asdict(cfg) | {"resume": False})
-    with lock(folder) if parallel.first() else nullcontext():
-        if parallel.first():
-            cut_log(folder / "log.jsonl", lambda line: (folder / line["split"] / f"{line['task']}.json").exists())
-        parallel.wait()
-        counts, number = train.count_parameters(model), len(next(iter(splits.values())))
-        sizes = " ".join(f"{name} {count:,}" for name, count in counts.items())
-        print(f"{number} tasks in {len(splits)} splits; trainable for each: {sizes}")
-        clock, results = time.monotonic(), {}
-        try:
-            with open(folder / "log.jsonl", "a") as log:
-                for split, tasks in splits.items():
-                    results[split] = adapt_split(model, tokenizer, tasks, begin, split, base, cfg, folder, log)
-        except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
-            print(f"\nstopped between two tasks or in one; to go on: python adapt.py --resume --output-dir {folder}")
-            raise
-        metrics = {task.name: task.metric for tasks in splits.values() for task in tasks}
-        result = over_splits(results) | {
-            "seconds": round(time.monotonic() - clock, 1), "parameters": counts, "metrics": metrics,
-        }  # fmt: skip
-        if parallel.first():
-            write_json(folder / "result.json", result)
-            tidy(folder)
-        parallel.wait()
-        over = f", mean of {len(splits)} splits (std {result['std']:.1f}, median {result['median']:.1f})"
-        print(f"mean score of {number} held-out tasks: before adaptation {result['mean_before']:.1f}, after", end=" ")
-        print(f"{result['mean']:.1f}{over if len(splits) > 1 else ''} ({result['seconds']:.0f} s, saved in {folder})")
-        return result
+    if parallel.first():
+        cut_log(folder / "log.jsonl", lambda line: (folder / line["split"] / f"{line['task']}.json").exists())
+    parallel.wait()
+    counts, number = train.count_parameters(model), len(next(iter(splits.values())))
+    print(f"{number} tasks in {len(splits)} splits; trainable for each:", *(f"{k} {n:,}" for k, n in counts.items()))
+    results, seconds = {}, 0.0
+    try:
+        with open(folder / "log.jsonl", "a") as log:
+            for split, tasks in splits.items():
+                results[split], spent = adapt_split(model, tokenizer, tasks, begin, split, base, cfg, folder, log)
+                seconds += spent
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
+        print(f"\nstopped; to go on with the tasks that are not done: python adapt.py --resume --output-dir {folder}")
+        raise
+    metrics = {task.name: task.metric for tasks in splits.values() for task in tasks}
+    result = over_splits(results) | {"seconds": round(seconds, 1), "parameters": counts, "metrics": metrics}
+    if parallel.first():
+        write_json(folder / "result.json", result)
+        tidy(folder)
+    parallel.wait()
+    over = f", mean of {len(splits)} splits (std {result['std']:.1f}, median {result['median']:.1f})"
+    print(f"mean score of {number} held-out tasks: before adaptation {result['mean_before']:.1f}, after", end=" ")
+    print(f"{result['mean']:.1f}{over if len(splits) > 1 else ''} ({result['seconds']:.0f} s, saved in {folder})")
+    return result
 
 
-def adapt_split(model, tokenizer, tasks, begin, split: str, base, cfg: Config, folder: Path, log) -> dict:
+def adapt_split(model, tokenizer, tasks, begin, split: str, base, cfg: Config, folder: Path, log) -> tuple[dict, float]:
     """Adapt to the tasks of one split, each from its starting values (begin: see `prepare`), and save each; what is
     saved already is not done again.
 
     Returns {"before", "tasks": {task: main score}, "groups": {group: mean}, "metrics": {task: {metric: score}},
-    "stops"}.
+    "stops"}, and the seconds that it took, in earlier sittings too (of several processes: that this one took).
     """
     lengths, found = (base.max_input, base.max_output), {}
     scoring = dict(lengths=lengths, limit=cfg.test_examples, batch_size=cfg.eval_batch)
@@ -363,22 +367,23 @@ def adapt_split(model, tokenizer, tasks, begin, split: str, base, cfg: Config, f
         done = folder / split / f"{task.name}.json"
         if not done.exists():
             begin(task)
+            start = time.monotonic()
             one = {"before": evaluate_tasks(model, tokenizer, [task], [0], **scoring)[task.name]}
             torch.manual_seed(cfg.seed)  # a task's result does not depend on the tasks before it
             one["stops"] = adapt_task(model, tokenizer, task, lengths, cfg, log, split)
             one["metrics"] = all_scores(model, tokenizer, [task], [0], **scoring)[task.name]
             save_task(model, tokenizer, folder / split, task.name)
-            write_json(done, one)
-        one = found[task.name] = read_json(done, before=float, stops=dict, metrics=dict)
+            write_json(done, one | {"seconds": time.monotonic() - start})
+        one = found[task.name] = read_json(done, before=float, stops=dict, metrics=dict, seconds=float)
         then, now = one["before"], main_scores({task.name: one["metrics"]})[task.name]
         bar.set_postfix(task=task.name, before=f"{then:.1f}", after=f"{now:.1f}")
         if bar.disable:
             print(f"{task.name:40} split {split:5} before {then:5.1f}  after {now:5.1f}", flush=True)
-    found = parallel.together(found)
+    seconds, found = sum(one["seconds"] for one in found.values()), parallel.together(found)
     before, after, stops = ({t.name: found[t.name][key] for t in tasks} for key in ("before", "metrics", "stops"))
     tasks_after = main_scores(after)
     groups = by_group(tasks_after, tasks)
-    return {"before": before, "tasks": tasks_after, "groups": groups, "metrics": after, "stops": stops}
+    return {"before": before, "tasks": tasks_after, "groups": groups, "metrics": after, "stops": stops}, seconds
 
 
 def train_config(cfg: Config) -> train.Config:
@@ -399,8 +404,7 @@ def train_config(cfg: Config) -> train.Config:
 def save_task(model, tokenizer, folder: Path, name: str):
     """Save what was adapted to one task under the task's name."""
     if not adapted_layers(model):  # method full
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+        save_backbone(model, tokenizer, folder / name)
     else:
         save_adapters(model, str(folder / f"{name}.safetensors"))
 

@@ -5,9 +5,12 @@ all that a model depends on.
 """
 
 import dataclasses
+import os
+import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, ByT5Tokenizer, T5Config,
@@ -82,6 +85,25 @@ def warn_if_too_large(cfg):
             f"{cfg.backbone} has {billions} billion parameters, {billions * size:.0f} GB in {cfg.precision}, and is "
             "meant for a GPU with at least twice that; here there is none. To try the program here: --backbone tiny"
         )
+
+
+def save_backbone(model: nn.Module, tokenizer, folder: Path):
+    """Save a whole model as a Hugging Face folder, under another name first: the folder is there whole or not at all.
+
+    Raises OSError if it cannot be written.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    except SafetensorError as error:  # how safetensors calls a full disk
+        raise OSError(f"{folder} cannot be written: {error}") from None
+    for path in temporary.iterdir():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off after this
+    temporary.rename(folder)
 
 
 def tiny_from_scratch() -> T5ForConditionalGeneration:

@@ -268,12 +268,15 @@ def read_config(Config: type, path: Path):
     return Config(**content)
 
 
-MAY_CHANGE = ("resume", "save_every", "output_dir", "device")  # when a run goes on
+MAY_CHANGE = (  # when a run goes on: where it is, and what changes no more than rounding
+    "resume", "save_every", "output_dir", "device", "data_dir", "micro_batch", "checkpointing", "eval_batch",
+)  # fmt: skip
 
 
 def resumed(Config: type, path: Path, flags: dict):
     """The Config of a run that was cut off, from its config.json. Raises UserError if a flag contradicts it."""
     saved = read_config(Config, path)
+    flags = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
     for name, value in flags.items():
         if name not in MAY_CHANGE and value != getattr(saved, name):
             given = f"--{name.replace('_', '-')} {value}"

@@ -6,6 +6,7 @@ python evaluate.py --checkpoint runs/NAME --zero-shot   a pre-training run on th
 python evaluate.py --checkpoint runs/NAME --constant    the held-out tasks' most frequent training answer, no model
 python evaluate.py --compare runs/*                  one table over run folders, seeds as mean +- std
 python evaluate.py --count-parameters --backbone t5-xl  what each method trains on a backbone, without its weights
+python evaluate.py --memory 16 --backbone t5-xl         what training takes with batches of 16, the same way
 """
 
 from dataclasses import asdict, dataclass, replace

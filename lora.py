@@ -33,13 +33,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class AddLowRank(torch.autograd.Function):
     """y + scale (x A) B for y (b, l, o), x (b, l, i), A (b, i, r), B (b, r, o).
 
     Autograd finds the same gradients from the expression itself. Written down by hand they need fewer passes over
-    tensors as large as y, which are most of what a LoRA of low rank costs.
+    tensors as large as y, which are most of what a LoRA of low rank costs. Second derivatives are an error: for those
+    write `y + scale * (x @ A @ B)`.
     """
 
     @staticmethod
@@ -50,6 +52,7 @@ class AddLowRank(torch.autograd.Function):
         return torch.baddbmm(y, low, B, alpha=scale)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         x, A, B, low = ctx.saved_tensors
         by_low = torch.bmm(grad, B.mT) * ctx.scale

@@ -4,7 +4,9 @@
 
 A checkpoint holds all that the rest of a run depends on: what is trained, the optimiser's state, the state of the
 random numbers, the losses not yet logged, and the step, from which data order and learning rates follow. So a run that
-is gone on with is the run that was never cut off, to the bit, on the same machine.
+is gone on with is the run that was never cut off, to the bit: in one process on the same CPU. Several processes are in
+one state of the random numbers again (`parallel.py` says when they part ways), and on CUDA sums of gradients differ in
+their last bits from run to run anyhow.
 
 It is one safetensors file, written under another name, synced to the disk and renamed over the one before: whenever the
 process dies, there is a whole checkpoint or none, never half of one.
@@ -13,11 +15,12 @@ process dies, there is a whole checkpoint or none, never half of one.
 import json
 import math
 import re
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +29,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import parallel
 from config import RunError, UserError, whole_file
 from inject import adapter_parameters, read_tensors, write_tensors
 
@@ -85,7 +89,12 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     kinds = [{n: (p.shape, p.dtype) for n, p in d.items() if n.startswith("model.")} for d in (own, saved)]
     if kinds[0] != kinds[1]:
         raise UserError(f"{path} is of a run with other settings: delete it to begin the run again")
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": _by_parameter(saved | numbers)})
+    state = _by_parameter(saved | numbers)
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for k, entries in state.items():  # once more: load_state_dict rounds them to the parameter's type
+        own_state = optimizer.state[parameters[k]]
+        own_state |= {n: v.to(parameters[k].device) if isinstance(v, Tensor) else v for n, v in entries.items()}
     for name, p in own.items():
         p.copy_(saved[name])
     torch.set_rng_state(saved["random"])
@@ -112,12 +121,13 @@ def cut_log(path: Path, keep: Callable[[dict], bool]):
             temporary.write_text("".join(line for line in whole if keep(json.loads(line))))
 
 
-def write_line(log, bar: tqdm, now: Progress, norm: float, lr: float, plain_every: int):
-    """A line of log.jsonl, and for people: beside the bar, or where there is no terminal a plain line now and then."""
+def write_line(log, bar: tqdm, now: Progress, norm: float, lr: float, every: int):
+    """A line of log.jsonl, and for people: beside the bar, or without a terminal some ten plain lines a run."""
     line = {"step": now.step, "loss": now.loss, "norm": norm, "lr": lr, "seconds": round(now.seconds, 1)}
     log.write(json.dumps(line) + "\n")
     log.flush()
     bar.set_postfix(loss=f"{now.loss:.3f}")
+    plain_every = max(every, bar.total // 10 // every * every)
     if bar.disable and (now.step % plain_every == 0 or now.step == bar.total):
         print(f"step {now.step}/{bar.total}  loss {now.loss:.4f}  {now.seconds:.0f} s", flush=True)
 
@@ -125,7 +135,7 @@ def write_line(log, bar: tqdm, now: Progress, norm: float, lr: float, plain_ever
 def tidy(folder: Path):
     """Remove what a finished run needs no more: checkpoint, lock, and files that a killed process left half written."""
     for path in (folder / CHECKPOINT, folder / LOCK, *folder.rglob("*.tmp")):
-        path.unlink(missing_ok=True)
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 class Every:
@@ -153,7 +163,7 @@ class Every:
 class Signals:
     """Within this context Ctrl-C and SIGTERM are noted, for the loop to end after its step: `caught` is the number.
 
-    The second one is obeyed at once.
+    A second Ctrl-C is obeyed at once. (A second SIGTERM is not: launchers pass on what the process has had already.)
     """
 
     def __init__(self):
@@ -169,23 +179,41 @@ class Signals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame):
-        if self.caught:
+        if self.caught and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self.caught:
+            print("\nstopping after this step (Ctrl-C: at once)", flush=True)
         self.caught = number
-        print("\nstopping after this step; once more to stop at once", flush=True)
 
 
 @contextmanager
-def lock(folder: Path):
-    """Hold a run folder; when the process ends, however it ends, it is free. UserError if another one holds it."""
-    held = FileLock(folder / LOCK)
+def hold(folder: Path):
+    """Make a run's folder and hold it while in this context, or until the process ends, however it ends. Of several
+    processes the first one holds it. A folder in which no run was begun is removed again.
+
+    Raises UserError if another process holds it, or it cannot be made.
+    """
+    if not parallel.first():
+        parallel.wait()
+        yield
+        return
+    new = not folder.exists()
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = FileLock(folder / LOCK)
         held.acquire(timeout=0)
     except Timeout:
         raise UserError(f"another process is at work in {folder}: wait, or choose another --output-dir") from None
+    except OSError as error:
+        raise UserError(f"--output-dir {folder} cannot be made or written: {error.strerror}") from None
+    parallel.wait()
     try:
         yield
     finally:
+        if not (folder / "config.json").exists():
+            with suppress(OSError):
+                (folder / LOCK).unlink()
+                folder.rmdir() if new else None
         held.release()
 
 
@@ -197,17 +225,16 @@ def refuse_nonfinite(loss: float, norm: float, where: str):
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise RunError(
             f"{where}: the loss is {loss}, the norm of its gradients {norm}; nothing of it was kept. Try a lower --lr "
-            "or --precision fp32"
+            "or --precision fp32 in a new folder: to go on from the checkpoint would be the same again"
         )
 
 
 @contextmanager
-def advice_on_memory():
+def advice_on_memory(advice: str):
     """Turn running out of memory into a RunError that says what to try."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
-            advice = "try --micro-batch (the same result in parts), --checkpointing, or a smaller --batch-size"
-            raise RunError(f"no memory left for a batch: {advice}") from None
+            raise RunError(f"there is not enough memory: try {advice}, with --resume to go on") from None
         raise

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from config import (
     GIVEN, LEARNED, METHODS, PRETRAINING, ROUTED, UserError, check_ranges, describe, exit_on_user_error,
-    explicit_flags, flag, new_run_folder, read_config, read_json, recipe, refuse_used, resumed, write_json,
+    explicit_flags, flag, read_config, read_json, recipe, refuse_used, resumed, write_json,
 )  # fmt: skip
 
 
@@ -87,7 +87,6 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -101,9 +100,9 @@ from baselines.adapter_soup import embed_tasks
 from baselines.fixed import given_table, skill_names
 from evaluate import evaluate_tasks, mean
 from inject import routers, save_adapters, task_ids, write_tensors
-from backbone import average_skills, build_model, load_run, pick_device, warn_if_too_large
+from backbone import average_skills, build_model, load_run, pick_device, save_backbone, warn_if_too_large
 from resume import (
-    CHECKPOINT, Every, Progress, Signals, advice_on_memory, cut_log, load_checkpoint, lock, refuse_nonfinite,
+    CHECKPOINT, Every, Progress, Signals, advice_on_memory, cut_log, hold, load_checkpoint, refuse_nonfinite,
     save_checkpoint, tidy, write_line,
 )  # fmt: skip
 
@@ -199,15 +198,22 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 def train(cfg: Config) -> dict:
     """Pre-train as cfg says and write the run folder; returns what result.json holds."""
     check_ranges(cfg)
+    Every(cfg.save_every)
     parallel.join(cfg.device)
     folder = Path(cfg.output_dir)
-    if cfg.resume and (folder / "result.json").exists():
-        print(f"{folder} is finished: nothing to go on with")
-        tidy(folder)
-        return read_json(folder / "result.json")
-    going_on = cfg.resume and (folder / "config.json").exists()
-    if parallel.first() and not going_on:
-        refuse_used(cfg.output_dir)
+    advice = "a smaller --micro-batch (the same batch in parts) or --checkpointing"
+    with hold(folder), advice_on_memory(advice):
+        if cfg.resume and (folder / "result.json").exists():
+            print(f"{folder} is finished: nothing to go on with")
+            tidy(folder)
+            return read_json(folder / "result.json")
+        if parallel.first() and not cfg.resume:
+            refuse_used(cfg.output_dir)
+        return run(cfg, folder)
+
+
+def run(cfg: Config, folder: Path) -> dict:
+    """`train` in a folder that this process holds."""
     print(describe(cfg))
     warn_if_too_large(cfg)
     tasks = load_tasks(cfg, cfg.split, ("train",)).train
@@ -220,31 +226,23 @@ def train(cfg: Config) -> dict:
         use_checkpointing(model)
     soup = cfg.method == "adapter-soup"
     embeddings = embed_tasks(cfg, tasks) if soup else None  # before training: a wrong --encoder is told at once
-    if parallel.first() and not going_on:
-        new_run_folder(cfg.output_dir)
+    if parallel.first() and not (folder / "config.json").exists():  # which says that the rest is there
+        write_json(folder / "tasks.json", {"tasks": [task.name for task in tasks], "skills": skills})
         write_json(folder / "config.json", dataclasses.asdict(cfg) | {"resume": False})
-    with lock(folder) if parallel.first() else nullcontext():
-        if parallel.first():
-            write_json(folder / "tasks.json", {"tasks": [task.name for task in tasks], "skills": skills})
-        parallel.wait()
-        counts = count_parameters(model)
-        numbers = (
-            f"{sum(len(t.train) > 0 for t in tasks)} training tasks, {sum(len(t.train) for t in tasks):,} examples"
-        )
-        print(f"{numbers}, {steps:,} steps, {len(routers(model))} routers", end="; ")
-        print("trainable:", *(f"{name} {count:,}" for name, count in counts.items()))
-        model.train()
-        done = train_steps(model, tokenizer, tasks, steps, cfg, folder)
-        if parallel.first():
-            save_run(model, tokenizer, cfg, folder)
-            if embeddings is not None:
-                write_tensors({"embeddings": embeddings}, folder / "embeddings.safetensors")
-        result = {"steps": steps, "loss": done.loss, "seconds": round(done.seconds, 1), "parameters": counts}
-        result |= score(model, tokenizer, tasks, scored, cfg)
-        if parallel.first():
-            write_json(folder / "result.json", result)
-            tidy(folder)
-        parallel.wait()
+    counts, sizes = count_parameters(model), [len(task.train) for task in tasks if len(task.train)]
+    print(f"{len(sizes)} training tasks, {sum(sizes):,} examples, {steps:,} steps,", end=" ")
+    print(f"{len(routers(model))} routers; trainable:", *(f"{name} {count:,}" for name, count in counts.items()))
+    done = train_steps(model.train(), tokenizer, tasks, steps, cfg, folder)
+    if parallel.first():
+        save_run(model, tokenizer, cfg, folder)
+        if embeddings is not None:
+            write_tensors({"embeddings": embeddings}, folder / "embeddings.safetensors")
+    result = {"steps": steps, "loss": done.loss, "seconds": round(done.seconds, 1), "parameters": counts}
+    result |= score(model, tokenizer, tasks, scored, cfg)
+    if parallel.first():
+        write_json(folder / "result.json", result)
+        tidy(folder)
+    parallel.wait()
     print(f"{done.seconds:.0f} s of training, final loss {done.loss:.4f}, saved in {folder}")
     return result
 
@@ -316,12 +314,13 @@ def steps_before(cfg: Config) -> int:
 
 def train_steps(model, tokenizer, tasks: list[data.Task], steps: int, cfg: Config, folder: Path) -> Progress:
     """The loop: batch, learning rate, forward, backward, step, log, save. With --resume it begins where the checkpoint
-    is. Raises RunError if the memory does not suffice, or loss or gradients are no longer finite."""
+    is. Raises RunError if loss or gradients are no longer finite."""
     optimizer, every, checkpoint = make_optimizer(model, cfg), Every(cfg.save_every), folder / CHECKPOINT
     now = Progress()
     if cfg.resume and checkpoint.exists():
         now = load_checkpoint(checkpoint, model, optimizer)
         print(f"going on after step {now.step:,}")
+    parallel.wait()  # until all have read it
     if parallel.first():
         cut_log(folder / "log.jsonl", lambda line: line["step"] <= now.step)
     loss_of = lambda items: batch_loss(model, tokenizer, items, cfg.max_input, cfg.max_output)  # noqa: E731
@@ -336,8 +335,7 @@ def train_steps(model, tokenizer, tasks: list[data.Task], steps: int, cfg: Confi
         for step in bar:
             batch = next(batches)
             set_rates(optimizer, rates, warmup_then_decay(step - 1, steps, cfg.warmup))
-            with advice_on_memory():
-                loss = backward_in_parts(loss_of, parallel.share(batch), cfg.micro_batch, weight, batch)
+            loss = backward_in_parts(loss_of, parallel.share(batch), cfg.micro_batch, weight, batch)
             loss, stop = parallel.add_up(trainable, loss, signals.caught)
             norm = nn.utils.clip_grad_norm_(trainable, cfg.clip).item()
             refuse_nonfinite(loss, norm, f"step {step}, tasks {', '.join(sorted({tasks[i.task].name for i in batch}))}")
@@ -346,11 +344,12 @@ def train_steps(model, tokenizer, tasks: list[data.Task], steps: int, cfg: Confi
             now = now.after(step, loss, time.monotonic() - start)
             if step % cfg.log_every == 0 or step == steps:
                 now = now.logged()
-                write_line(log, bar, now, norm, optimizer.param_groups[0]["lr"], max(cfg.log_every, steps // 10))
+                write_line(log, bar, now, norm, optimizer.param_groups[0]["lr"], cfg.log_every)
             if (every.due(step) or stop or step == steps) and parallel.first():
                 save_checkpoint(checkpoint, model, optimizer, now)
-            if stop and step < steps:
+            if stop:
                 print(f"stopped after step {step}; to go on: python train.py --resume --output-dir {folder}")
+                parallel.wait()  # until it is saved: launchers kill the others when one ends
                 sys.exit(128 + (signals.caught or signal.SIGTERM))
     return now
 
@@ -364,8 +363,7 @@ def set_rates(optimizer: torch.optim.Optimizer, rates: list[float], factor: floa
 def save_run(model, tokenizer, cfg: Config, folder: Path):
     """Save what was trained: adapters and routers, or for method full a Hugging Face model folder."""
     if cfg.method == "full":
-        model.save_pretrained(folder / "backbone")
-        tokenizer.save_pretrained(folder / "backbone")
+        save_backbone(model, tokenizer, folder / "backbone")
     else:
         save_adapters(model, str(folder / "adapter.safetensors"))
 

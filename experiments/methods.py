@@ -10,7 +10,6 @@ command can be stopped at any time and goes on where it was. Two run side by sid
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -55,9 +54,8 @@ RATES = {  # what --tune found: (pre-training, adaptation)
 def run(script: str, flags: list[str], folder: Path) -> dict:
     """One run of a script into a folder, unless it is there already: the content of its result.json."""
     if not (folder / "result.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)  # what was cut off
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, script, *flags, "--output-dir", str(folder)]
+        command = [sys.executable, script, *flags, "--resume", "--output-dir", str(folder)]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\nended with code {done.returncode}:\n{done.stderr[-2000:]}")

@@ -146,6 +146,14 @@ def test_gradcheck(adapter, per_example):
     assert torch.autograd.gradcheck(run, (x, *values))
 
 
+def test_second_derivatives_of_lora_are_an_error():
+    """Not a wrong number."""
+    layer, x = adapted(LoRA(2)), torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
 @pytest.mark.parametrize("per_example", [False, True])
 def test_lora_under_autocast(per_example):
     """In other people's training loops: the layer's own dtype comes out, and gradients of float32 parameters are

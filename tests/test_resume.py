@@ -51,6 +51,19 @@ def same(folder: Path, reference: Path):
     assert results[0] == results[1]
 
 
+def cut_at(monkeypatch, step: int):
+    """A power cut within a step of training."""
+    real, calls = train.backward_in_parts, []
+
+    def cut(*args):
+        calls.append(args)
+        if len(calls) == step:
+            raise PowerCut
+        return real(*args)
+
+    monkeypatch.setattr(train, "backward_in_parts", cut)
+
+
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory) -> str:
     """A smaller tiny backbone: one layer of each kind."""
@@ -133,7 +146,7 @@ def test_stopped_by_a_signal(child, flags, reference, tmp_path, number, code):
     assert process.exitcode in (code, 0)  # 0: it was done before
     if process.exitcode:
         step = resume.load_checkpoint(folder / resume.CHECKPOINT, *made(flags)).step
-        assert 5 <= step < STEPS and not (folder / "result.json").exists()
+        assert 5 <= step <= STEPS and not (folder / "result.json").exists()
     train.main(flags | dict(output_dir=str(folder), resume=True, save_every="100000"))
     same_but_config = json.loads((folder / "result.json").read_text())["tasks"]
     assert same_but_config == json.loads((reference / "result.json").read_text())["tasks"]
@@ -172,6 +185,7 @@ def test_power_cut_within_a_save(monkeypatch, flags, reference, tmp_path, call, 
     "extra",
     [
         dict(method="full"), dict(method="lora", optimizer="adafactor"), dict(method="poly", adapter="sft"),
+        dict(method="full", optimizer="adafactor", precision="bf16"),
         dict(method="random", random_by="task"), dict(method="hyperformer"), dict(method="adapter-soup", skills=None),
         dict(method="expert", skills=None), dict(micro_batch=2), dict(checkpointing=True), dict(steps=0, epochs=1),
     ],
@@ -183,15 +197,8 @@ def test_every_kind_of_run_goes_on(monkeypatch, flags, tmp_path, extra):
     if extra.get("epochs"):  # few steps: an epoch of this batch
         now["batch_size"] = 4096
     train.main(now | dict(output_dir=str(tmp_path / "whole")))
-    folder, real, calls = str(tmp_path / "cut"), train.backward_in_parts, []
-
-    def cut(*args):
-        calls.append(args)
-        if len(calls) == 8:
-            raise PowerCut
-        return real(*args)
-
-    monkeypatch.setattr(train, "backward_in_parts", cut)
+    folder = str(tmp_path / "cut")
+    cut_at(monkeypatch, 8)
     with pytest.raises(PowerCut):
         train.main(now | dict(output_dir=folder))
     monkeypatch.undo()
@@ -222,6 +229,18 @@ def test_adaptation_goes_on_with_the_next_task(monkeypatch, reference, tmp_path,
     same(tmp_path / "cut", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("method", ["mu", "mhr"])
+def test_a_run_that_went_on_from_another_goes_on(monkeypatch, reference, tmp_path, method):
+    now = dict(from_run=str(reference), method=method, steps=6, save_every="2")
+    train.main(now | dict(output_dir=str(tmp_path / "whole")))
+    cut_at(monkeypatch, 6)
+    with pytest.raises(PowerCut):
+        train.main(now | dict(output_dir=str(tmp_path / "cut")))
+    monkeypatch.undo()
+    train.main(now | dict(output_dir=str(tmp_path / "cut"), resume=True))
+    same(tmp_path / "cut", tmp_path / "whole")
+
+
 def test_adaptation_says_how_to_go_on(monkeypatch, capsys, reference, tmp_path):
     def interrupt(*args):
         raise KeyboardInterrupt
@@ -248,15 +267,8 @@ def test_begins_what_is_not_there_and_leaves_what_is_done(capsys, flags, referen
 @pytest.fixture
 def cut_off(flags, tmp_path, monkeypatch) -> Path:
     """A run with a checkpoint of step 3."""
-    folder, real, calls = tmp_path / "cut", train.backward_in_parts, []
-
-    def cut(*args):
-        calls.append(args)
-        if len(calls) == 4:
-            raise PowerCut
-        return real(*args)
-
-    monkeypatch.setattr(train, "backward_in_parts", cut)
+    folder = tmp_path / "cut"
+    cut_at(monkeypatch, 4)
     with pytest.raises(PowerCut):
         train.main(flags | dict(output_dir=str(folder)))
     monkeypatch.undo()
@@ -269,6 +281,32 @@ def test_settings_cannot_change(cut_off, flags):
             train.main(flags | {name: value, "output_dir": str(cut_off), "resume": True})
     with pytest.raises(UserError, match="already holds a run"):
         train.main(flags | dict(output_dir=str(cut_off)))
+
+
+def test_what_changes_rounding_alone_may_change(cut_off, reference):
+    """As the advice on memory says: in smaller parts, or with checkpointing, the run goes on."""
+    train.main(dict(output_dir=str(cut_off), resume=True, micro_batch=2, checkpointing=True))
+    ours, whole = (load_file(run / "adapter.safetensors") for run in (cut_off, reference))
+    for name in whole:
+        torch.testing.assert_close(ours[name], whole[name], rtol=1e-3, atol=1e-3)
+
+
+def test_flags_as_they_come_from_the_command_line(reference, tmp_path):
+    """The very command with --resume added goes on: --split comes as a list and is saved as one."""
+    line = (
+        f"--checkpoint {reference} --split 1 2 --output-dir {tmp_path / 'few'} --tasks sort+double --steps 2 --shots 4"
+    )
+    found = [adapt.main(config.explicit_flags(adapt.Config, {}, f"{line} --resume".split())) for _ in range(2)]
+    assert found[0] == found[1] and list(found[0]["splits"]) == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(save_every="10s"), dict(heads=3), dict(lr=-1.0), dict(data_dir="no", dataset="t0")]
+)
+def test_a_mistake_leaves_no_folder(flags, tmp_path, wrong):
+    with pytest.raises(UserError):
+        train.main(flags | wrong | dict(output_dir=str(tmp_path / "run")))
+    assert not list(tmp_path.iterdir())
 
 
 def test_damaged_checkpoints_are_refused(cut_off, reference, flags):
@@ -295,9 +333,11 @@ def test_damaged_checkpoints_are_refused(cut_off, reference, flags):
     same(cut_off, reference)
 
 
-def test_a_second_run_in_the_same_folder_is_refused(cut_off):
-    with resume.lock(cut_off), pytest.raises(UserError, match="another process is at work in .*cut"):
-        train.main(dict(output_dir=str(cut_off), resume=True))
+def test_a_second_run_in_the_same_folder_is_refused(cut_off, reference):
+    with resume.hold(cut_off):
+        for main, extra in ((train.main, {}), (adapt.main, dict(checkpoint=str(reference)))):
+            with pytest.raises(UserError, match="another process is at work in .*cut"):
+                main(extra | dict(output_dir=str(cut_off), resume=not extra))
     train.main(dict(output_dir=str(cut_off), resume=True))
 
 
@@ -358,9 +398,77 @@ def test_nonfinite_loss_stops_the_run(monkeypatch, cut_off, reference, value):
     same(cut_off, reference)
 
 
+def test_nonfinite_loss_ends_one_task_not_all(monkeypatch, capsys, reference, tmp_path):
+    """Of three tasks the second one breaks: it keeps its best values, here those before training."""
+    real = train.backward_in_parts
+
+    def broken(loss_of, items, *args):
+        loss = real(loss_of, items, *args)
+        return math.nan if items[0].example.input == second else loss
+
+    few = FEW | dict(checkpoint=str(reference), shots=1, batch_size=1)
+    base = train.load_tasks(train.Config(), "0", ("test",)).test
+    task = adapt.few_shot(next(t for t in base if t.name == "drop+swap"), adapt.make_config(**few))
+    second = task.train[0].input
+    monkeypatch.setattr(train, "backward_in_parts", broken)
+    stops = adapt.main(few | dict(output_dir=str(tmp_path / "few")))["splits"]["0"]["stops"]
+    assert "drop+swap: loss or gradients are not finite in step 1" in capsys.readouterr().out
+    assert {name: stop["stopped"] for name, stop in stops.items()} == {
+        "sort+double": 3,
+        "drop+swap": 1,
+        "double+upper": 3,
+    }
+    assert stops["drop+swap"]["best_step"] == 0
+
+
+@pytest.mark.parametrize("keep", ["loss", "score"])
+def test_training_steps_are_in_training_mode(monkeypatch, reference, tmp_path, keep):
+    """Also after a look at the dev examples, which are scored in evaluation mode, without noise."""
+    real, modes = adapt.train.batch_loss, []
+
+    def watched(model, *args, **kwargs):
+        modes.append((torch.is_grad_enabled(), model.training))
+        return real(model, *args, **kwargs)
+
+    monkeypatch.setattr(train, "batch_loss", watched)
+    adapt.main(FEW | dict(checkpoint=str(reference), keep=keep, eval_every=1, output_dir=str(tmp_path / "few")))
+    assert {mode for grad, mode in modes if grad} == {True} and {mode for grad, mode in modes if not grad} <= {False}
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("[..] can't allocate memory: 9")])
-def test_out_of_memory_is_one_sentence_with_advice(monkeypatch, error):
-    with pytest.raises(RunError, match="--micro-batch.*--checkpointing.*--batch-size"), resume.advice_on_memory():
+def test_out_of_memory_is_one_sentence_with_advice(monkeypatch, flags, reference, tmp_path, error):
+    """Wherever it happens: in a step, in the optimiser's first one, in scoring."""
+
+    def full(*args, **kwargs):
         raise error
-    with pytest.raises(RuntimeError, match="^another$"), resume.advice_on_memory():
+
+    for module, name in ((train, "batch_loss"), (torch.optim.AdamW, "step"), (train, "evaluate_tasks")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            with pytest.raises(RunError, match="not enough memory: try a smaller --micro-batch .*--checkpointing"):
+                train.main(flags | dict(output_dir=str(tmp_path / name)))
+    monkeypatch.setattr(adapt, "all_scores", full)
+    with pytest.raises(RunError, match="not enough memory: try .*--eval-batch"):
+        adapt.main(FEW | dict(checkpoint=str(reference), output_dir=str(tmp_path / "few")))
+    with pytest.raises(RuntimeError, match="^another$"), resume.advice_on_memory(""):
         raise RuntimeError("another")
+
+
+def test_a_launcher_repeats_sigterm_a_person_ctrl_c():
+    with resume.Signals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.caught == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
+@pytest.mark.parametrize("steps, lines", [(1500, 10), (1234, 13), (40, 1), (60, 2)])
+def test_plain_lines_are_some_ten_a_run(capsys, tmp_path, steps, lines):
+    with open(tmp_path / "log", "w") as log:
+        bar = resume.tqdm(range(1, steps + 1), disable=True)
+        for step in range(1, steps + 1):
+            if step % 50 == 0 or step == steps:
+                resume.write_line(log, bar, resume.Progress(step, 1.0, (), 2.0), 1.0, 0.1, 50)
+    assert len(capsys.readouterr().out.splitlines()) == lines
