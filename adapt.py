@@ -225,9 +225,8 @@ def adapt_task(model, tokenizer, task: data.Task, lengths, cfg, log, split: str 
     loss_of = loss_of_choices if cfg.choice_losses else train.batch_loss
     loss_of = functools.partial(loss_of, model, tokenizer, max_input=lengths[0], max_output=lengths[1])
     # T-Few's three losses average over three different counts: its parts weigh by examples, which is not quite the same
-    weight = (
-        len if cfg.choice_losses else functools.partial(train.output_tokens, model, tokenizer, max_output=lengths[1])
-    )
+    tokens = functools.partial(train.output_tokens, model, tokenizer, max_output=lengths[1])
+    weight = len if cfg.choice_losses else tokens
     best_value = dev_value(model, tokenizer, task, lengths, cfg)
     best_step, best = 0, [p.detach().clone() for p in trained]
     key, sign = ("dev_loss", 1) if cfg.keep == "loss" else ("dev_score", -1)
@@ -361,9 +360,8 @@ def adapt_split(model, tokenizer, tasks, begin, split: str, base, cfg: Config, f
     lengths, found = (base.max_input, base.max_output), {}
     scoring = dict(lengths=lengths, limit=cfg.test_examples, batch_size=cfg.eval_batch)
     (folder / split).mkdir(parents=True, exist_ok=True)
-    for task in (
-        bar := tqdm(parallel.share(tasks), desc=f"adapt {cfg.variant}, split {split}", unit="task", disable=None)
-    ):
+    share, title = parallel.share(tasks), f"adapt {cfg.variant}, split {split}"
+    for task in (bar := tqdm(share, desc=title, unit="task", disable=None)):
         done = folder / split / f"{task.name}.json"
         if not done.exists():
             begin(task)

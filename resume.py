@@ -33,7 +33,8 @@ import parallel
 from config import RunError, UserError, whole_file
 from inject import adapter_parameters, read_tensors, write_tensors
 
-CHECKPOINT, LOCK = "checkpoint.safetensors", ".lock"  # in the run folder, until the run is done
+CHECKPOINT = "checkpoint.safetensors"  # in the run folder, until the run is done
+LOCK = ".lock"  # in the run folder, while a process is at work there
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -133,8 +134,8 @@ def write_line(log, bar: tqdm, now: Progress, norm: float, lr: float, every: int
 
 
 def tidy(folder: Path):
-    """Remove what a finished run needs no more: checkpoint, lock, and files that a killed process left half written."""
-    for path in (folder / CHECKPOINT, folder / LOCK, *folder.rglob("*.tmp")):
+    """Remove what a finished run needs no more: checkpoint, and files that a killed process left half written."""
+    for path in (folder / CHECKPOINT, *folder.rglob("*.tmp")):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -210,10 +211,10 @@ def hold(folder: Path):
     try:
         yield
     finally:
-        if not (folder / "config.json").exists():
-            with suppress(OSError):
-                (folder / LOCK).unlink()
-                folder.rmdir() if new else None
+        with suppress(OSError):
+            (folder / LOCK).unlink()
+            if new and not (folder / "config.json").exists():
+                folder.rmdir()
         held.release()
 
 

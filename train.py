@@ -224,8 +224,7 @@ def run(cfg: Config, folder: Path) -> dict:
     model, tokenizer = starting_point(cfg, tasks, skills)
     if cfg.checkpointing:
         use_checkpointing(model)
-    soup = cfg.method == "adapter-soup"
-    embeddings = embed_tasks(cfg, tasks) if soup else None  # before training: a wrong --encoder is told at once
+    embeddings = embed_tasks(cfg, tasks) if cfg.method == "adapter-soup" else None  # now: a wrong --encoder is told
     if parallel.first() and not (folder / "config.json").exists():  # which says that the rest is there
         write_json(folder / "tasks.json", {"tasks": [task.name for task in tasks], "skills": skills})
         write_json(folder / "config.json", dataclasses.asdict(cfg) | {"resume": False})

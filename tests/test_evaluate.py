@@ -632,7 +632,7 @@ def test_compare_of_adaptations_names_base_and_variant(tmp_path):
     folders = [
         run_folder(
             tmp_path / f"a{k}{split}",
-            ADAPT | {"checkpoint": base[k], "seed": k, "split": split},
+            ADAPT | {"checkpoint": base[k], "seed": k, "split": (split,)},
             splits={split: {"before": {"a": 5.0 + k}, "tasks": {"a": 20.0, "b": 20.0 + 20 * k}}},
             parameters={"adapters": 0, "routing": 336},
         )  # fmt: skip
