@@ -19,6 +19,7 @@ from config import LEARNED
 from evaluate import aligned, mean_std
 
 ROOT = Path(__file__).resolve().parents[1]
+RUNS = ROOT / "runs" / "methods"
 METHODS = {  # a name for the table: (flags of train.py, variants of adapt.py, the first of which is searched)
     "Full": ("--method full", ("all", "lora")),
     "LoRA (Shared)": ("--method lora", ("all",)),
@@ -109,16 +110,16 @@ def table(results: dict[str, list[dict]]) -> str:
 def tune(name: str, root: Path) -> list[tuple[str, ...]]:
     """Lines (method, flags of train.py, flags of adapt.py, dev score, mark) of one method's search; the best is marked.
 
-    The same search for each: pre-training of 500 steps at a third, once and three times 5e-3 (full: 1e-3); for methods
-    that learn a Z also a Z ten times slower, at the best of these; then few-shot adaptation to the dev tasks at a
-    third, once and three times 3e-3 (full: 1e-3). One step after the other, each keeping the best so far. Seed 0.
+    The same search for each: pre-training at a third, once and three times 5e-3 (full: 1e-3); for methods that learn a
+    Z also a Z ten times slower, at the best of these; then few-shot adaptation to the dev tasks at a third, once and
+    three times 3e-3 (full: 1e-3). One step after the other, each keeping the best so far. Seed 0.
     """
     method, variant, lines = METHODS[name][0].split()[1], METHODS[name][1][0], {}
     lr, few_lr = (1e-3, 1e-3) if method == "full" else (5e-3, 3e-3)
 
     def trial(flags: dict, few_flags: dict) -> float:
         text, few_text = (tuple(f"--{k}={v:.2g}" for k, v in d.items()) for d in (flags, few_flags))
-        checkpoint, _ = pretrain(name, 0, root, ("--steps=500", *text))
+        checkpoint, _ = pretrain(name, 0, root, text)
         score = adapt(checkpoint, variant, 0, ("--tasks=dev", *few_text))["mean"]
         lines[text, few_text] = score
         return score
@@ -144,12 +145,12 @@ def main():
     args = parser.parse_args()
     with ThreadPoolExecutor(args.jobs) as pool:
         if args.tune:
-            found = pool.map(lambda name: tune(name, ROOT / "runs" / "methods-tune"), args.methods)
+            found = pool.map(lambda name: tune(name, RUNS), args.methods)
             head = ("method", "pre-training", "few-shot", "dev score", "")
             print(aligned([head, *(line for lines in found for line in lines)]))
             return
         runs = [(name, seed) for seed in args.seeds for name in args.methods]
-        found = list(pool.map(lambda r: one_seed(*r, ROOT / "runs" / "methods"), runs))
+        found = list(pool.map(lambda r: one_seed(*r, RUNS), runs))
     by_name = {name: [f for r, f in zip(runs, found, strict=True) if r[0] == name] for name in args.methods}
     print(table(by_name))
 
