@@ -30,7 +30,7 @@ from dataclasses import dataclass
 
 from config import (
     FEW_SHOT, VARIANTS, UserError, check_ranges, describe, exit_on_user_error, explicit_flags, flag,
-    read_config, read_json, recipe, refuse_used, resumed, write_json,
+    read_config, read_json, recipe, resumed, write_json,
 )  # fmt: skip
 
 
@@ -96,7 +96,7 @@ from baselines.fixed import FixedRouter, RandomRouter, given_table
 from choices import choice_log_probs, t_few_loss
 from evaluate import all_scores, by_group, evaluate_tasks, main_scores, over_splits
 from inject import adapted_layers, add_tasks, read_tensors, routers, save_adapters, task_ids
-from resume import advice_on_memory, cut_log, hold, tidy
+from resume import advice_on_memory, cut_log, finished, hold, tidy
 
 # --- The starting point -----------------------------------------------------------------------------------------------
 
@@ -301,13 +301,7 @@ def adapt(cfg: Config) -> dict:
     parallel.join(pick_device(cfg.device))
     folder = Path(cfg.output_dir)
     with hold(folder), advice_on_memory("a smaller --micro-batch (the same batch in parts) or --eval-batch"):
-        if cfg.resume and (folder / "result.json").exists():
-            print(f"{folder} is finished: nothing to go on with")
-            tidy(folder)
-            return read_json(folder / "result.json")
-        if parallel.first() and not cfg.resume:
-            refuse_used(cfg.output_dir)
-        return run(cfg, folder)
+        return finished(folder, cfg.resume) or run(cfg, folder)
 
 
 def run(cfg: Config, folder: Path) -> dict:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import parallel
-from config import RunError, UserError, whole_file
+from config import RunError, UserError, read_json, refuse_used, whole_file
 from inject import adapter_parameters, read_tensors, write_tensors
 
 CHECKPOINT = "checkpoint.safetensors"  # in the run folder, until the run is done
@@ -216,6 +216,18 @@ def hold(folder: Path):
             if new and not (folder / "config.json").exists():
                 folder.rmdir()
         held.release()
+
+
+def finished(folder: Path, resume: bool) -> dict | None:
+    """The result of a run that --resume finds finished; None if there is something to do. Raises UserError if the
+    folder holds a run and --resume was not given."""
+    if resume and (folder / "result.json").exists():
+        print(f"{folder} is finished: nothing to go on with")
+        tidy(folder)
+        return read_json(folder / "result.json")
+    if parallel.first() and not resume:
+        refuse_used(str(folder))
+    return None
 
 
 # --- Runs that fail ---------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from config import (
     GIVEN, LEARNED, METHODS, PRETRAINING, ROUTED, UserError, check_ranges, describe, exit_on_user_error,
-    explicit_flags, flag, read_config, read_json, recipe, refuse_used, resumed, write_json,
+    explicit_flags, flag, read_config, read_json, recipe, resumed, write_json,
 )  # fmt: skip
 
 
@@ -102,7 +102,7 @@ from evaluate import evaluate_tasks, mean
 from inject import routers, save_adapters, task_ids, write_tensors
 from backbone import average_skills, build_model, load_run, pick_device, save_backbone, warn_if_too_large
 from resume import (
-    CHECKPOINT, Every, Progress, Signals, advice_on_memory, cut_log, hold, load_checkpoint, refuse_nonfinite,
+    CHECKPOINT, Every, Progress, Signals, advice_on_memory, cut_log, finished, hold, load_checkpoint, refuse_nonfinite,
     save_checkpoint, tidy, write_line,
 )  # fmt: skip
 
@@ -203,13 +203,7 @@ def train(cfg: Config) -> dict:
     folder = Path(cfg.output_dir)
     advice = "a smaller --micro-batch (the same batch in parts) or --checkpointing"
     with hold(folder), advice_on_memory(advice):
-        if cfg.resume and (folder / "result.json").exists():
-            print(f"{folder} is finished: nothing to go on with")
-            tidy(folder)
-            return read_json(folder / "result.json")
-        if parallel.first() and not cfg.resume:
-            refuse_used(cfg.output_dir)
-        return run(cfg, folder)
+        return finished(folder, cfg.resume) or run(cfg, folder)
 
 
 def run(cfg: Config, folder: Path) -> dict:

@@ -199,10 +199,10 @@ def run_targets(run: Path) -> dict[str, tuple[float, Callable]]:
         def run_it():
             try:
                 read()
-            except Exception:
+            except Exception as error:
                 for name, p in resume.run_tensors(model).items():
                     if not torch.equal(p, state[name]):
-                        raise AssertionError(f"{path.name} was refused, but {name} has changed") from None
+                        raise AssertionError(f"{path.name} was refused, but {name} has changed") from error
                 raise
 
         return run_it
