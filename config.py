@@ -144,7 +144,24 @@ ABOVE_ZERO = (
     "rank skills heads density top_k batch_size lr lr_z clip max_input max_output log_every eval_every eval_batch "
     "patience soup beams training_tasks"
 ).split()
-NOT_NEGATIVE = "memory steps epochs micro_batch weight_decay warmup eval_examples test_examples shots seed".split()
+NOT_NEGATIVE = (
+    "memory keep_every steps epochs micro_batch weight_decay warmup eval_examples test_examples shots seed".split()
+)
+
+
+USED_BY = {  # flags of some methods only
+    "heads": ("mhr",), "routing": ("poly", "mhr"), "skills": ROUTED, "granularity": (*LEARNED, "random"),
+    "lr_z": LEARNED, "top_k": ("task-moe",), "random_by": ("random",), "encoder": ("adapter-soup",),
+}  # fmt: skip
+
+
+def unused(cfg, flags: dict) -> list[str]:
+    """The flags that were given and change nothing with this method and adapter."""
+    names = [name for name in flags if cfg.method not in USED_BY.get(name, METHODS)]
+    names += [
+        name for name, adapter in (("rank", "lora"), ("density", "sft")) if name in flags and cfg.adapter != adapter
+    ]
+    return [f"--{name.replace('_', '-')}" for name in names]
 
 
 def check_ranges(cfg):
@@ -269,7 +286,8 @@ def read_config(Config: type, path: Path):
 
 
 MAY_CHANGE = (  # when a run goes on: where it is, and what changes no more than rounding
-    "resume", "save_every", "output_dir", "device", "data_dir", "micro_batch", "checkpointing", "eval_batch",
+    "resume", "save_every", "keep_every", "output_dir", "device", "data_dir", "micro_batch", "checkpointing",
+    "eval_batch",
 )  # fmt: skip
 
 

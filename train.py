@@ -14,8 +14,8 @@ logged step) and result.json; method adapter-soup also embeddings.safetensors; c
 from dataclasses import dataclass
 
 from config import (
-    GIVEN, LEARNED, METHODS, PRETRAINING, ROUTED, UserError, check_ranges, describe, exit_on_user_error,
-    explicit_flags, flag, read_config, read_json, recipe, resumed, write_json,
+    GIVEN, METHODS, PRETRAINING, ROUTED, UserError, check_ranges, describe, exit_on_user_error,
+    explicit_flags, flag, read_config, read_json, recipe, resumed, unused, write_json,
 )  # fmt: skip
 
 
@@ -74,6 +74,7 @@ class Config:
     eval_examples: int = flag(0, "test examples per training task to score at the end; 0: none")
     log_every: int = flag(50, "steps between lines of log.jsonl")
     output_dir: str = flag("", "run folder; none: runs/DATASET-METHOD-SEED")
+    keep_every: int = flag(0, "also keep what is trained at every N-th step, as adapter-N.safetensors; 0: only the end")
     save_every: str = flag("10m", "how often to save a checkpoint: 200 is every 200 steps, 10m every 10 minutes")
     resume: bool = flag(False, "go on with the run in --output-dir where it was cut off; begin it if it is not there")
     device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one", ("auto", "cpu", "cuda"))
@@ -338,6 +339,8 @@ def train_steps(model, tokenizer, tasks: list[data.Task], steps: int, cfg: Confi
             if step % cfg.log_every == 0 or step == steps:
                 now = now.logged()
                 write_line(log, bar, now, norm, optimizer.param_groups[0]["lr"], cfg.log_every)
+            if cfg.keep_every and step % cfg.keep_every == 0 and parallel.first():
+                save_run(model, tokenizer, cfg, folder, f"-{step}")
             if (every.due(step) or stop or step == steps) and parallel.first():
                 save_checkpoint(checkpoint, model, optimizer, now)
             if stop:
@@ -353,12 +356,13 @@ def set_rates(optimizer: torch.optim.Optimizer, rates: list[float], factor: floa
         group["lr"] = rate * factor
 
 
-def save_run(model, tokenizer, cfg: Config, folder: Path):
-    """Save what was trained: adapters and routers, or for method full a Hugging Face model folder."""
+def save_run(model, tokenizer, cfg: Config, folder: Path, mark: str = ""):
+    """Save what was trained: adapters and routers, or for method full a Hugging Face model folder. mark: added to the
+    name."""
     if cfg.method == "full":
-        save_backbone(model, tokenizer, folder / "backbone")
+        save_backbone(model, tokenizer, folder / f"backbone{mark}")
     else:
-        save_adapters(model, str(folder / "adapter.safetensors"))
+        save_adapters(model, str(folder / f"adapter{mark}.safetensors"))
 
 
 def make_config(**flags) -> Config:
@@ -398,21 +402,6 @@ def make_config(**flags) -> Config:
         if cfg.resume:
             return make_config(**flags | {"output_dir": cfg.output_dir})
     return cfg
-
-
-USED_BY = {  # flags of some methods only
-    "heads": ("mhr",), "routing": ("poly", "mhr"), "skills": ROUTED, "granularity": (*LEARNED, "random"),
-    "lr_z": LEARNED, "top_k": ("task-moe",), "random_by": ("random",), "encoder": ("adapter-soup",),
-}  # fmt: skip
-
-
-def unused(cfg: Config, flags: dict) -> list[str]:
-    """The flags that were given and change nothing with this method and adapter."""
-    names = [name for name in flags if cfg.method not in USED_BY.get(name, METHODS)]
-    names += [
-        name for name, adapter in (("rank", "lora"), ("density", "sft")) if name in flags and cfg.adapter != adapter
-    ]
-    return [f"--{name.replace('_', '-')}" for name in names]
 
 
 FIXED_BY_RUN = (

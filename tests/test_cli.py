@@ -421,6 +421,18 @@ def test_another_seed_gives_another_run(runs, folder, backbones, name):
     assert lines_of(runs(name) / "log.jsonl")[0]["loss"] != lines_of(other / "log.jsonl")[0]["loss"]
 
 
+@pytest.mark.parametrize("name", ["full", "mhr"])
+def test_kept_steps_are_what_was_trained_then_and_change_nothing(runs, folder, backbones, name):
+    """--keep-every 2 of 4 steps keeps two files, the last one equal to the end, which is that of a run without it."""
+    kept, file = folder / f"kept-{name}", "backbone{}/model.safetensors" if name == "full" else "adapter{}.safetensors"
+    steps = SMALL["steps"]
+    train.main(flags_of(name, backbone=backbones[0], output_dir=str(kept), keep_every=steps // 2))
+    assert same_tensors(runs(name) / file.format(""), kept / file.format(""))
+    assert same_tensors(kept / file.format(""), kept / file.format(f"-{steps}"))
+    assert not same_tensors(kept / file.format(""), kept / file.format(f"-{steps // 2}"))
+    assert len(list(kept.glob(file.format("-*")))) == 2 and not list(runs(name).glob(file.format("-*")))
+
+
 def test_gradient_checkpointing_changes_no_result(runs, folder, backbones):
     """Evaluation apart: the same losses, though the layers run twice."""
     flags = SMALL | dict(method="mhr", routing="sigmoid", steps=3, log_every=1, eval_examples=0, backbone=backbones[0])
