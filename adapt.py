@@ -65,6 +65,7 @@ class Config:
     seed: int = flag(0, "seed of initial values, order and noise")
     output_dir: str = flag("", "run folder; none: CHECKPOINT-VARIANT")
     resume: bool = flag(False, "go on with the run in --output-dir where it was cut off; begin it if it is not there")
+    deterministic: bool = flag(False, "on CUDA: the same bits in every run, slower (on a CPU it is so anyhow)")
     device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one", ("auto", "cpu", "cuda"))
 
 
@@ -89,7 +90,7 @@ import parallel
 import train
 from backbone import (
     SINGLE, add_adapters, average_skills, build_model, collapse, load_adapter_file, load_backbone, load_run,
-    pick_device, save_backbone, warn_if_too_large,
+    make_deterministic, pick_device, save_backbone, warn_if_too_large,
 )  # fmt: skip
 from baselines.adapter_soup import embed, soup_weights
 from baselines.fixed import FixedRouter, RandomRouter, given_table
@@ -298,6 +299,8 @@ def adapt(cfg: Config) -> dict:
     check_ranges(cfg)
     if cfg.steps == 0:
         raise UserError("--steps must be above 0, not 0")
+    if cfg.deterministic:
+        make_deterministic()
     parallel.join(pick_device(cfg.device))
     folder = Path(cfg.output_dir)
     with hold(folder), advice_on_memory("a smaller --micro-batch (the same batch in parts) or --eval-batch"):

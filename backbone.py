@@ -38,6 +38,18 @@ def pick_device(device: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
+def make_deterministic():
+    """--deterministic: on CUDA too, two runs on one machine have the same bits. Call it before CUDA starts.
+
+    Else some sums are taken in any order: the gradient of a task's weights over its examples in a mixed batch, and the
+    gradients of fused attention. This makes torch take slower algorithms that have one order, and cuBLAS a workspace of
+    its own for each stream. An operation without such an algorithm raises a RuntimeError, which
+    `resume.advice_on_memory` turns into one sentence.
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it starts; torch refuses to work without
+    torch.use_deterministic_algorithms(True)
+
+
 def load_backbone(name: str, device: str, precision: str = "fp32", encoder: bool = False):
     """A model and its tokenizer: "tiny", "scratch", a hub name, or a folder with a model or one GGUF file.
 
@@ -63,6 +75,8 @@ def load_backbone(name: str, device: str, precision: str = "fp32", encoder: bool
         model, info = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
         if missing := sorted(info["missing_keys"]) if not encoder else []:  # an encoder may lack its head
             raise ValueError(f"its file has no {missing[0]}, which would be random")
+        if getattr(model, "hf_quantizer", None):  # of a GGUF file: its weights are plain now, also when saved again
+            model.hf_quantizer.remove_quantization_config(model)
         return model.to(device), AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # a file can be broken in any way, and each loader then fails in its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -109,11 +109,15 @@ def recipe(recipes: dict, dataset: str, method: str) -> dict:
 def explicit_flags(Config: type, recipes: dict, argv: list[str] | None = None) -> dict:
     """The flags given on the command line, by field name; misuse ends the program with one sentence and code 2.
 
-    Of several processes (`parallel.py`) only the first one talks from here on.
+    Standard output or error that was closed before the start (2>&-) becomes the null device: else a file that the run
+    opens would get its number, and what libraries print there. Of several processes (`parallel.py`) only the first one
+    talks from here on.
     """
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
     if os.environ.get("RANK", "0") != "0":
-        os.environ["TQDM_DISABLE"] = "1"
         sys.stdout = open(os.devnull, "w")
+        sys.stderr.isatty = lambda: False  # errors yes, progress bars no
     parser = _Parser(description=(Config.__doc__ or "").strip(), allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(Config):
         by_dataset = [
@@ -287,7 +291,7 @@ def read_config(Config: type, path: Path):
 
 MAY_CHANGE = (  # when a run goes on: where it is, and what changes no more than rounding
     "resume", "save_every", "keep_every", "output_dir", "device", "data_dir", "micro_batch", "checkpointing",
-    "eval_batch",
+    "eval_batch", "deterministic",
 )  # fmt: skip
 
 

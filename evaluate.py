@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 
 from config import (
     FEW_SHOT, GIVEN, PRETRAINING, UserError, check_ranges, exit_on_user_error, explicit_flags, flag, read_config,
-    read_json, recipe,
+    read_json, recipe, write_json,
 )  # fmt: skip
 
 
@@ -25,6 +25,7 @@ class Config:
     split: str = flag("", "which few-shot examples, for --constant and t0; none: the first of the recipe's")
     zero_shot: bool = flag(False, "score a pre-training run on the held-out tasks without adaptation")
     constant: bool = flag(False, "score the answer that is most frequent in training on each held-out task")
+    save: str = flag("", "JSON file to write the scores to as well")
     compare: tuple = flag((), "run folders to compare in one table, instead of scoring")
     count_parameters: bool = flag(False, "print how many parameters each method trains on --backbone")
     memory: int = flag(0, "print the memory of training on --backbone with batches of so many examples")
@@ -190,6 +191,8 @@ def evaluate(cfg: Config) -> dict[str, float]:
     score_run = _score_adapted if adapted else _score_held_out if cfg.zero_shot or cfg.constant else _score_pretrained
     scores, tasks = score_run(cfg, folder, adapt)
     print_scores(scores, by_group(main_scores(scores), tasks))
+    if cfg.save:
+        write_json(Path(cfg.save), {"mean": mean(main_scores(scores)), "tasks": scores})
     return main_scores(scores)
 
 
@@ -265,7 +268,8 @@ def _score_adapted(cfg: Config, folder: Path, adapt):
 
 # What may differ in a group of runs.
 SAME_RUN = (
-    "seed", "split", "checkpoint", "output_dir", "data_dir", "device", "precision", "log_every", "save_every", "resume",
+    "seed", "split", "checkpoint", "output_dir", "data_dir", "device", "precision", "log_every", "save_every",
+    "keep_every", "resume", "deterministic",
 )  # fmt: skip
 
 
@@ -273,9 +277,8 @@ def compare(folders: tuple[str, ...]) -> str:
     """One aligned table over finished run folders: a line for each group of runs that differ in seed and split only.
 
     Columns: what ran, data set, trained parameters (per task, for an adaptation), runs (each split of an adaptation
-    counts as one), score before adaptation and
-    score (mean over tasks, then mean +- standard deviation over runs), seconds. What is not the recipe's is in the
-    first column. Folders without result.json are named below the table.
+    counts as one), score before adaptation and score (mean over tasks, then mean +- standard deviation over runs),
+    seconds. What is not the recipe's is in the first column. Folders without result.json are named below the table.
     """
     groups, unfinished = defaultdict(list), []
     for folder in map(Path, folders):
@@ -283,7 +286,7 @@ def compare(folders: tuple[str, ...]) -> str:
             unfinished.append(str(folder))
             continue
         try:
-            label, dataset = _label(folder)
+            label, dataset = name_of_run(folder)
             result = read_json(folder / "result.json")
             trained = sum(result["parameters"].values())
             samples = _samples(result)
@@ -308,7 +311,7 @@ def _samples(result: dict) -> list[tuple]:
     return [(mean(split["before"]), mean(split["tasks"]), result["seconds"] / len(splits)) for split in splits]
 
 
-def _label(folder: Path) -> tuple[str, str]:
+def name_of_run(folder: Path) -> tuple[str, str]:
     """(what ran, data set): method, heads, rank, variant, then every setting that is not the recipe's."""
     import adapt  # here: adapt.py and train.py import this file
     import train
@@ -317,7 +320,7 @@ def _label(folder: Path) -> tuple[str, str]:
     config = asdict(read_config(adapt.Config if adapted else train.Config, folder / "config.json"))
     base = asdict(read_config(train.Config, Path(config["checkpoint"]) / "config.json")) if adapted else config
     method, dataset = base["method"], base["dataset"]
-    words = [_label(Path(base["from_run"]))[0], f"-> {base['steps']} steps of"] if base["from_run"] else []
+    words = [name_of_run(Path(base["from_run"]))[0], f"-> {base['steps']} steps of"] if base["from_run"] else []
     words += [method]
     words += [f"h={base['heads']}"] if method == "mhr" else []
     words += [f"r={base['rank']}"] if method != "full" and base["adapter"] == "lora" else []

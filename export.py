@@ -265,6 +265,7 @@ PLAIN = {
     "module_logits_l2_norm": (False,), "module_logits_dropout": (0,), "lora_warmup": (False,),
     "lora_scaling_rank": (0, None),
 }  # fmt: skip
+KINDS = {"n_splits": int, "n_skills": int, "lora_alpha": (int, float), "model": str, "dataset": str}  # what we read
 
 
 def read_authors(path: Path):
@@ -278,6 +279,10 @@ def read_authors(path: Path):
     hyper, state = (content.get(k) if isinstance(content, dict) else None for k in ("hyper_parameters", "state_dict"))
     if not isinstance(hyper, dict) or not isinstance(state, dict):
         raise UserError(f"{path} has no state_dict and hyper_parameters: give a checkpoint of the authors' training")
+    for name in (*KINDS, *PLAIN):
+        value = hyper.get(name)
+        if value is not None and not isinstance(value, KINDS.get(name, (bool, int, float, str))):
+            raise UserError(f"{path}: its {name} is of type {type(value).__name__}, so it is not the authors' file")
     for name, plain in PLAIN.items():
         if hyper.get(name, plain[0]) not in plain:
             raise UserError(f"{path}: its {name} is {hyper[name]}, which is not done here")
@@ -285,7 +290,7 @@ def read_authors(path: Path):
     for name, layer in layers.items():
         if list(layer["A"].shape[:2]) != [hyper.get("n_splits", 1), hyper.get("n_skills")]:  # later versions turn them
             raise UserError(f"{path}: {name}.lora_a does not begin with its n_splits and n_skills")
-        layer["B"] *= hyper.get("lora_alpha") or 1.0  # ours is 1
+        layer["B"] *= float(hyper.get("lora_alpha") or 1.0)  # ours is 1
     relaxed = "gumbel" if hyper.get("module_logits_relaxed_bernoulli", True) else "sigmoid"
     known = {
         "routing": "straight-through" if hyper.get("module_logits_straight_through") else relaxed,
@@ -338,6 +343,8 @@ def import_run(cfg: Config):
         for key, own in to_blocks(layer).items():
             if (given := layers[name][key].shape) != own.shape:
                 raise UserError(f"{source}: {key} of layer {name} is {tuple(given)} and should be {tuple(own.shape)}")
+            if not bool(layers[name][key].isfinite().all()):
+                raise UserError(f"{source}: {key} of layer {name} holds numbers that are not finite")
         from_blocks(layer, **layers[name])
     tasks = {"tasks": [str(k) for k in range(t)], "skills": []}
     if source.is_dir() and (source / "tasks.json").exists():
@@ -369,8 +376,6 @@ def export_task(cfg: Config):
         write_peft(model, backbone, folder)
     else:
         merge(model, 0)
-        if getattr(model, "hf_quantizer", None):  # of a GGUF file, whose weights are plain once they are loaded
-            model.hf_quantizer.remove_quantization_config(model)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     print(f"{f'task {cfg.task}' if cfg.task else 'one adapter'}, {len(layers)} layers, saved in {folder}")

@@ -42,7 +42,7 @@ def relaxed_bernoulli(z: Tensor, temperature: float = 1.0) -> Tensor:
     """A differentiable sample of Bernoulli(sigmoid(z)), between 0 and 1 ([1] eq. 2). Any shape, same shape.
 
     The paper's log[ sigmoid(z) u / ((1 - sigmoid(z)) (1 - u)) ] is z + logit(u), which is finite for every finite z.
-    u stays 1e-6 away from 0 and 1, so that logits of +-infinity give 1 and 0, never NaN.
+    u stays 1e-6 away from 0 and 1, so that logits of +-infinity give 1 and 0, never NaN (z in float32 or wider).
     """
     return torch.sigmoid((z + torch.logit(torch.rand_like(z), eps=1e-6)) / temperature)
 
@@ -56,13 +56,17 @@ def soft_partition(z: Tensor, routing: str, sample: bool) -> Tensor:
                                  the gradient of the value before rounding in the backward pass. If no skill is on,
                                  all weights are zero and the layer is its backbone.
     sample: whether "gumbel" and "straight-through" draw noise; pass `module.training`.
+    Logits in half precision are taken in float32 and their weights rounded once: float16 knows no EPS.
     """
+    kind, z = z.dtype, z.to(torch.promote_types(z.dtype, torch.float32))
     noisy = sample and routing != "sigmoid"
     on = relaxed_bernoulli(z) if noisy else torch.sigmoid(z)  # how much each skill is on
     if routing == "straight-through":
         on = on + ((on > 0.5).to(on.dtype) - on).detach()  # the value of the second term, the gradient of the first
-        return on / on.sum(-1, keepdim=True).clamp(min=1)  # the count of active skills, or 1 if there is none
-    return on / (on.sum(-1, keepdim=True) + EPS)
+        on = on / on.sum(-1, keepdim=True).clamp(min=1)  # the count of active skills, or 1 if there is none
+    else:
+        on = on / (on.sum(-1, keepdim=True) + EPS)
+    return on.to(kind)
 
 
 def rows_of(Z: Tensor, tasks: Tensor) -> Tensor:
@@ -182,10 +186,10 @@ class MHRLinear(nn.Module):
         tasks, rows: see `adapters`. params: what `adapters` gave for them, if it is at hand. Their number n may be
         smaller than b if it divides b: beam search, several returned sequences and the scoring of several choices
         repeat each example b/n times in a row, and are read as one longer sequence. The repeat is read off the shapes
-        at every call and kept nowhere. Raises ValueError if n does not divide b.
+        at every call and kept nowhere. Raises ValueError if n does not divide b, or there are no rows.
         """
         n = len(tasks) if rows is None else len(rows)
-        if n == 0 or x.shape[0] % n:
+        if n == 0 or x.shape[0] == 0 or x.shape[0] % n:
             raise ValueError(f"{n} task ids for a batch of {x.shape[0]} rows: expected one per example")
         params = self.adapters(tasks, rows) if params is None else params
         if all(len(p) == 1 for p in params.values()):  # one adapter for all: plain matmuls

@@ -6,7 +6,7 @@ A checkpoint holds all that the rest of a run depends on: what is trained, the o
 random numbers, the losses not yet logged, and the step, from which data order and learning rates follow. So a run that
 is gone on with is the run that was never cut off, to the bit: in one process on the same CPU. Several processes are in
 one state of the random numbers again (`parallel.py` says when they part ways), and on CUDA sums of gradients differ in
-their last bits from run to run anyhow.
+their last bits from run to run anyhow, but under `backbone.make_deterministic`.
 
 It is one safetensors file, written under another name, synced to the disk and renamed over the one before: whenever the
 process dies, there is a whole checkpoint or none, never half of one.
@@ -192,7 +192,7 @@ def hold(folder: Path):
     """Make a run's folder and hold it while in this context, or until the process ends, however it ends. Of several
     processes the first one holds it. A folder in which no run was begun is removed again.
 
-    Raises UserError if another process holds it, or it cannot be made.
+    Raises UserError if another process holds it, or it cannot be made; RunError if it was removed meanwhile.
     """
     if not parallel.first():
         parallel.wait()
@@ -210,6 +210,10 @@ def hold(folder: Path):
     parallel.wait()
     try:
         yield
+    except OSError:
+        if folder.is_dir():
+            raise
+        raise RunError(f"{folder} was removed while the run was at work: nothing is left, begin it again") from None
     finally:
         with suppress(OSError):
             (folder / LOCK).unlink()
@@ -244,10 +248,12 @@ def refuse_nonfinite(loss: float, norm: float, where: str):
 
 @contextmanager
 def advice_on_memory(advice: str):
-    """Turn running out of memory into a RunError that says what to try."""
+    """Turn running out of memory into a RunError that says what to try; also what --deterministic does not allow."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
+        if "does not have a deterministic implementation" in str(error):
+            raise RunError(f"--deterministic: {str(error).split()[0]} cannot be so, leave the flag out") from None
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
             raise RunError(f"there is not enough memory: try {advice}, with --resume to go on") from None
         raise

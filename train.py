@@ -77,6 +77,7 @@ class Config:
     keep_every: int = flag(0, "also keep what is trained at every N-th step, as adapter-N.safetensors; 0: only the end")
     save_every: str = flag("10m", "how often to save a checkpoint: 200 is every 200 steps, 10m every 10 minutes")
     resume: bool = flag(False, "go on with the run in --output-dir where it was cut off; begin it if it is not there")
+    deterministic: bool = flag(False, "on CUDA: the same bits in every run, slower (on a CPU it is so anyhow)")
     device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one", ("auto", "cpu", "cuda"))
 
 
@@ -101,7 +102,9 @@ from baselines.adapter_soup import embed_tasks
 from baselines.fixed import given_table, skill_names
 from evaluate import evaluate_tasks, mean
 from inject import routers, save_adapters, task_ids, write_tensors
-from backbone import average_skills, build_model, load_run, pick_device, save_backbone, warn_if_too_large
+from backbone import (
+    average_skills, build_model, load_run, make_deterministic, pick_device, save_backbone, warn_if_too_large,
+)  # fmt: skip
 from resume import (
     CHECKPOINT, Every, Progress, Signals, advice_on_memory, cut_log, finished, hold, load_checkpoint, refuse_nonfinite,
     save_checkpoint, tidy, write_line,
@@ -200,6 +203,8 @@ def train(cfg: Config) -> dict:
     """Pre-train as cfg says and write the run folder; returns what result.json holds."""
     check_ranges(cfg)
     Every(cfg.save_every)
+    if cfg.deterministic:
+        make_deterministic()
     parallel.join(cfg.device)
     folder = Path(cfg.output_dir)
     advice = "a smaller --micro-batch (the same batch in parts) or --checkpointing"

@@ -1,7 +1,8 @@
 """What runs and readers survive: kills at random moments, and mutated files and command lines.
 
     python -m experiments.faults --kills 500            a training run, cut off that often by SIGKILL
-    python -m experiments.faults --mutations 100000     files of all benchmarks, checkpoints, configs, command lines
+    python -m experiments.faults --mutations 100000     files of all benchmarks, checkpoints, configs, the authors'
+                                                        files, command lines
 
 Kills: runs of 12 steps that save after each are started again and again with --resume, and killed at a random moment.
 Every run that gets to its end is compared, to the bit, with one that was never killed.
@@ -14,6 +15,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -21,6 +23,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -39,6 +42,7 @@ WORDS = [  # what breaks programs
     b"../../x", b"/etc/passwd", b"9" * 40, b"\xff\xfe", b"\xed\xa0\x80", "\u2028".encode(), "é".encode(), b"A" * 5000,
     b"[" * 2000,
 ]  # fmt: skip
+ODD = [None, -1, 1e308, 10**30, "", "x", "../../x", [], {}, [1], True, 0, 0.5, {"a": 1}]  # and programs that read JSON
 
 
 # --- Kills ------------------------------------------------------------------------------------------------------------
@@ -68,7 +72,7 @@ def kills(wanted: int, seed: int) -> str:
             elif process.exitcode or bits(now) != bits(Path(folder) / "0"):
                 raise SystemExit(f"after {done} kills run {finished} ended with {process.exitcode} or differs: {now}")
             else:
-                length = length or time.monotonic() - begin
+                length = min(length or math.inf, time.monotonic() - begin)  # the first one waits for imports
                 finished += 1
     return f"{done} kills over {finished} finished runs of {length:.1f} s, all equal to the one that nobody killed"
 
@@ -81,6 +85,7 @@ def bits(folder: Path) -> tuple:
 
 
 def quietly(main: Callable, flags: dict):
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process leaves behind
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         main(flags)
 
@@ -117,8 +122,7 @@ def mutated_word(content: bytes, chance: random.Random) -> bytes:
     try:
         found = json.loads(content)
         key = chance.choice(list(found))
-        values = [None, -1, 1e308, 10**30, "", "x", "../../x", [], {}, [1], True, 0, 0.5, {"a": 1}]
-        return json.dumps(found | {key: chance.choice(values)}).encode()
+        return json.dumps(found | {key: chance.choice(ODD)}).encode()
     except (ValueError, TypeError, IndexError):
         return mutated(content, chance)
 
@@ -213,11 +217,50 @@ def run_targets(run: Path) -> dict[str, tuple[float, Callable]]:
         checkpoint: lambda: resume.load_checkpoint(checkpoint, model, optimizer),
     }
     return {
-        "adapter": (0.15, Files([adapter], unchanged(load[adapter], adapter))),
+        "adapter": (0.1, Files([adapter], unchanged(load[adapter], adapter))),
         "checkpoint": (0.1, Files([checkpoint], unchanged(load[checkpoint], checkpoint))),
-        "config.json": (0.2, Files([config], lambda: check_ranges(read_config(train.Config, config)))),
+        "config.json": (0.15, Files([config], lambda: check_ranges(read_config(train.Config, config)))),
         "--compare": (0.15, Files([config, run / "result.json"], lambda: evaluate.compare((str(run),)))),
+        "authors' file": (0.1, authors_file(model, run.with_name("authors"))),
     }
+
+
+def authors_file(model, folder: Path) -> Callable:
+    """A checkpoint of the MHR authors' code with one entry replaced, or its bytes changed, which `export.py` imports.
+    What it refuses must leave nothing behind."""
+    import torch
+
+    import export
+    from config import UserError
+    from inject import adapted_layers
+
+    folder.mkdir()
+    path, out = folder / "a.pt", folder / "run"
+    blocks = {name: export.to_blocks(layer) for name, layer in adapted_layers(model).items()}
+    state = {f"model.{n}.{export.AUTHORS[key]}": p.detach() for n, found in blocks.items() for key, p in found.items()}
+    h, s, _, r = next(iter(blocks.values()))["A"].shape
+    hyper = dict(model="tiny", dataset="t0", n_skills=s, n_splits=h, lora_rank=r, lora_alpha=1.0, lora_warmup=False)
+
+    def one(chance: random.Random) -> bytes:
+        parts, odd = {"state_dict": dict(state), "hyper_parameters": dict(hyper)}, chance.random() < 0.5
+        if odd:
+            part = parts[chance.choice(list(parts))]
+            tensors = [torch.empty(0), torch.ones(1), torch.full((h, s, 16, r), math.nan), torch.ones(2, 2).bool()]
+            part[chance.choice(list(part))] = chance.choice([*ODD, *tensors])
+        buffer = io.BytesIO()
+        torch.save(parts, buffer, _use_new_zipfile_serialization=chance.random() < 0.5)
+        path.write_bytes(buffer.getvalue() if odd else mutated(buffer.getvalue(), chance))
+        try:
+            export.main(dict(checkpoint=str(path), output_dir=str(out), format="run"))
+        except UserError as error:
+            if out.exists():
+                raise AssertionError("it was refused, but there is a run") from error
+            raise
+        finally:
+            shutil.rmtree(out, ignore_errors=True)
+        return path.read_bytes()
+
+    return one
 
 
 def command_line(chance: random.Random) -> bytes:

@@ -20,6 +20,7 @@ from evaluate import aligned, mean_std
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "methods"
+KEEP = 300  # steps between the looks at training that `analyze.py` takes
 METHODS = {  # a name for the table: (flags of train.py, variants of adapt.py, the first of which is searched)
     "Full": ("--method full", ("all", "lora")),
     "LoRA (Shared)": ("--method lora", ("all",)),
@@ -52,30 +53,36 @@ RATES = {  # what --tune found: (pre-training, adaptation)
 }
 
 
-def run(script: str, flags: list[str], folder: Path) -> dict:
-    """One run of a script into a folder, unless it is there already: the content of its result.json."""
-    if not (folder / "result.json").exists():
+def run(script: str, flags: list[str], made: Path) -> dict:
+    """What a script writes to the JSON file `made`; if that is there, the script is not run again."""
+    if not made.exists():
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, script, *flags, "--resume", "--output-dir", str(folder)]
+        command = [sys.executable, script, *flags]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\nended with code {done.returncode}:\n{done.stderr[-2000:]}")
-        print(f"{folder.name}: {done.stdout.splitlines()[-1]}", flush=True)
-    return json.loads((folder / "result.json").read_text())
+        print(f"{made.parent.name}: {done.stdout.splitlines()[-1]}", flush=True)
+    return json.loads(made.read_text())
 
 
 def pretrain(name: str, seed: int, root: Path, extra: tuple[str, ...] = ()) -> tuple[Path, dict]:
     """Pre-train a method of METHODS: (run folder, result). extra: more flags, which also name the folder."""
     folder = root / "_".join([name, str(seed), *extra]).replace(" ", "-").replace("--", "")
     flags = [*METHODS[name][0].split(), "--dataset", "strings", "--seed", str(seed), "--split", str(seed), *extra]
-    return folder, run("train.py", flags, folder)
+    flags += ["--keep-every", str(KEEP), "--resume", "--output-dir", str(folder)]
+    return folder, run("train.py", flags, folder / "result.json")
 
 
 def adapt(checkpoint: Path, variant: str, seed: int, extra: tuple[str, ...] = ()) -> dict:
     """Adapt a pre-training run to the held-out tasks (or what `extra` says): the result."""
     folder = checkpoint.parent / "_".join([checkpoint.name, variant, *extra]).replace("--", "")
     flags = ["--checkpoint", str(checkpoint), "--variant", variant, "--seed", str(seed), "--split", str(seed), *extra]
-    return run("adapt.py", flags, folder)
+    return run("adapt.py", [*flags, "--resume", "--output-dir", str(folder)], folder / "result.json")
+
+
+def few_shot_rates(name: str, variant: str) -> tuple[str, ...]:
+    """The flags of RATES for adapt.py. After full fine-tuning, a fresh LoRA learns at LoRA's."""
+    return tuple(RATES["LoRA (Shared)" if variant == "lora" else name][1].split())
 
 
 # --- The table --------------------------------------------------------------------------------------------------------
@@ -83,11 +90,9 @@ def adapt(checkpoint: Path, variant: str, seed: int, extra: tuple[str, ...] = ()
 
 def one_seed(name: str, seed: int, root: Path) -> dict[str, tuple[dict, dict]]:
     """{variant: (result of the pre-training, result of the adaptation)}, at the rates of RATES."""
-    rates, few_rates = (tuple(text.split()) for text in RATES[name])
-    checkpoint, trained = pretrain(name, seed, root, rates)
-    new = (RATES["LoRA (Shared)"][1],)  # a fresh LoRA's, after full fine-tuning
+    checkpoint, trained = pretrain(name, seed, root, tuple(RATES[name][0].split()))
     return {
-        variant: (trained, adapt(checkpoint, variant, seed, new if variant == "lora" else few_rates))
+        variant: (trained, adapt(checkpoint, variant, seed, few_shot_rates(name, variant)))
         for variant in METHODS[name][1]
     }
 

@@ -18,6 +18,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -744,8 +745,11 @@ def test_choosing_tasks():
 
 
 def test_a_folder_with_a_gguf_file_alone(tmp_path, monkeypatch):
-    """All three loaders are told the file's name; a folder with a config.json is an ordinary one."""
-    calls = []
+    """All three loaders are told the file's name, and the model, whose weights are plain now, is no longer marked as
+    quantised: save_pretrained would refuse. A folder with a config.json is an ordinary one."""
+    calls, cleared = [], []
+    model = nn.Linear(1, 1)
+    model.hf_quantizer = SimpleNamespace(remove_quantization_config=cleared.append)
 
     def loader(kind, result):
         monkeypatch.setattr(
@@ -753,10 +757,11 @@ def test_a_folder_with_a_gguf_file_alone(tmp_path, monkeypatch):
         )
 
     loader("AutoConfig", LlamaConfig())
-    loader("AutoModelForCausalLM", (nn.Linear(1, 1), {"missing_keys": set()}))
+    loader("AutoModelForCausalLM", (model, {"missing_keys": set()}))
     loader("AutoTokenizer", "tokenizer")
     (tmp_path / "model.Q4.gguf").touch()
     assert load_backbone(str(tmp_path), "cpu")[1] == "tokenizer"
+    assert cleared == [model]
     assert [(kind, options.get("gguf_file")) for kind, _, options in calls] == [
         (kind, "model.Q4.gguf") for kind in ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
     ]
@@ -982,14 +987,18 @@ def test_scoring_an_adaptation_again_gives_its_scores(adapted, capsys, name, var
 
 
 @pytest.mark.parametrize("name", ["mhr", "expert", "private", "adapter-soup", "soup-sft", "hyperformer", "task-moe"])
-def test_zero_shot(runs, capsys, monkeypatch, name):
+def test_zero_shot(runs, folder, capsys, monkeypatch, name):
     whole = strings.strings()  # kept for all tests: change a copy
     few = [dataclasses.replace(task, test=task.test[:4]) for task in whole.test]
     whole = dataclasses.replace(whole, test=few)
     monkeypatch.setattr(strings, "strings", lambda *_: whole)
     before = contents(runs(name))
     capsys.readouterr()
-    one, again = (evaluate.evaluate(evaluate.Config(checkpoint=str(runs(name)), zero_shot=True)) for _ in range(2))
+    save = folder / f"zero-shot-{name}.json"
+    cfg = evaluate.Config(checkpoint=str(runs(name)), zero_shot=True, save=str(save))
+    one, again = evaluate.evaluate(cfg), evaluate.evaluate(dataclasses.replace(cfg, save=""))
+    assert read(save)["mean"] == sum(one.values()) / len(one)
+    assert {task: next(iter(scores.values())) for task, scores in read(save)["tasks"].items()} == one
     assert list(one) == HELD_OUT
     assert contents(runs(name)) == before
     assert capsys.readouterr().out.count("mean ") == 2

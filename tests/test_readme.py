@@ -9,27 +9,41 @@ import pytest
 import torch
 
 import adapt
+import analyze
 import config
 import evaluate
 import export
 import train
+from experiments.claims import CLAIMS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAPERS = (ROOT / "papers.md").read_text()
 FILES = re.findall(
     r"^\| ((?:`[\w.]+/?`(?:, )?)+) \|", README.split("## Files")[1].split("\n## ")[0], re.M
 )  # first cells
-RECIPES = {"train.py": config.PRETRAINING, "adapt.py": config.FEW_SHOT, "evaluate.py": {}, "export.py": {}}
+RECIPES = {
+    "train.py": config.PRETRAINING,
+    "adapt.py": config.FEW_SHOT,
+    "evaluate.py": {},
+    "export.py": {},
+    "analyze.py": {},
+}
 CONFIGS = {
     "train.py": train.Config, "adapt.py": adapt.Config, "evaluate.py": evaluate.Config, "export.py": export.Config,
+    "analyze.py": analyze.Config,
 }  # fmt: skip
 
 
 def commands() -> list[tuple[str, list[str]]]:
     """Every `python SCRIPT.py FLAGS` of the README, also inside && chains, as (script, flags)."""
     paths = [ROOT / "assets" / "tiny" / "README.md", ROOT / "benchmarks" / "README.md", *ROOT.glob("results/*.md")]
-    texts = [README, *(path.read_text() for path in paths)]
-    found = [m for text in texts for m in re.findall(r"python ((?:train|adapt|evaluate|export)\.py)([^&`#\n]*)", text)]
+    texts = [README, PAPERS, *(path.read_text() for path in paths)]
+    found = [
+        m
+        for text in texts
+        for m in re.findall(r"python ((?:train|adapt|evaluate|export|analyze)\.py)([^&`#\n]*)", text)
+    ]
     for variable, value in {"$method": "mhr", "$variant": "z", "$seed": "0"}.items():
         found = [(script, flags.replace(variable, value)) for script, flags in found]
     return [(script, flags.split()) for script, flags in found]
@@ -58,6 +72,32 @@ def test_everything_in_the_tables_exists():
     for module, attribute in re.findall(r"`([a-z][a-z0-9]+)\.(\w+)`", README):
         if attribute != "py" and (ROOT / f"{module}.py").exists():
             assert hasattr(importlib.import_module(module), attribute), f"{module}.{attribute}"
+
+
+def test_the_map_of_the_papers_names_what_exists():
+    """Each function, test and file of papers.md is there, and each claim that its commands name."""
+    named = re.findall(r"`((?:[a-z0-9_]+\.)+\w+)`", PAPERS)
+    assert len(named) > 60
+    for name in named:
+        if name.rsplit(".", 1)[1] in ("py", "md"):
+            assert (ROOT / "tests" / name).exists() or (ROOT / name).exists(), name
+            continue
+        parts = name.split(".")
+        depth = 2 if parts[0] == "baselines" else 1
+        found = importlib.import_module(".".join(parts[:depth]))
+        for part in parts[depth:]:
+            found = getattr(found, part)
+    for path in re.findall(r"`(\w+/\w+\.\w+)`", PAPERS):
+        assert (ROOT / path).exists(), path
+    for names in re.findall(r"experiments\.reproduce --claim ([\w -]+)", PAPERS + README):
+        assert set(names.split()) <= {"all", *CLAIMS}, names
+
+
+def test_every_equation_of_the_papers_has_a_line():
+    """Polytropon's seven numbered ones; the tables of the first two papers; all figures."""
+    for name in [f"Pol eq. {k}" for k in range(1, 8)] + [f"MHR Tab. {k}" for k in (3, 4, 5)]:
+        assert name in PAPERS
+    assert all(f"MHR 2022 Tab. {k}" in PAPERS for k in range(1, 5))
 
 
 def test_the_method_table_is_whole():

@@ -1,0 +1,656 @@
+"""Routing beyond language: one agent for eight levels of BabyAI (Polytropon [1] section 3, appendices A.1 and B).
+
+    pip install minigrid==3.2.0
+    python -m experiments.babyai --method skilled --width 32 --frames 3000000
+    python -m experiments.babyai --resume --output-dir runs/babyai-skilled-0
+    python -m experiments.babyai --plot runs/babyai-*       success by episodes, as the paper's figure 2
+
+Every parameter of the agent is that of its level: theta_l = theta_0 + sum_s w_ls Phi_s ([1] eq. 3). theta_0 and Phi are
+both trained; a skill Phi_s changes a tenth of the entries, drawn at random (`sft.py`); each layer has a router of its
+own (`poly.py`, `mhr.py`, `baselines/fixed.py`). A batch is cut by level; each part sees its level's parameters.
+
+    skilled       a Z over 9 skills, learned at a higher rate than the rest (dual-speed)
+    single-speed  the same at one learning rate         dense   the same with skills of all entries ("- sparsity")
+    mhr           the same with a Z for each of --heads blocks of a tensor's rows (not in the paper)
+    expert        the table of appendix B               shared  one skill for all levels
+    private       an agent for each level, which share nothing: theta_0 is zero and stays so, Phi is dense
+
+What [1] leaves open, and what was chosen:
+* Levels are sampled uniformly: a slot (an environment) draws its next level at each reset. So levels have equal
+  episodes, not frames: an unsolved maze takes 576, another level 64 or 128.
+* PPO is that of BabyAI 1.1 [2], whose setup [1] follows: rewards times 20, lambda 0.99, 64 slots of 40 frames an
+  update, 4 epochs of 2 batches, gradients through 20 frames, clipping 0.2 (value too), entropy 0.01. A time-out is an
+  end.
+* Noise of Z (eq. 2): one draw an update, the same while acting and learning, so that PPO's ratios begin at one.
+* The learning rate of Z is 1e-2: A.1 has none; A.2, for language, 1e-2 to 1e-1.
+* Private is read as section 3.3 has it, "disjoint parameters for each task"; with a shared theta_0 they would not be.
+* Table 2 has eight skills, the text nine: `expert` has eight.
+* [2] normalises by batch. That would mix levels, and differ from acting to learning: here by example (GroupNorm).
+* Kaiming uniform is torch's default bound 1 / sqrt(fan-in), 1 for look-up tables; vectors of a sparse Phi begin at 0.
+
+One process steps all slots: learning takes most of the time, and on two cores two runs side by side use both.
+
+Shape key: t frames in time, n slots, m rows of frames, s skills, k entries of a skill.
+
+[1] https://arxiv.org/abs/2202.13914   [2] Hui et al. 2020, https://arxiv.org/abs/2007.12770
+"""
+
+from dataclasses import dataclass
+
+from config import (
+    RunError, UserError, check_ranges, describe, exit_on_user_error, explicit_flags, flag, read_config, resumed,
+    write_json,
+)  # fmt: skip
+
+LEVELS = {  # table 2 of [1], its numbers: room, distracting boxes, distractors, go to, put, pick up, location, maze
+    "GoToObj": (1,), "GoToRedBallGrey": (1, 2), "GoToRedBall": (1, 2, 3), "GoToLocal": (1, 2, 3, 4),
+    "PutNextLocal": (1, 2, 3, 5), "PickupLoc": (1, 2, 3, 6, 7), "GoToObjMaze": (1, 8), "GoTo": (1, 2, 3, 4, 8),
+}  # fmt: skip
+METHODS = ("skilled", "single-speed", "dense", "mhr", "expert", "shared", "private")
+WORDS = (  # all words of minigrid's instructions in these levels; 0 is no word
+    "go to pick up put next the a object in front of you behind on your left right box ball key door "
+    "red green blue purple yellow grey"
+).split()
+LENGTH = 9  # words of the longest instruction: "put the red ball next to the blue key"
+ACTIONS = 7
+TILE = (11, 6, 3)  # kinds, colours and states of a tile
+
+
+@dataclass
+class Config:
+    """Train one agent on several levels of BabyAI by PPO, or plot runs."""
+
+    method: str = flag("skilled", "who uses which skill", METHODS)
+    levels: tuple = flag(tuple(LEVELS), "levels to train on", tuple(LEVELS))
+    frames: int = flag(10_000_000, "frames of all levels together")
+    skills: int = flag(9, "skills s (expert, shared, private: as their tables say)")
+    heads: int = flag(8, "mhr: blocks that a tensor's rows are cut into")
+    density: float = flag(0.1, "share of a tensor's entries that a skill may change (dense, private: 1)")
+    width: int = flag(128, "channels of the image part; the paper's 128 is slow on a CPU")
+    lr: float = flag(1e-4, "learning rate of theta_0 and Phi")
+    lr_z: float = flag(1e-2, "learning rate of Z (single-speed: --lr)")
+    slots: int = flag(64, "environments side by side")
+    rollout: int = flag(40, "frames of each environment in an update")
+    recurrence: int = flag(20, "frames that gradients go back through")
+    batch_size: int = flag(1280, "frames of an optimiser step")
+    seed: int = flag(0, "seed of initial values, levels, actions and noise")
+    output_dir: str = flag("", "run folder; none: runs/babyai-METHOD-SEED")
+    save_every: str = flag("10m", "how often to save a checkpoint: 200 is every 200 updates, 10m every 10 minutes")
+    resume: bool = flag(False, "go on with the run in --output-dir where it was cut off; begin it if it is not there")
+    plot: tuple = flag((), "run folders to plot instead of training")
+    figure: str = flag("babyai", "with --plot: the figure's path, without .png and .svg")
+
+
+if __name__ == "__main__":  # before the slow imports, so that --help and mistakes answer at once
+    FLAGS = explicit_flags(Config, {})
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import relu
+from tqdm import tqdm
+
+from baselines.fixed import FixedRouter
+from inject import read_tensors, write_tensors
+from mhr import MHRRouter
+from poly import PolyRouter
+from resume import CHECKPOINT, Every, Signals, cut_log, finished, hold, tidy
+from sft import SFT, dense
+
+GAMMA, LAMBDA, EPOCHS, CLIP, ENTROPY, VALUE, NORM, REWARD = 0.99, 0.99, 4, 0.2, 0.01, 0.5, 0.5, 20.0
+
+# --- Environments -----------------------------------------------------------------------------------------------------
+
+
+def make_env(level: str):
+    """A level of minigrid without gymnasium's checks around it. Raises UserError if minigrid is not there."""
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    try:
+        import gymnasium
+        import minigrid  # noqa: F401  it registers the levels
+    except ImportError:
+        raise UserError("experiments.babyai needs BabyAI's levels: pip install minigrid==3.2.0") from None
+    return gymnasium.make(f"BabyAI-{level}-v0", disable_env_checker=True).unwrapped
+
+
+def encode(mission: str) -> Tensor:
+    """An instruction to (LENGTH,) numbers of words, zeros at its end. Raises RunError for a word not in WORDS."""
+    try:
+        numbers = [1 + WORDS.index(word) for word in mission.split()]
+    except ValueError:
+        raise RunError(f"{mission!r} has a word that is not in WORDS: install minigrid==3.2.0") from None
+    return torch.tensor(numbers + [0] * (LENGTH - len(numbers)), dtype=torch.uint8)
+
+
+class Slots:
+    """n environments in one process, and what they show: image (n, 7, 7, 3), words (n, LENGTH), level (n,).
+
+    Level and seed of each episode follow from the run's seed, the slot and the episode's number. So a slot is saved as
+    that number and the actions since, and restored by taking them again.
+    """
+
+    def __init__(self, levels: tuple[str, ...], count: int, seed: int, saved: dict[str, Tensor] | None = None):
+        self.levels, self.seed, self.envs = levels, seed, {}
+        self.image = torch.zeros(count, 7, 7, 3, dtype=torch.uint8)
+        self.words = torch.zeros(count, LENGTH, dtype=torch.uint8)
+        self.level = torch.zeros(count, dtype=torch.int64)
+        self.episode = saved["episode"].tolist() if saved else [0] * count
+        self.actions = [[] for _ in range(count)]
+        for n in range(count):
+            self.begin(n)
+            for action in saved["actions"][n][: saved["length"][n]].tolist() if saved else ():
+                self._act(n, action)
+
+    def begin(self, n: int):
+        """The next episode of a slot, in a level drawn uniformly."""
+        draw = np.random.default_rng((self.seed, n, self.episode[n]))
+        level, seed = int(draw.integers(len(self.levels))), int(draw.integers(2**31))
+        if (n, level) not in self.envs:
+            self.envs[n, level] = make_env(self.levels[level])
+        with contextlib.redirect_stdout(None):  # minigrid prints the grids that it rejects
+            shown, _ = self.envs[n, level].reset(seed=seed)
+        self.level[n], self.words[n], self.actions[n] = level, encode(shown["mission"]), []
+        self.image[n] = torch.from_numpy(shown["image"])
+
+    def _act(self, n: int, action: int) -> tuple[float, bool]:
+        shown, reward, terminated, truncated, _ = self.envs[n, int(self.level[n])].step(action)
+        self.actions[n].append(action)
+        self.image[n] = torch.from_numpy(shown["image"])
+        return reward, terminated or truncated
+
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, list[tuple[int, bool]]]:
+        """actions (n,) -> rewards (n,), ends (n,), and (level, success) of each episode that ended.
+
+        The reward is [1]'s: 1 - 0.9 steps / max_steps at success, 0 at any other step. Ended slots begin anew.
+        """
+        ended, reward, end = [], torch.zeros(len(actions)), torch.zeros(len(actions), dtype=torch.bool)
+        for n, action in enumerate(actions.tolist()):
+            reward[n], end[n] = self._act(n, action)
+            if end[n]:
+                ended.append((int(self.level[n]), bool(reward[n] > 0)))
+                self.episode[n] += 1
+                self.begin(n)
+        return reward, end, ended
+
+    def state(self) -> dict[str, Tensor]:
+        """What `saved` takes."""
+        length = [len(actions) for actions in self.actions]
+        padded = [actions + [0] * (max(length) - len(actions)) for actions in self.actions]
+        return {"episode": torch.tensor(self.episode), "length": torch.tensor(length), "actions": torch.tensor(padded)}
+
+
+# --- The agent --------------------------------------------------------------------------------------------------------
+
+
+class FiLM(nn.Module):
+    """Two convolutions, scaled and shifted by the instruction, with a residual connection around them."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.norm, self.norm_out = nn.GroupNorm(1, width), nn.GroupNorm(1, width)
+        self.scale, self.shift = nn.Linear(128, width), nn.Linear(128, width)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        y = self.second(relu(self.norm(self.first(x))))
+        return x + relu(self.norm_out(y * self.scale(text)[..., None, None] + self.shift(text)[..., None, None]))
+
+
+class See(nn.Module):
+    """Image and instruction to features: BOW_ENDPOOL_RES of [2], appendix A.1 of [1]."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.tiles, self.words = nn.EmbeddingBag(sum(TILE), width, mode="sum"), nn.Embedding(len(WORDS) + 1, 128)
+        self.read = nn.GRUCell(128, 128)
+        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.norms = nn.ModuleList(nn.GroupNorm(1, width) for _ in range(2))
+        self.films = nn.ModuleList(FiLM(width) for _ in range(2))
+
+    def forward(self, image: Tensor, words: Tensor) -> Tensor:
+        """image (m, 7, 7, 3), words (m, LENGTH) -> (m, width). Each distinct instruction is read once."""
+        distinct, which = words.unique(dim=0, return_inverse=True)
+        text = torch.zeros(len(distinct), 128)
+        for word in distinct[:, (distinct > 0).any(0)].long().T:  # as far as the longest of them
+            text = torch.where(word[:, None] > 0, self.read(self.words(word), text), text)
+        offset = torch.tensor([0, TILE[0], TILE[0] + TILE[1]])
+        x = self.tiles((image.long() + offset).flatten(0, 2))  # a tile is the sum of its kind, colour and state
+        x = x.view(len(image), 7, 7, -1).permute(0, 3, 1, 2).contiguous()
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = relu(norm(conv(x)))
+        for film in self.films:
+            x = film(x, text[which])
+        return x.flatten(2).max(-1).values  # max-pooling of size 7: the whole view
+
+
+class Decide(nn.Module):
+    """Actor and critic: (m, 128) -> (m, ACTIONS + 1), logits of the actions and the value."""
+
+    def __init__(self):
+        super().__init__()
+        self.actor = nn.Sequential(nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, ACTIONS))
+        self.critic = nn.Sequential(nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 1))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.cat([self.actor(hidden), self.critic(hidden)], -1)
+
+
+def fresh_agent(width: int) -> nn.ModuleDict:
+    """The agent of one level, its three parts; matrices and tables Kaiming uniform."""
+    agent = nn.ModuleDict({"see": See(width), "remember": nn.LSTMCell(width, 128), "decide": Decide()})
+    for module in agent.modules():
+        for p in module.parameters(recurse=False):
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                nn.init.uniform_(p, -1, 1)  # it multiplies a one-hot vector: a fan-in of one
+            elif p.dim() > 1:
+                nn.init.kaiming_uniform_(p, a=math.sqrt(5))
+    return agent
+
+
+class RoutedAgent(nn.Module):
+    """theta_0, and for each of its parameters s skills, mixed for each level ([1] eq. 3).
+
+    router_of(rows): the router of a layer whose parameters have so many rows. density: of the skills. base: False
+    leaves theta_0 out, as zeros that never train, and begins every skill as a whole agent.
+    """
+
+    def __init__(self, width: int, router_of, density: float, base: bool = True):
+        super().__init__()
+        self.base, self.sft = fresh_agent(width), SFT(density)
+        layers = {name: m for name, m in self.base.named_modules() if list(m.parameters(recurse=False))}
+        rows = [[len(p) for p in layer.parameters(recurse=False)] for layer in layers.values()]
+        self.routers = nn.ModuleList(router_of(r) for r in rows)
+        self.names = [  # (its layer's number, its name) of each parameter
+            (k, f"{a}.{b}") for k, a in enumerate(layers) for b, _ in layers[a].named_parameters(recurse=False)
+        ]
+        self.tasks, own = self.routers[0].tasks, dict(self.base.named_parameters())
+        fresh = [dict(fresh_agent(width).named_parameters()) for _ in range(self.routers[0].skills)]
+        self.values, self.places = nn.ParameterList(), []
+        for _, name in self.names:
+            places = torch.stack([self.sft.init(as_linear(own[name]))["place"] for _ in fresh])
+            values = [f[name].detach().flatten()[place] for f, place in zip(fresh, places, strict=True)]
+            begins = own[name].dim() > 1 or not base  # at a fresh agent's values, else at zero
+            self.values.append(torch.stack(values) * begins)
+            self.register_buffer(f"place{len(self.places)}", places)
+            self.places.append(places)
+        if not base:
+            for p in self.base.parameters():
+                nn.init.zeros_(p.requires_grad_(False))
+
+    def mixed(self, noise: int) -> list[dict[str, dict[str, Tensor]]]:
+        """For each level the parameters of each part of the agent. noise: seed of the routers' draw."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(noise)
+            weights = [router(torch.arange(self.tasks)) for router in self.routers]
+        levels = [{part: {} for part in self.base} for _ in range(self.tasks)]
+        own = dict(self.base.named_parameters())
+        for (k, name), value, place in zip(self.names, self.values, self.places, strict=True):
+            theta, (part, rest) = own[name], name.split(".", 1)
+            linear, w = as_linear(theta), weights[k]
+            phi = self.sft.mix(linear, w if w.dim() == 3 else w[:, None], value, place)
+            for level, v, p in zip(levels, *phi.values(), strict=True):
+                D = dense(v, p, (linear.out_features, linear.in_features))
+                level[part][rest] = theta + D.view_as(theta)
+        return levels
+
+    def forward(self, levels, image, words, level, first, memory) -> tuple[Tensor, Tensor, Tensor]:
+        """Run t frames of n slots, each frame with its level's parameters (`levels`, of `mixed`).
+
+        image (t, n, 7, 7, 3), words (t, n, LENGTH), level (t, n), first (t, n): whether an episode begins here; memory
+        (n, 256): the LSTM's before. -> logits (t, n, ACTIONS), values (t, n), memory (n, 256) after.
+        """
+
+        def part(name: str):
+            return lambda number, *rows: functional_call(self.base[name], levels[number][name], rows)
+
+        def remember(number: int, x: Tensor, memory: Tensor) -> Tensor:
+            return torch.cat(part("remember")(number, x, memory.chunk(2, -1)), -1)
+
+        x = by_level(part("see"), level.flatten(), image.flatten(0, 1), words.flatten(0, 1)).unflatten(0, level.shape)
+        hidden = []
+        for t in range(len(level)):
+            memory = by_level(remember, level[t], x[t], memory * ~first[t][:, None])
+            hidden.append(memory[:, :128])
+        out = by_level(part("decide"), level.flatten(), torch.cat(hidden)).unflatten(0, level.shape)
+        return out[..., :ACTIONS], out[..., ACTIONS], memory
+
+
+def as_linear(p: Tensor) -> SimpleNamespace:
+    """What `SFT` asks of a linear layer, for a tensor of any shape: its first axis is o, the others are i."""
+    return SimpleNamespace(out_features=len(p), in_features=p[0].numel(), weight=p)
+
+
+def by_level(run, level: Tensor, *inputs: Tensor) -> Tensor:
+    """run(number, *rows) on the rows of each level, put together in the order of the inputs. level (m,)."""
+    present = level.unique().tolist()
+    rows = [(level == number).nonzero()[:, 0] for number in present]
+    outputs = [run(number, *(x[r] for x in inputs)) for number, r in zip(present, rows, strict=True)]
+    return torch.cat(outputs)[torch.cat(rows).argsort()]
+
+
+def build(cfg: Config) -> RoutedAgent:
+    """The agent with the method's routers."""
+    torch.manual_seed(cfg.seed)
+    tasks = len(cfg.levels)
+    tables = {
+        "shared": torch.ones(tasks, 1),
+        "private": torch.eye(tasks),
+        "expert": torch.tensor([[float(s in LEVELS[name]) for s in range(1, 9)] for name in cfg.levels]),
+    }
+
+    def router_of(rows: list[int]) -> nn.Module:
+        if cfg.method in tables:
+            return FixedRouter(tables[cfg.method])
+        if cfg.method == "mhr" and all(r % cfg.heads == 0 for r in rows):  # not the last layers' 7 and 1, nor tables
+            return MHRRouter(tasks, cfg.skills, cfg.heads)
+        return PolyRouter(tasks, cfg.skills)
+
+    density = 1.0 if cfg.method in ("dense", "private") else cfg.density
+    return RoutedAgent(cfg.width, router_of, density, base=cfg.method != "private")
+
+
+# --- PPO --------------------------------------------------------------------------------------------------------------
+
+
+def gae(reward: Tensor, value: Tensor, end: Tensor, last: Tensor) -> Tensor:
+    """Advantages (t, n): A_t = delta_t + gamma lambda A_t+1, delta_t = r_t + gamma V_t+1 - V_t, cut where episodes end.
+
+    reward, value, end (t, n): of each frame; end: the episode is over after it. last (n,): the value after the rollout.
+    """
+    advantage, after, going = torch.zeros_like(value), torch.zeros_like(last), (~end).float()
+    for t in reversed(range(len(value))):
+        following = last if t + 1 == len(value) else value[t + 1]
+        after = reward[t] + GAMMA * following * going[t] - value[t] + GAMMA * LAMBDA * going[t] * after
+        advantage[t] = after
+    return advantage
+
+
+def roll_out(agent: RoutedAgent, slots: Slots, memory: Tensor, first: Tensor, frames: int, noise: int):
+    """Act for some frames in all slots. -> what each frame saw and gave (t, n, ...), by name; the episodes that ended;
+    seconds of environments. memory (n, 256) and first (n,) are changed in place to those after the rollout."""
+    record = {"image": slots.image, "words": slots.words, "level": slots.level, "first": first, "memory": memory}
+    seen = {name: torch.zeros(frames, *x.shape, dtype=x.dtype) for name, x in record.items()}
+    seen |= {name: torch.zeros(frames, len(first)) for name in ("log_prob", "value", "reward")}
+    seen |= {"action": torch.zeros_like(seen["level"]), "end": torch.zeros_like(seen["first"])}
+    ended, seconds = [], 0.0
+    with torch.inference_mode():
+        levels = agent.mixed(noise)
+        for t in range(frames + 1):
+            now = [x[None] for x in (slots.image, slots.words, slots.level, first)]
+            logits, value, after = agent(levels, *now, memory)
+            if t == frames:
+                break
+            for name, x in record.items():
+                seen[name][t] = x
+            chosen = torch.distributions.Categorical(logits=logits[0])
+            seen["action"][t], seen["value"][t] = action, _ = chosen.sample(), value[0]
+            seen["log_prob"][t] = chosen.log_prob(action)
+            start = time.perf_counter()
+            seen["reward"][t], seen["end"][t], over = slots.step(action)
+            seconds += time.perf_counter() - start
+            ended += over
+            memory.copy_(after), first.copy_(seen["end"][t])
+    seen["advantage"] = gae(REWARD * seen["reward"], seen["value"], seen["end"], value[0].clone())
+    return seen, ended, seconds
+
+
+def loss_of(agent: RoutedAgent, batch: dict[str, Tensor], noise: int) -> tuple[Tensor, dict[str, float]]:
+    """PPO's loss of frames (t, n, ...), t of them with gradients through time, and figures for the log."""
+    levels = agent.mixed(noise)
+    names = ("image", "words", "level", "first")
+    logits, value, _ = agent(levels, *(batch[name] for name in names), batch["memory"][0])
+    chosen = torch.distributions.Categorical(logits=logits)
+    ratio = (chosen.log_prob(batch["action"]) - batch["log_prob"]).exp()
+    gain = torch.min(ratio * batch["advantage"], ratio.clamp(1 - CLIP, 1 + CLIP) * batch["advantage"]).mean()
+    goal = batch["value"] + batch["advantage"]
+    near = batch["value"] + (value - batch["value"]).clamp(-CLIP, CLIP)
+    error, entropy = torch.max((value - goal) ** 2, (near - goal) ** 2).mean(), chosen.entropy().mean()
+    return VALUE * error - gain - ENTROPY * entropy, {"value_error": error.item(), "entropy": entropy.item()}
+
+
+def learn(agent: RoutedAgent, optimizer, seen: dict[str, Tensor], cfg: Config, noise: int) -> dict[str, float]:
+    """EPOCHS passes over a rollout, in batches of sequences of cfg.recurrence frames. -> mean figures for the log.
+
+    A sequence begins with the memory that acting had there. Raises RunError if gradients are no longer finite.
+    """
+    cut = {name: x.unflatten(0, (-1, cfg.recurrence)).transpose(0, 1).flatten(1, 2) for name, x in seen.items()}
+    figures, trainable = [], [p for group in optimizer.param_groups for p in group["params"]]
+    for _ in range(EPOCHS):
+        for part in torch.randperm(cut["level"].shape[1]).split(cfg.batch_size // cfg.recurrence):
+            loss, figure = loss_of(agent, {name: x[:, part] for name, x in cut.items()}, noise)
+            optimizer.zero_grad()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(trainable, NORM).item()
+            if not math.isfinite(norm):
+                raise RunError(f"the gradients' norm is {norm}: try a lower --lr in a new folder")
+            optimizer.step()
+            figures.append({"loss": loss.item(), "norm": norm, **figure})
+    return {name: round(sum(f[name] for f in figures) / len(figures), 5) for name in figures[0]}
+
+
+# --- The run ----------------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(agent: RoutedAgent, cfg: Config) -> torch.optim.Adam:
+    """Adam at cfg.lr, for Z at cfg.lr_z ([1] section 2.3, dual speed)."""
+    z = [router.Z for router in agent.routers if router.Z.requires_grad]
+    rest = [p for p in agent.parameters() if p.requires_grad and all(p is not q for q in z)]
+    fast = cfg.lr if cfg.method == "single-speed" else cfg.lr_z
+    groups = [{"params": rest, "lr": cfg.lr}, {"params": z, "lr": fast}]
+    return torch.optim.Adam([group for group in groups if group["params"]], eps=1e-5, fused=True)
+
+
+def save(path: Path, agent: RoutedAgent, optimizer, now: dict, **state: Tensor):
+    """Write a checkpoint in the place of the one before. now: update, frames, seconds. state: of slots and memory."""
+    tensors = {f"model.{name}": x for name, x in agent.state_dict().items()} | state
+    for k, own in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{k}.{name}": x for name, x in own.items()}
+    write_tensors(tensors, str(path), state=json.dumps(now))
+
+
+def load(path: Path, agent: RoutedAgent, optimizer) -> tuple[dict, dict[str, Tensor]]:
+    """Put agent and optimiser back where `save` found them. -> now, all tensors. Raises UserError if it is damaged."""
+    try:
+        saved, metadata = read_tensors(str(path))
+        agent.load_state_dict({n.removeprefix("model."): x for n, x in saved.items() if n.startswith("model.")})
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is no checkpoint of this run ({reason}): delete it to begin again") from None
+    state = {}
+    for _, k, name in (key.split(".") for key in saved if key.startswith("optimizer.")):
+        state.setdefault(int(k), {})[name] = saved[f"optimizer.{k}.{name}"]
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    return json.loads(metadata["state"]), saved
+
+
+def moving(success: np.ndarray, window: int = 100) -> np.ndarray:
+    """Mean of each `window` successes in a row, one for each episode from the window-th on; [] if there are fewer."""
+    total = np.concatenate([[0], success.cumsum()])
+    return (total[window:] - total[:-window]) / window
+
+
+def summary(success: np.ndarray) -> dict:
+    """Episodes, success of the last 100 of them, and episodes until it was above 0.99 (None: never)."""
+    above = np.flatnonzero(moving(success) > 0.99)
+    last = round(float(success[-100:].mean()), 3) if len(success) else 0.0
+    return {"episodes": len(success), "success": last, "episodes_to_0.99": int(above[0]) + 100 if len(above) else None}
+
+
+def outcomes(log: Path) -> np.ndarray:
+    """All episodes of a log, in order: rows (number of the level, success)."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return np.array([pair for line in lines for pair in line["episodes"]], dtype=int).reshape(-1, 2)
+
+
+def report(cfg: Config, done: np.ndarray) -> dict[str, dict]:
+    """`summary` of each level and of all episodes together."""
+    levels = {name: summary(done[done[:, 0] == k, 1]) for k, name in enumerate(cfg.levels)}
+    return levels | {"all": summary(done[:, 1])}
+
+
+def train(cfg: Config) -> dict:
+    """Train as cfg says and write the run folder; returns what result.json holds."""
+    check(cfg)
+    folder = Path(cfg.output_dir)
+    with hold(folder):
+        return finished(folder, cfg.resume) or run(cfg, folder)
+
+
+def begin(cfg: Config, folder: Path, agent: RoutedAgent, optimizer) -> tuple[dict, Slots, Tensor, Tensor]:
+    """Where a run begins or, with --resume, goes on: now, slots, memory (n, 256), first (n,). Writes config.json."""
+    make_env(cfg.levels[0])  # a missing minigrid is told before anything is written
+    now, saved, path = {"update": 0, "frames": 0, "seconds": 0.0}, None, folder / CHECKPOINT
+    if not (folder / "config.json").exists():
+        write_json(folder / "config.json", dataclasses.asdict(cfg) | {"resume": False})
+    if cfg.resume and path.exists():
+        now, saved = load(path, agent, optimizer)
+    cut_log(folder / "log.jsonl", lambda line: line["update"] <= now["update"])
+    slots = Slots(cfg.levels, cfg.slots, cfg.seed, saved)
+    if saved:
+        return now, slots, saved["memory"], saved["first"]
+    return now, slots, torch.zeros(cfg.slots, 256), torch.ones(cfg.slots, dtype=torch.bool)
+
+
+def run(cfg: Config, folder: Path) -> dict:
+    """`train` in a folder that this process holds: act, learn, log, save."""
+    print(describe(cfg))
+    agent, every = build(cfg), Every(cfg.save_every)
+    optimizer = make_optimizer(agent, cfg)
+    now, slots, memory, first = begin(cfg, folder, agent, optimizer)
+    episodes, spent = outcomes(folder / "log.jsonl").tolist(), time.monotonic() - now["seconds"]
+    bar = tqdm(total=cfg.frames, desc=cfg.method, initial=now["frames"], unit="frame", unit_scale=True, disable=None)
+    with open(folder / "log.jsonl", "a") as log, Signals() as signals, bar:
+        while now["frames"] < cfg.frames:
+            now["update"] += 1
+            noise = cfg.seed * 1_000_003 + now["update"]  # all chance of an update follows from its number
+            torch.manual_seed(noise)
+            times = [time.perf_counter()]
+            seen, ended, env = roll_out(agent, slots, memory, first, cfg.rollout, noise)
+            times.append(time.perf_counter())
+            line = learn(agent, optimizer, seen, cfg, noise)
+            times.append(time.perf_counter())
+            now |= {"frames": now["frames"] + seen["level"].numel(), "seconds": round(time.monotonic() - spent, 1)}
+            line |= {"env": env, "act": times[1] - times[0] - env, "learn": times[2] - times[1]}  # seconds
+            log.write(json.dumps({**now, **line, "episodes": [[k, int(success)] for k, success in ended]}) + "\n")
+            log.flush()
+            episodes += ended
+            show(bar, cfg, now["frames"], np.array(episodes[-5000:]).reshape(-1, 2))
+            if every.due(now["update"]) or signals.caught:
+                save(folder / CHECKPOINT, agent, optimizer, now, **slots.state(), memory=memory, first=first)
+            if signals.caught:
+                print(f"stopped; to go on: python -m experiments.babyai --resume --output-dir {folder}")
+                sys.exit(128 + signals.caught)
+    return finish(cfg, folder, agent, now, np.array(episodes).reshape(-1, 2))
+
+
+def show(bar: tqdm, cfg: Config, frames: int, recent: np.ndarray):
+    """Success of each level's last 100 episodes, in per cent, in the order of --levels: beside the bar, or without a
+    terminal some ten lines a run."""
+    rates = [recent[recent[:, 0] == k, 1][-100:] for k in range(len(cfg.levels))]
+    text = " ".join(f"{100 * rate.mean():.0f}" if len(rate) else "-" for rate in rates)
+    before, step = bar.n, max(1, cfg.frames // 10)
+    bar.set_postfix_str(text, refresh=False)
+    bar.update(frames - before)
+    if bar.disable and frames // step > (frames - cfg.slots * cfg.rollout) // step:
+        print(f"{frames:,} frames  success {text}", flush=True)
+
+
+def finish(cfg: Config, folder: Path, agent: RoutedAgent, now: dict, done: np.ndarray) -> dict:
+    """Write what a finished run leaves: agent.safetensors and result.json, which this returns."""
+    write_tensors(agent.state_dict(), str(folder / "agent.safetensors"))
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    spent = {part: sum(line[part] for line in lines) for part in ("env", "act", "learn")}
+    z = sum(router.Z.numel() for router in agent.routers if router.Z.requires_grad)
+    base, skills = (sum(p.numel() for p in part if p.requires_grad) for part in (agent.base.parameters(), agent.values))
+    result = now | {
+        "frames_per_second": round(now["frames"] / sum(spent.values())),
+        "share_of_time": {part: round(seconds / sum(spent.values()), 3) for part, seconds in spent.items()},
+        "parameters": {"theta_0": base, "skills": skills, "routing": z},
+        "levels": report(cfg, done),
+    }
+    write_json(folder / "result.json", result)
+    tidy(folder)
+    for name, level in result["levels"].items():
+        print(f"{name:16} " + "  ".join(f"{key} {value}" for key, value in level.items()))
+    print(f"{result['frames_per_second']} frames per second, {result['share_of_time']}; saved in {folder}")
+    return result
+
+
+def plot(runs: tuple[str, ...], figure: str):
+    """Success (moving average over 100) by episodes, of each level and of all: FIGURE.png and FIGURE.svg.
+
+    Raises UserError if a folder holds no run, or the runs are of different levels.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    configs = [read_config(Config, Path(run) / "config.json") for run in runs]
+    levels = configs[0].levels
+    for run, cfg in zip(runs, configs, strict=True):
+        if cfg.levels != levels:
+            raise UserError(f"--plot {run}: its levels are not those of {runs[0]}; plot them apart")
+    panels, named = (*levels, "all"), {cfg.method: k for k, cfg in reversed(list(enumerate(configs)))}
+    rows = -(-len(panels) // 3)
+    _, axes = pyplot.subplots(rows, 3, figsize=(12, 3 * rows), squeeze=False)
+    for axis, name in zip(axes.flat, panels, strict=False):
+        for k, (run, cfg) in enumerate(zip(runs, configs, strict=True)):
+            done = outcomes(Path(run) / "log.jsonl")
+            rate = moving(done[:, 1] if name == "all" else done[done[:, 0] == levels.index(name), 1])
+            thin = slice(None, None, max(1, len(rate) // 2000))
+            label = cfg.method if named[cfg.method] == k else None  # one label for all seeds
+            colour = f"C{METHODS.index(cfg.method)}"
+            axis.plot((np.arange(len(rate)) + 100)[thin], rate[thin], color=colour, label=label, linewidth=0.8)
+        axis.set(title=name, ylim=(0, 1.02), xlabel="episodes", ylabel="success")
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    axes.flat[0].legend()
+    pyplot.tight_layout()
+    for kind in ("png", "svg"):
+        pyplot.savefig(f"{figure}.{kind}", dpi=150)
+    print(f"{figure}.png, {figure}.svg")
+
+
+def check(cfg: Config):
+    """Raise UserError for settings that do not go together, naming the flag."""
+    check_ranges(cfg)
+    Every(cfg.save_every)
+    for name in ("frames", "width", "slots", "rollout", "recurrence"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name} must be above 0, not {getattr(cfg, name)}")
+    if cfg.density > 1:
+        raise UserError(f"--density is a share and must not be above 1, not {cfg.density}")
+    if cfg.rollout % cfg.recurrence or cfg.batch_size % cfg.recurrence:
+        raise UserError(f"--recurrence {cfg.recurrence} must divide --rollout and --batch-size")
+    if cfg.method == "mhr" and (cfg.width % cfg.heads or 128 % cfg.heads):
+        raise UserError(f"--heads {cfg.heads} must divide --width {cfg.width} and 128")
+    if len(set(cfg.levels)) < len(cfg.levels):
+        raise UserError(f"--levels names a level twice: {' '.join(cfg.levels)}")
+
+
+def main(flags: dict):
+    cfg = Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in flags.items()})
+    if cfg.plot:
+        return plot(cfg.plot, cfg.figure)
+    cfg.output_dir = cfg.output_dir or f"runs/babyai-{cfg.method}-{cfg.seed}"
+    if cfg.resume and (path := Path(cfg.output_dir) / "config.json").exists():
+        cfg = resumed(Config, path, flags)
+    return train(cfg)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main, FLAGS)

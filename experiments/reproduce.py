@@ -1,0 +1,316 @@
+"""The papers' claims at laptop scale: one command a claim, five seeds, a verdict by a rule fixed before looking.
+
+    python -m experiments.reproduce --claim all                  make what is missing, then results/claims.md
+    python -m experiments.reproduce --claim mu zero-shot         some claims only
+    python -m experiments.reproduce --claim mu --results again --runs again/runs     from scratch, elsewhere
+
+A measure is a pre-training run on `strings` and what is then asked of it: the held-out score after an adaptation, a
+zero-shot score, or a number of `analyze.py`. Each value of a measure and seed is a line of results/claims.jsonl, with
+the flags that made it, and is not made again as long as these flags are the same. What is missing is made by the
+project's own commands, in runs/methods/ (which `experiments/methods.py` shares), two side by side.
+
+A claim is a list of comparisons between measures, seed by seed:
+
+    a > b    holds: a is above b; fails: it is below (paired t-test over seeds, two-sided, p < 0.05)
+    a <= b   fails: a is above b, in the same way; else holds: a is above b by less than MARGIN (one-sided, p < 0.05)
+    a ~ b    holds: they differ by less than MARGIN (two one-sided tests); fails: by more (one of them, reversed)
+
+Else it is undecided. b may be a number. A claim holds if all its comparisons hold; it does not hold here if one of them
+fails; else it is undecided. Nothing is corrected for the number of comparisons.
+"""
+
+import argparse
+import json
+import subprocess
+import threading
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+import figures
+from experiments.claims import CLAIMS, MEASURES, SHAPES, SKILLS, VARIANTS, Claim, Measure, measures_of
+from experiments.methods import METHODS, RATES, ROOT, RUNS, adapt, few_shot_rates, pretrain, run
+
+SEEDS = (0, 1, 2, 3, 4)
+MARGIN = 5.0  # points of exact match: what counts as close
+
+
+# --- Values: from the file of raw numbers, or from runs ---------------------------------------------------------------
+
+
+def flags_of(measure: Measure) -> str:
+    """All that decides a measure, but the seed: the key of its line in the raw file."""
+    rates = f"{RATES[measure.method][0]} {measure.flags}".strip()
+    few = " ".join(few_shot_rates(measure.method, measure.then)) if measure.then in VARIANTS else ""
+    then = f"{measure.then} {few or measure.steps or ''}".strip()
+    return f"{METHODS[measure.method][0]} {rates} | {then}"
+
+
+def read_raw(path: Path) -> dict[tuple[str, int], dict]:
+    """{(flags, seed): line} of a raw file; {} if there is none."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {(line["flags"], line["seed"]): line for line in map(json.loads, lines)}
+
+
+def make_missing(names: list[str], seeds: tuple[int, ...], path: Path, runs: Path, jobs: int):
+    """Make the values of these measures that the raw file lacks, and add each to it as soon as it is there."""
+    have, groups = read_raw(path), defaultdict(list)
+    for name in names:
+        measure = MEASURES[name]
+        for seed in seeds:
+            if (flags_of(measure), seed) not in have:
+                groups[seed, measure.method, measure.flags].append(measure)  # those that ask the same run
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    about, lock = {"commit": commit.strip(), "date": str(date.today())}, threading.Lock()
+
+    def make(group):
+        (seed, method, flags), measures = group
+        rates = RATES[method][0].split()
+        checkpoint, trained = pretrain(method, seed, runs, (*rates, *flags.split()))
+        for measure in measures:
+            value, new = ask(measure, checkpoint, trained, seed)
+            line = {
+                "flags": flags_of(measure),
+                "seed": seed,
+                "value": value,
+                "trained": total(trained),
+                "new task": new,
+            }
+            with lock, open(path, "a") as file:
+                file.write(json.dumps(line | about) + "\n")
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(make, sorted(groups.items())))
+
+
+def total(result: dict) -> int:
+    return sum(result["parameters"].values())
+
+
+def ask(measure: Measure, checkpoint: Path, trained: dict, seed: int) -> tuple[float | dict, int | None]:
+    """(the measure's value, parameters trained for a new task) of a pre-training run. A value over training is {step:
+    value}."""
+    if measure.then == "seen":
+        return trained["mean"], None
+    if measure.then in VARIANTS:
+        result = adapt(checkpoint, measure.then, seed, few_shot_rates(measure.method, measure.then))
+        return result["mean"], total(result)
+    if measure.then == "zero-shot":
+        return zero_shot(measure, checkpoint, seed), None
+    folder = checkpoint / "analysis"
+    flags = ["--checkpoint", str(checkpoint), "--output-dir", str(folder)]
+    flags += ["--no-alignment"] if measure.flags else []  # nothing asks for it there, and it takes a minute
+    found = run("analyze.py", flags, folder / "analysis.json")
+    if measure.then == "alignment":
+        return {line["step"]: line["alignment"] for line in found["over_steps"]}, None
+    for key in measure.then.split("."):
+        found = found[key]
+    return found, None
+
+
+def zero_shot(measure: Measure, checkpoint: Path, seed: int) -> float:
+    """The held-out score after measure.steps more steps, of the average of the skills under a routed method."""
+    routed = measure.method != "LoRA (Shared)"
+    if not measure.steps:  # what an adaptation scores before it begins
+        variant = "mu" if routed else "all"
+        return adapt(checkpoint, variant, seed, few_shot_rates(measure.method, variant))["mean_before"]
+    more = checkpoint.with_name(f"{checkpoint.name}_{measure.steps}-more")
+    flags = ["--from-run", str(checkpoint), "--steps", str(measure.steps), *(["--method", "mu"] if routed else [])]
+    run("train.py", [*flags, "--resume", "--output-dir", str(more)], more / "result.json")
+    flags = ["--checkpoint", str(more), "--zero-shot", "--split", str(seed), "--save", str(more / "zero-shot.json")]
+    return run("evaluate.py", flags, more / "zero-shot.json")["mean"]
+
+
+# --- Statistics -------------------------------------------------------------------------------------------------------
+
+
+class Verdict(NamedTuple):
+    """difference: mean of a - b over seeds. interval: its 95 % confidence interval. says: holds, fails or undecided."""
+
+    difference: float
+    interval: tuple[float, float]
+    says: str
+
+
+def judge(a: np.ndarray, relation: str, b: np.ndarray, margin: float = MARGIN) -> Verdict:
+    """Compare two measures, values (seeds,) each, by the rule at the top of this file."""
+    d = np.asarray(a, float) - np.asarray(b, float)
+    mean, error = d.mean(), stats.sem(d)
+    half = error * stats.t.ppf(0.975, len(d) - 1)
+
+    def above(bound: float, alternative: str = "greater") -> bool:
+        """Whether the mean difference is above (or "less": below) a bound; without any spread there is no doubt."""
+        if error == 0:
+            return bool(mean > bound if alternative == "greater" else mean < bound)
+        return bool(stats.ttest_1samp(d, bound, alternative=alternative).pvalue < 0.05)
+
+    if relation == ">":
+        holds, fails = mean - half > 0, mean + half < 0
+    elif relation == "<=":
+        fails = mean - half > 0
+        holds = not fails and above(margin, "less")
+    elif relation == "~":
+        holds, fails = above(margin, "less") and above(-margin), above(margin) or above(-margin, "less")
+    else:
+        raise ValueError(f"unknown relation {relation!r}: choose >, <= or ~")
+    return Verdict(mean, (mean - half, mean + half), "holds" if holds else "fails" if fails else "undecided")
+
+
+def verdict(parts: list[Verdict]) -> str:
+    """Of a whole claim."""
+    if all(part.says == "holds" for part in parts):
+        return "holds"
+    return "does not hold here" if any(part.says == "fails" for part in parts) else "undecided"
+
+
+# --- The page ---------------------------------------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    """A measure's values over seeds, and the parameters trained on all tasks and for a new one."""
+
+    values: np.ndarray
+    lines: list[dict]
+
+    def __str__(self):
+        digits = 1 if abs(self.values).max() > 1 else 3
+        return f"{self.values.mean():.{digits}f} ± {self.values.std(ddof=1):.{digits}f}"
+
+
+def collect(raw: dict[tuple[str, int], dict], names: list[str], seeds: tuple[int, ...]) -> dict[str, Found]:
+    """{measure: what was found}, of those that have all seeds; a value over training counts as its mean."""
+    found = {}
+    for name in names:
+        lines = [raw.get((flags_of(MEASURES[name]), seed)) for seed in seeds]
+        if all(lines):
+            values = [line["value"] for line in lines]
+            values = [np.mean(list(v.values())) if isinstance(v, dict) else v for v in values]
+            found[name] = Found(np.array(values), lines)
+    return found
+
+
+def write_page(folder: Path, seeds: tuple[int, ...], names: list[str]):
+    """claims.md and a figure for each of these claims, from the raw file of a folder. A claim that lacks a value of a
+    seed is named as not made yet."""
+    raw = read_raw(folder / "claims.jsonl")
+    summary, sections = [], []
+    for name in names:
+        claim, found = CLAIMS[name], collect(raw, measures_of(CLAIMS[name]), seeds)
+        missing = [m for m in measures_of(claim) if m not in found]
+        if missing:
+            summary.append(f"| {name} | not made yet | {claim.place} |")
+            continue
+        values = lambda m: found[m].values if isinstance(m, str) else np.full(len(seeds), m)  # noqa: B023, E731
+        parts = [judge(values(a), relation, values(b)) for a, relation, b in claim.compare]
+        FIGURES[claim.figure](found, folder / f"claim-{name}")
+        summary.append(f"| [{name}](#{name}) | {verdict(parts)} | {claim.place} |")
+        sections.append(section(name, claim, found, parts))
+    commits = sorted({line["commit"] for line in raw.values()})
+    text = PAGE.format(
+        seeds=", ".join(map(str, seeds)), commits=", ".join(commits), margin=MARGIN, summary="\n".join(summary)
+    )
+    (folder / "claims.md").write_text(text + "\n".join(sections))
+
+
+PAGE = """# The papers' claims at laptop scale
+
+Made by `python -m experiments.reproduce --claim all`, whose first page has the rule of the verdicts; raw numbers, each
+with its flags and commit, are in `claims.jsonl`. `strings`, its recipe, rates from `results/methods.md`; seeds {seeds},
+which also draw the examples; "close" is within {margin:g} points. Training at commit {commits}.
+
+| claim | verdict | the papers |
+|---|---|---|
+{summary}
+
+"""
+
+
+def section(name: str, claim: Claim, found: dict[str, Found], parts: list[Verdict]) -> str:
+    """A claim's part of the page: sentence, verdict, comparisons, values, figure."""
+    text = [f"## {name}", "", f"{claim.says} ({claim.place}.) **{verdict(parts).capitalize()}.**", ""]
+    text += ["| comparison | difference | 95 % interval | |", "|---|---:|---:|---|"]
+    for (a, relation, b), part in zip(claim.compare, parts, strict=True):
+        digits = 1 if max(map(abs, (part.difference, *part.interval))) > 1 else 3
+        low, high = (f"{x:+.{digits}f}" for x in part.interval)
+        text.append(f"| {a} {relation} {b} | {part.difference:+.{digits}f} | {low} to {high} | {part.says} |")
+    text += ["", "| measure | trained on all tasks | for a new task | mean ± std |", "|---|---:|---:|---:|"]
+    for measure, of in found.items():
+        first = of.lines[0]
+        new = f"{first['new task']:,}" if first["new task"] else ""
+        text.append(f"| {measure} | {first['trained']:,} | {new} | {of} |")
+    figure = [] if claim.figure == "none" else ["", f"![{name}](claim-{name}.png)"]
+    return "\n".join([*text, *figure, "", ""])
+
+
+SCORE = "exact match on held-out tasks (%)"
+
+
+def draw_dots(found: dict[str, Found], stem: Path, label: str):
+    reference = "LoRA (Shared)" if "LoRA (Shared)" in found else ""
+    figures.by_method({name: list(of.values) for name, of in found.items()}, stem, label, reference)
+
+
+def draw_parameters(found: dict[str, Found], stem: Path, which: str, when: str):
+    points = {name: (of.lines[0][which], *figures.mean_std(of.values)) for name, of in found.items()}
+    figures.performance(points, stem, SCORE, when)
+
+
+def draw_alignment(found: dict[str, Found], stem: Path):
+    series = {
+        name.removeprefix("alignment of "): [
+            (list(map(int, line["value"])), list(line["value"].values())) for line in of.lines
+        ]
+        for name, of in found.items()
+    }
+    figures.over_steps(series, stem, "cosine of tasks' gradients")
+
+
+def draw_by_skills(found: dict[str, Found], stem: Path):
+    sizes = sorted({*SKILLS, 4})
+    series = {
+        shape: [
+            (sizes, [found[f"{shape}, {s} skills"].values[k] for s in sizes])
+            for k in range(len(found[f"{shape}, 4 skills"].values))
+        ]
+        for shape in SHAPES
+    }
+    figures.over_steps(series, stem, "measure of Z", xlabel="skills in the inventory")
+
+
+FIGURES = {
+    "none": lambda found, stem: None,
+    "dots": lambda found, stem: draw_dots(found, stem, SCORE),
+    "recovery": lambda found, stem: draw_dots(found, stem, "correlation of likeness in Z and in the true table"),
+    "few_shot_parameters": lambda found, stem: draw_parameters(found, stem, "new task", "for a new task"),
+    "multi_task_parameters": lambda found, stem: draw_parameters(found, stem, "trained", "on all tasks"),
+    "alignment": draw_alignment,
+    "by_skills": draw_by_skills,
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    claims = f"all, or of: {', '.join(CLAIMS)}"
+    parser.add_argument("--claim", nargs="+", choices=["all", *CLAIMS], default=["all"], metavar="NAME", help=claims)
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of raw numbers, page, figures")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the runs; one that is there is used")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
+    parser.add_argument("--page", action="store_true", help="only write the page of the numbers that are there")
+    args = parser.parse_args()
+    names = list(CLAIMS) if "all" in args.claim else args.claim
+    args.results.mkdir(parents=True, exist_ok=True)
+    measures = list(dict.fromkeys(m for name in names for m in measures_of(CLAIMS[name])))
+    if not args.page:
+        make_missing(measures, tuple(args.seeds), args.results / "claims.jsonl", args.runs, args.jobs)
+    write_page(args.results, tuple(args.seeds), list(CLAIMS))
+    print((args.results / "claims.md").read_text().split("## ")[0])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,575 @@
+"""Measures of routing on matrices with known answers, gradient alignment against a direct computation, the figures and
+the command."""
+
+import json
+import xml.etree.ElementTree as xml
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from matplotlib.image import imread
+from safetensors.torch import load_file
+from scipy.cluster.hierarchy import fcluster
+from scipy.spatial.distance import pdist, squareform
+from scipy.stats import spearmanr
+from torch import nn
+
+import adapt
+import analyze
+import figures
+import models
+import train
+from analyze import (
+    MEASURES, allocations, choose, discreteness, gradient_alignment, hierarchy, overlap, recovery, sparsity, spearman,
+    task_similarity, usage,
+)  # fmt: skip
+from backbone import build_model
+from config import UserError
+from data import Example, Item, Task
+from inject import adapted_layers, adapter_parameters, routers, task_ids
+
+BLOCKS = np.kron(np.eye(2), np.ones((4, 2)))  # 8 tasks, 4 skills: the first four tasks use the first two skills
+
+
+# --- Measures of one allocation ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "p, expected",
+    [
+        (np.eye(4), (1, 1 / 4, 1)),  # one-hot
+        (np.full((6, 4), 0.5), (0, 0, 1)),  # undecided
+        (BLOCKS, (1, 1 / 2, 1)),
+        (np.ones((6, 4)), (1, 1, 1)),
+        (np.eye(4)[[0, 0, 0]], (1, 1 / 4, 0)),  # one skill does it all
+        (np.zeros((3, 4)), (1, 0, 0)),
+        (np.ones((3, 1)), (1, 1, 1)),  # there is but one skill
+        (np.array([[1, 0], [1, 0], [1, 0], [0, 1]]), (1, 1 / 2, 0.811278)),  # H(3/4, 1/4) in bits
+        (np.array([[0.25, 0.75]]), (1 - 0.811278, 1 / 2, 0.811278)),
+    ],
+)
+def test_measures_by_hand(p, expected):
+    """Discreteness, sparsity and usage have the values that equations 5 (one less it) to 7 give by hand."""
+    assert [f(p) for f in MEASURES.values()] == pytest.approx(expected, abs=1e-6)
+
+
+def test_usage_is_taken_in_each_head():
+    """Two heads that always take one skill, each another one, are not balanced, though all skills are used alike."""
+    p = np.zeros((5, 2, 2))
+    p[:, 0, 0] = p[:, 1, 1] = 1
+    assert usage(p) == 0
+    assert usage(p.reshape(10, 2)) == 1
+
+
+PROBABILITIES = st.one_of(st.tuples(*[st.integers(1, 6)] * 2), st.tuples(*[st.integers(1, 6)] * 3)).flatmap(
+    lambda shape: arrays(float, shape, elements=st.floats(0, 1))
+)
+
+
+@given(PROBABILITIES)
+@settings(max_examples=60, deadline=None)
+def test_measures_are_between_0_and_1_whatever_tasks_and_skills_are_called(p):
+    """Every measure is in [0, 1] and stays the same when tasks and skills change places."""
+    for f in (discreteness, sparsity, usage):
+        assert 0 <= f(p) <= 1
+        assert f(p[::-1, ..., ::-1]) == pytest.approx(f(p), abs=1e-9)
+
+
+@given(st.floats(0, 0.5), st.floats(0, 0.5))
+@settings(max_examples=40, deadline=None)
+def test_discreteness_grows_with_the_distance_from_one_half(a, b):
+    """The further probabilities are from 1/2, the more discrete."""
+    low, high = sorted((a, b))
+    assert discreteness(np.array([[0.5 + low]])) <= discreteness(np.array([[0.5 + high]])) + 1e-9
+
+
+# --- Allocations of a model -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method, shape", [("poly", (5, 3)), ("mhr", (5, 4, 3))])
+def test_allocations_are_the_probabilities_of_every_router(method, shape):
+    """poly and mhr: one allocation a router, sigmoid(Z), under the name of its layer."""
+    model = models.adapted("t5", method, "lora")
+    found = allocations(model)
+    assert len(found) == len(routers(model))
+    for name, p in found.items():
+        assert p.shape == shape
+        Z = model.get_submodule(name).router.Z.detach().numpy()
+        np.testing.assert_allclose(p, 1 / (1 + np.exp(-Z.astype(float))), rtol=1e-12)
+
+
+def test_a_shared_router_counts_once():
+    """Layers that share a router have one allocation, under the first one's name."""
+    model = build_model(train.Config(method="poly", backbone="scratch", granularity="coder", device="cpu"), tasks=4)[0]
+    names = list(allocations(model))
+    assert [name.split(".")[0] for name in names] == ["encoder", "decoder"]
+    assert all(model.get_submodule(name).router is router for name, router in zip(names, routers(model), strict=True))
+    assert names == [next(n for n in adapted_layers(model) if n.startswith(coder)) for coder in ("encoder", "decoder")]
+
+
+def test_a_given_table_is_its_own_allocation():
+    """expert: the table, with discreteness 1."""
+    found = allocations(models.adapted("t5", "expert", "lora"))
+    assert all((p == models.TABLES["expert"].numpy()).all() for p in found.values())
+    assert {discreteness(p) for p in found.values()} == {1}
+
+
+@pytest.mark.parametrize("method", ["lora", "task-moe", "hyperformer", "random"])
+def test_other_methods_have_no_allocation(method):
+    """One adapter, competing weights, weights without bound and weights drawn anew are no probabilities of skills."""
+    assert allocations(models.adapted("t5", method, "lora")) == {}
+
+
+# --- Tasks beside each other ------------------------------------------------------------------------------------------
+
+
+def test_similarity_by_hand():
+    """The cosine of what all routers say: 1 for equal rows, 0 for disjoint ones, and for a row of nothing."""
+    layers = {"a": np.array([[1, 0], [1, 0], [0, 1], [0, 0]]), "b": np.array([[1, 0], [0, 1], [0, 1], [0, 0.0]])}
+    expected = [[1, 0.5, 0, 0], [0.5, 1, 0.5, 0], [0, 0.5, 1, 0], [0, 0, 0, 1]]
+    np.testing.assert_allclose(task_similarity(layers), expected, atol=1e-12)
+
+
+@given(PROBABILITIES)
+@settings(max_examples=40, deadline=None)
+def test_similarity_is_a_similarity(p):
+    """Symmetric, in [0, 1], 1 on the diagonal; heads are as further skills."""
+    similarity = task_similarity({"a": p})
+    assert similarity.min() >= 0 and similarity.max() <= 1 and (np.diag(similarity) == 1).all()
+    np.testing.assert_allclose(similarity, similarity.T, atol=1e-12)
+    np.testing.assert_allclose(similarity, task_similarity({"a": p.reshape(len(p), -1)}), atol=1e-12)
+
+
+def test_the_tree_finds_planted_groups():
+    """Tasks that share skills join first: cut in two, the tree of a noisy block-diagonal Z is its blocks."""
+    noise = np.random.default_rng(0).uniform(0, 0.2, BLOCKS.shape)
+    tree = hierarchy(task_similarity({"a": np.abs(BLOCKS - noise)}))
+    groups = fcluster(tree, 2, "maxclust")
+    assert len(set(groups[:4])) == len(set(groups[4:])) == 1 and groups[0] != groups[4]
+
+
+def test_overlap_by_hand_and_by_scipy():
+    """Jaccard's index, 0 for two tasks without skills."""
+    table = np.array([[1, 1, 0], [0, 1, 1], [0, 0, 1], [0, 0, 0]])
+    expected = [[1, 1 / 3, 0, 0], [1 / 3, 1, 1 / 2, 0], [0, 1 / 2, 1, 0], [0, 0, 0, 0]]
+    np.testing.assert_allclose(overlap(table), expected)
+    drawn = np.random.default_rng(0).random((12, 5)) < 0.5
+    drawn[:, 0] = True
+    np.testing.assert_allclose(overlap(drawn), 1 - squareform(pdist(drawn, "jaccard")), atol=1e-12)
+
+
+# --- Recovery ---------------------------------------------------------------------------------------------------------
+
+
+def random_table(rng, tasks: int = 20, skills: int = 8) -> np.ndarray:
+    """Three of the skills for each task."""
+    return (rng.random((tasks, skills)).argsort(1) < 3).astype(float)
+
+
+def test_a_planted_table_is_recovered_with_other_skills_and_heads():
+    """Skills may be renamed, split and spread over heads: what is recovered is who shares with whom."""
+    rng = np.random.default_rng(0)
+    table = random_table(rng)
+    renamed = table[:, rng.permutation(8)]
+    exact = recovery(task_similarity({"a": renamed}), table, draws=200)
+    assert exact["correlation"] == pytest.approx(1) and exact["p"] == pytest.approx(1 / 201)
+    split = np.stack([renamed, renamed * 0.9], axis=1)  # (t, 2, 8): two heads
+    assert recovery(task_similarity({"a": split}), table, draws=200)["correlation"] == pytest.approx(1)
+
+
+def test_a_mixture_of_true_skills_is_recovered_in_part():
+    """Four learned skills that each are two of the eight true ones: above chance, below one, interval around it."""
+    table = random_table(np.random.default_rng(0))
+    merged = np.maximum(table[:, :4], table[:, 4:])
+    found = recovery(task_similarity({"a": merged}), table, draws=200)
+    assert found["chance_95"] < found["low"] < found["correlation"] < found["high"] < 1
+    assert found["p"] == pytest.approx(1 / 201)
+
+
+@pytest.fixture(scope="module")
+def at_random() -> list[dict[str, float]]:
+    """`recovery` for 40 pairs of tables that have nothing to do with each other."""
+    rng = np.random.default_rng(1)
+    similar = [task_similarity({"a": rng.random((20, 4))}) for _ in range(40)]
+    return [recovery(similarity, random_table(rng), draws=40) for similarity in similar]
+
+
+def test_a_random_table_is_not_recovered(at_random):
+    """Chance is 0 and the test holds its level: about 5 % of the p-values are below 0.05, half are below 1/2."""
+    assert abs(np.mean([one["chance"] for one in at_random])) < 0.01
+    assert abs(np.mean([one["correlation"] for one in at_random])) < 0.05
+    p = np.array([one["p"] for one in at_random])
+    assert (p < 0.05).mean() <= 0.12
+    assert 0.3 < (p < 0.5).mean() < 0.7
+
+
+def test_the_bootstrap_leaves_pairs_of_a_task_with_itself_out(at_random):
+    """Drawn twice, a task is like itself whatever was learned: counted, the intervals would lie above 0."""
+    assert abs(np.mean([one["low"] + one["high"] for one in at_random]) / 2) < 0.03
+    covered = np.mean([one["low"] <= 0 <= one["high"] for one in at_random])
+    assert covered >= 0.85
+
+
+def test_recovery_is_seeded():
+    """The same seed gives the same numbers, another one other draws of the same correlation."""
+    rng = np.random.default_rng(0)
+    similarity, table = task_similarity({"a": rng.random((10, 4))}), random_table(rng, 10)
+    first, other = recovery(similarity, table, draws=50), recovery(similarity, table, draws=50, seed=1)
+    assert first == recovery(similarity, table, draws=50) != other
+    assert first["correlation"] == other["correlation"]
+
+
+def test_what_is_the_same_for_all_pairs_recovers_nothing():
+    """Constant similarity, as before training: correlation 0 and p 1, not NaN."""
+    table = random_table(np.random.default_rng(0))
+    found = recovery(task_similarity({"a": np.full((20, 4), 0.5)}).round(9), table, draws=20)
+    assert found["correlation"] == found["chance"] == 0 and found["p"] == 1
+
+
+@pytest.mark.parametrize("tasks, rows", [(2, 2), (5, 4)])
+def test_recovery_refuses_sizes_that_do_not_fit(tasks, rows):
+    """Fewer than three tasks, or two numbers of tasks, are a ValueError."""
+    with pytest.raises(ValueError, match="tasks"):
+        recovery(np.eye(tasks), np.eye(rows))
+
+
+def test_spearman_is_scipys():
+    """With ties too."""
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 4, 30), rng.integers(0, 9, 30)
+    assert spearman(x, y) == pytest.approx(spearmanr(x, y).statistic)
+
+
+# --- Gradient alignment -----------------------------------------------------------------------------------------------
+
+
+def task(name: str, *pairs: tuple[str, str]) -> Task:
+    """A task with these (input, output) training examples."""
+    examples = [Example(text, (output,)) for text, output in pairs]
+    return Task(name, "exact", examples, [], [])
+
+
+TASKS = [
+    task("copy", ("ab", "ab"), ("cde", "cde"), ("f", "f")),
+    task("reverse", ("ab", "ba"), ("cde", "edc"), ("f", "f")),
+    task("upper", ("ab", "AB"), ("cde", "CDE")),
+]
+
+
+def tiny(method: str):
+    """A model with adapters whose values matter, and its tokenizer."""
+    torch.manual_seed(0)
+    cfg = train.Config(method=method, backbone="scratch", rank=2, skills=3, heads=4, device="cpu")
+    model, tokenizer = build_model(cfg, tasks=len(TASKS))
+    models.randomise(model)
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("method", ["lora", "poly", "mhr"])
+def test_alignment_is_the_cosine_of_the_gradients_of_what_is_shared(method):
+    """Against backward passes one by one, over all adapter parameters but Z, in float64."""
+    model, tokenizer = tiny(method)
+    mean, matrix = gradient_alignment(model.train(), tokenizer, TASKS, [0, 1, 2], 10, (16, 16))
+    assert model.training and all(p.grad is None for p in model.parameters())
+    model.eval()
+    gradients = []
+    for t, one in enumerate(TASKS):
+        model.zero_grad()
+        with task_ids([t] * len(one.train)):
+            train.batch_loss(model, tokenizer, [Item(t, e, e.outputs[0]) for e in one.train], 16, 16).backward()
+        own = {name: p for name, p in adapter_parameters(model).items() if not name.endswith("router.Z")}
+        assert all(p.requires_grad for p in own.values())
+        gradients.append(torch.cat([p.grad.double().flatten() for p in own.values()]))
+    cosine = [[torch.cosine_similarity(a, b, dim=0).item() for b in gradients] for a in gradients]
+    np.testing.assert_allclose(matrix, cosine, atol=1e-5)
+    assert mean == pytest.approx((cosine[0][1] + cosine[0][2] + cosine[1][2]) / 3, abs=1e-5)
+    assert len({round(abs(x), 3) for row in cosine for x in row}) > 2  # the case tells pairs apart
+
+
+def test_the_same_examples_give_1_and_skills_apart_give_0():
+    """Two tasks with the same examples: 1 under one adapter; 0 under Poly, if they share no skill."""
+    same = [TASKS[0], TASKS[0]]
+    model, tokenizer = tiny("lora")
+    assert gradient_alignment(model, tokenizer, same, [0, 1], 10, (16, 16))[0] == pytest.approx(1, abs=1e-5)
+    model, tokenizer = tiny("poly")
+    for router in routers(model):
+        router.Z.data = torch.eye(3) * 80 - 40
+    assert gradient_alignment(model, tokenizer, same, [0, 1], 10, (16, 16))[0] == pytest.approx(0, abs=1e-5)
+    for router in routers(model):
+        router.Z.data[1] = router.Z.data[0]
+    assert gradient_alignment(model, tokenizer, same, [0, 1], 10, (16, 16))[0] == pytest.approx(1, abs=1e-5)
+
+
+def test_alignment_by_hand(monkeypatch):
+    """Opposite gradients give -1, orthogonal ones 0, whatever their length; a task that learns nothing 0."""
+    vectors = torch.tensor([[1.0, 0], [-3, 0], [0, 2], [0, 0]])
+    model = nn.Module()
+    model.w = nn.Parameter(torch.ones(2))
+    monkeypatch.setattr(train, "batch_loss", lambda m, tokenizer, items, *_: (vectors[items[0].task] * m.w).sum())
+    mean, matrix = gradient_alignment(model, None, [TASKS[0]] * 4, [0, 1, 2, 3], 1, (16, 16))
+    np.testing.assert_allclose(matrix, [[1, -1, 0, 0], [-1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]], atol=1e-7)
+    assert mean == pytest.approx(-1 / 6)
+
+
+def test_alignment_takes_so_many_examples_the_same_at_every_call(monkeypatch):
+    """--examples of them, spread over a list that may be sorted, and all where there are fewer."""
+    seen = []
+
+    def loss(model, tokenizer, items, *_):
+        seen.append([int(item.example.input) for item in items])
+        return model.w.sum()
+
+    monkeypatch.setattr(train, "batch_loss", loss)
+    model = nn.Module()
+    model.w = nn.Parameter(torch.ones(2))
+    tasks = [task(str(n), *((str(k), "x") for k in range(n))) for n in (100, 3)]
+    for _ in range(2):
+        gradient_alignment(model, None, tasks, [0, 1], 10, (16, 16))
+    assert seen[:2] == seen[2:] and len(set(seen[0])) == 10 and max(seen[0]) > 50 and sorted(seen[1]) == [0, 1, 2]
+
+
+# --- Figures ----------------------------------------------------------------------------------------------------------
+
+RNG = np.random.default_rng(0)
+NAMES = [f"task-{k}" for k in range(8)]
+TREE = hierarchy(task_similarity({"a": RNG.random((8, 4))}))
+LINES = {name: [([1, 2, 3], RNG.random(3)) for _ in range(n)] for name, n in {"LoRA": 1, "MHR": 3}.items()}
+DRAWINGS = {
+    "allocation": lambda stem: figures.allocation(BLOCKS, "encoder.block.0.q", RNG.random((8, 40)), NAMES, TREE, stem),
+    "allocation-heads": lambda stem: figures.allocation(
+        RNG.random((8, 3, 4)), "model.layers.1.q", RNG.random((8, 40)), NAMES, TREE, stem
+    ),
+    "task_tree": lambda stem: figures.task_tree(TREE, NAMES, stem),
+    "matrices": lambda stem: figures.matrices({"a": RNG.random((8, 8)), "b": overlap(BLOCKS)}, stem, "similarity"),
+    "matrices-signed": lambda stem: figures.matrices({"": RNG.normal(size=(8, 8))}, stem, "cosine", signed=True),
+    "by_layer": lambda stem: figures.by_layer(
+        {m: RNG.random(4) for m in MEASURES}, [f"{c}.block.{k}.q" for c in ("encoder", "decoder") for k in (0, 1)], stem
+    ),
+    "over_steps": lambda stem: figures.over_steps(LINES, stem, "alignment"),
+    "over_steps-log": lambda stem: figures.over_steps(LINES, stem, "loss", log=True),
+    "performance": lambda stem: figures.performance({"LoRA": (10, 3.0, 0), "MHR": (99, 5, 1)}, stem, "score"),
+    "by_method": lambda stem: figures.by_method({"LoRA": [3.0], "MHR": [5, 6.0]}, stem, "score", reference="LoRA"),
+}
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_a_figure_is_written_as_png_and_svg_and_not_empty(name, tmp_path):
+    """Both files are there; the picture is white in the corner and has a share of other colours."""
+    DRAWINGS[name](tmp_path / name)
+    pixels = imread(tmp_path / f"{name}.png")[..., :3]
+    assert (pixels[0, 0] == 1).all()
+    assert 0.005 < (pixels < 0.9).any(-1).mean() < 0.9
+    assert xml.parse(tmp_path / f"{name}.svg").getroot().tag.endswith("svg")
+
+
+def test_a_figure_has_the_same_bytes_again(tmp_path):
+    """Made anew from the same numbers, a figure changes nothing in a repository."""
+    for stem in ("a", "b"):
+        figures.task_tree(TREE, NAMES, tmp_path / stem)
+    for ending in ("png", "svg"):
+        assert (tmp_path / f"a.{ending}").read_bytes() == (tmp_path / f"b.{ending}").read_bytes()
+
+
+def drawn(monkeypatch, draw) -> list:
+    """The figure that a function of figures.py would save, laid out, and its renderer."""
+    kept = []
+    monkeypatch.setattr(figures, "save", lambda figure, stem: kept.append(figure))
+    draw()
+    kept[0].draw_without_rendering()
+    return [kept[0], figures.FigureCanvasAgg(kept[0]).get_renderer()]
+
+
+def test_labels_of_points_cover_neither_each_other_nor_points(monkeypatch):
+    """Ten methods, some at one place but for a hair."""
+    places = {"LoRA": (64512, 30.5), "LoRA-big": (258048, 35), "Poly": (258264, 72.5), "Poly-z": (216, 62.4),
+              "Poly-mu": (64512, 61), "MHR": (259776, 69.6), "MHR-z": (1728, 65.2), "MHR-mu": (64512, 59.9),
+              "(IA)^3": (14000, 20), "AdapterSoup": (64512, 25)}  # fmt: skip
+    points = {label: (*place, 1.5) for label, place in places.items()}
+    figure, renderer = drawn(monkeypatch, lambda: figures.performance(points, "", "score"))
+    ax = figure.axes[0]
+    boxes = {text.get_text(): text.get_window_extent(renderer) for text in ax.texts}
+    assert boxes.keys() == places.keys()
+    for label, box in boxes.items():
+        assert not any(box.overlaps(other) for name, other in boxes.items() if name != label), label
+        assert not any(box.contains(*ax.transData.transform(place)) for place in places.values()), label
+
+
+@pytest.mark.parametrize("count", [5, 120])
+def test_names_of_tasks_do_not_overlap(monkeypatch, count):
+    """The tree of up to 120 tasks has readable labels: all of them, none covers another, none is cut off."""
+    tree = hierarchy(task_similarity({"a": np.random.default_rng(0).random((count, 4))}))
+    names = [f"superglue-of-middling-length-{k}" for k in range(count)]
+    figure, renderer = drawn(monkeypatch, lambda: figures.task_tree(tree, names, ""))
+    labels = figure.axes[0].get_yticklabels()
+    boxes = sorted((label.get_window_extent(renderer) for label in labels), key=lambda box: box.y0)
+    assert sorted(label.get_text() for label in labels) == sorted(names)
+    assert all(below.y1 <= above.y0 + 1 for below, above in zip(boxes, boxes[1:], strict=False))
+    assert all(box.x1 <= figure.bbox.x1 + 1 for box in boxes)
+
+
+# --- The command ------------------------------------------------------------------------------------------------------
+
+SOME = "drop+rotate,double+reverse,sort+reverse+upper,reverse+rotate"
+
+
+LAYERS = r".*SelfAttention\.(q|v)"  # 12 of them
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs of four steps: two seeds of mhr, poly, lora; and poly adapted to four tasks (z, mu)."""
+    root = tmp_path_factory.mktemp("runs")
+    small = dict(dataset="strings", steps=4, log_every=1, batch_size=8, eval_examples=0, rank=1, layers=LAYERS)
+    for name, flags in {
+        "poly": dict(method="poly", skills=2), "mhr": dict(method="mhr", heads=4, keep_every=2),
+        "mhr1": dict(method="mhr", heads=4, keep_every=2, seed=1), "lora": dict(method="lora"),
+    }.items():  # fmt: skip
+        train.main(small | flags | dict(output_dir=str(root / name)))
+    tasks = "sort+reverse+swap,rotate+shift+upper,sort+double,double+upper"
+    few = dict(steps=1, shots=4, test_examples=1, tasks=tasks)
+    for variant in ("z", "mu"):
+        adapt.main(dict(checkpoint=str(root / "poly"), variant=variant, output_dir=str(root / variant)) | few)
+    return root
+
+
+def look(folder, **flags) -> dict:
+    """`analyze.main` on a run folder, with four of its tasks and few examples: what it wrote."""
+    defaults = dict(tasks=SOME, examples=4)
+    analyze.main(dict(checkpoint=str(folder)) | defaults | flags)
+    return json.loads((Path(flags.get("output_dir", folder / "analysis")) / "analysis.json").read_text())
+
+
+def pictures(folder) -> set[str]:
+    """The names of the figures in a folder, each of which is there as PNG and SVG."""
+    names = {path.stem for path in folder.glob("*.png")}
+    assert names == {path.stem for path in folder.glob("*.svg")}
+    return names
+
+
+@pytest.fixture(scope="module")
+def of_mhr(runs) -> dict:
+    """The analysis of the run mhr, in its folder."""
+    return look(runs / "mhr")
+
+
+def test_a_routed_run(runs, of_mhr):
+    """mhr: measures of every router and their mean, recovery, alignment now and over the kept steps, all figures."""
+    assert len(of_mhr["layers"]) == 12 and of_mhr["tasks"] == SOME.split(",")
+    for m in MEASURES:
+        assert of_mhr["mean"][m] == pytest.approx(np.mean([values[m] for values in of_mhr["layers"].values()]))
+    assert [line["step"] for line in of_mhr["over_steps"]] == [2, 4]
+    assert of_mhr["over_steps"][1]["alignment"] == of_mhr["alignment"]["mean"]  # step 4 is the last one
+    matrix = np.array(of_mhr["alignment"]["matrix"])
+    assert matrix[np.triu_indices(4, 1)].mean() == pytest.approx(of_mhr["alignment"]["mean"], abs=1e-4)
+    assert set(of_mhr["recovery"]) == {"correlation", "low", "high", "chance", "chance_95", "p"}
+    assert pictures(runs / "mhr" / "analysis") == {
+        "allocation", "tasks", "layers", "similarity", "alignment", "alignment-over-steps", "measures-over-steps",
+    }  # fmt: skip
+
+
+def test_the_rows_of_the_chosen_tasks_are_measured(runs, of_mhr):
+    """--tasks takes the named tasks' own rows of Z from the file."""
+    saved = load_file(runs / "mhr" / "adapter.safetensors")
+    names, rows = json.loads((runs / "mhr" / "tasks.json").read_text())["tasks"], SOME.split(",")
+    chosen = [names.index(name) for name in rows]
+    for layer, values in of_mhr["layers"].items():
+        p = torch.sigmoid(saved[f"{layer}.router.Z"][chosen].double()).numpy()
+        assert values == {m: pytest.approx(f(p)) for m, f in MEASURES.items()}
+
+
+def test_the_report_has_the_numbers(of_mhr):
+    """A line a router, the mean, recovery, and alignment, to three places."""
+    text = analyze.report(of_mhr)
+    lines = {line.split()[0]: line.split()[1:] for line in text.splitlines()}
+    assert {name: lines[name] for name in of_mhr["layers"]} == {
+        name: [f"{values[m]:.3f}" for m in MEASURES] for name, values in of_mhr["layers"].items()
+    }
+    assert lines["mean"] == [f"{of_mhr['mean'][m]:.3f}" for m in MEASURES]
+    assert f"correlation {of_mhr['recovery']['correlation']:.3f}" in text
+    assert f"95 % of the time below {of_mhr['recovery']['chance_95']:.3f}" in text
+    assert f"over pairs of tasks: {of_mhr['alignment']['mean']:.3f}" in text
+
+
+def test_an_earlier_step(runs, of_mhr, tmp_path, monkeypatch):
+    """--step 2 is what the run was after step 2."""
+    monkeypatch.setattr(figures, "save", lambda *_: None)  # to save time
+    result, over = look(runs / "mhr", step=2, output_dir=str(tmp_path)), of_mhr["over_steps"][0]
+    assert "over_steps" not in result and result["step"] == 2
+    assert result["alignment"]["mean"] == over["alignment"] and result["mean"]["usage"] == over["usage"]
+    assert result["mean"]["usage"] != of_mhr["mean"]["usage"]
+
+
+def test_one_adapter_has_alignment_alone(runs, capsys):
+    """lora: no Z to measure, which it says; the alignment and its figure are there."""
+    result = look(runs / "lora")
+    assert "layers" not in result and -1 <= result["alignment"]["mean"] <= 1
+    assert "no probabilities of skills" in capsys.readouterr().out
+    assert pictures(runs / "lora" / "analysis") == {"alignment"}
+
+
+def test_a_run_of_adapt(runs):
+    """Variant z: each new task's row from its own file, no alignment."""
+    result = look(runs / "z", tasks="all")
+    assert len(result["tasks"]) == 4 and len(result["layers"]) == 12 and "alignment" not in result
+    rows = [load_file(runs / "z" / "0" / f"{name}.safetensors") for name in result["tasks"]]
+    p = {layer: np.concatenate([torch.sigmoid(row[f"{layer}.router.Z"].double()) for row in rows])
+         for layer in result["layers"]}  # fmt: skip
+    np.testing.assert_allclose(result["similarity"], task_similarity(p), atol=1e-4)
+    assert np.ptp(np.concatenate(list(p.values()), 1), axis=0).max() > 0.01
+
+
+def test_comparison(runs, of_mhr, tmp_path, capsys):
+    """Runs of train.py as curves, one a method; alignment where it was measured; adaptations as points."""
+    names = ("mhr", "mhr1", "lora", "poly", "z")
+    labels = analyze.labels_of([runs / name for name in names])
+    assert list(labels.values()) == ["mhr", "mhr", "lora", "poly", "poly-z"]
+    analyze.main(dict(compare=tuple(str(runs / name) for name in names), output_dir=str(tmp_path)))
+    assert pictures(tmp_path) == {"training", "alignment-over-steps", "performance"}
+    assert "poly" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, flags, says",
+    [
+        ("nothing", {}, "config.json cannot be read"),
+        ("mhr", dict(step=3), r"adapter-3.safetensors does not exist.*\(2, 4\)"),
+        ("mhr", dict(tasks="drop+rotate,nonsense,sort+shift"), "--tasks nonsense is no task"),
+        ("mhr", dict(tasks="drop+rotate,reverse+rotate"), "2 tasks are too few"),
+        ("mhr", dict(examples=0), "--examples must be above 0"),
+        ("mhr", dict(step=-1), "--step not negative"),
+        ("mu", dict(tasks="all"), "variant mu has no routing"),
+        ("z", dict(tasks="all", step=2), "--step 2 is for runs of train.py"),
+    ],
+)
+def test_mistakes_are_one_sentence(runs, name, flags, says):
+    """What the user can mend is a UserError that says what to do."""
+    with pytest.raises(UserError, match=says) as error:
+        look(runs / name, **flags)
+    assert "\n" not in str(error.value)
+
+
+def test_mistakes_in_comparisons(runs, tmp_path):
+    """Nothing asked for, nothing finished and several data sets are refused."""
+    with pytest.raises(UserError, match="--checkpoint RUN"):
+        analyze.main({})
+    with pytest.raises(UserError, match="none that has finished"):
+        analyze.main(dict(compare=(str(tmp_path),), output_dir=str(tmp_path)))
+
+
+def test_method_full_is_refused(tmp_path):
+    """It has no adapters."""
+    cfg = train.make_config(method="full", dataset="strings", output_dir=str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(vars(cfg)))
+    with pytest.raises(UserError, match="method full"):
+        analyze.main(dict(checkpoint=str(tmp_path)))
+
+
+def test_tasks_without_examples_are_left_out():
+    """A task that training never saw has a row of Z that means nothing."""
+    tasks = [*TASKS, task("empty"), task("last", ("a", "a"))]
+    assert choose(tasks, "all") == [0, 1, 2, 4]
+    assert choose(tasks, "last,copy,upper") == [4, 0, 2]

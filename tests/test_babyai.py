@@ -1,0 +1,393 @@
+"""experiments/babyai.py: reinforcement learning with a routed agent. Needs minigrid, which nothing else does."""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.func import functional_call
+
+from config import RunError, UserError
+from experiments import babyai
+from experiments.babyai import LEVELS, Config, Slots
+
+try:
+    babyai.make_env("GoToObj")
+except UserError as reason:
+    pytest.skip(str(reason), allow_module_level=True)
+
+EASY = ("GoToObj", "GoToRedBallGrey", "PickupLoc")
+TINY = dict(levels=EASY, width=8, slots=4, rollout=8, recurrence=4, batch_size=16, skills=2, heads=4, frames=64, seed=3)
+
+
+@pytest.fixture(autouse=True)
+def one_pass(monkeypatch):
+    """Tiny runs pass once over a rollout."""
+    monkeypatch.setattr(babyai, "EPOCHS", 1)
+
+
+def tiny(**changes) -> Config:
+    return Config(**TINY | changes)
+
+
+def rolled_out(cfg: Config, noise: int = 5):
+    """(agent, what a rollout saw)."""
+    agent, slots = babyai.build(cfg), Slots(cfg.levels, cfg.slots, cfg.seed)
+    memory, first = torch.zeros(cfg.slots, 256), torch.ones(cfg.slots, dtype=torch.bool)
+    return agent, babyai.roll_out(agent, slots, memory, first, cfg.rollout, noise)[0]
+
+
+# --- Environments -----------------------------------------------------------------------------------------------------
+
+
+def test_a_known_best_episode_gets_the_papers_reward():
+    """Two steps ahead of the object, two steps forward: 0, then 1 - 0.9 * 2 / 64, and the slot begins anew."""
+    slots = Slots(("GoToObj",), 2, seed=0)
+    env = slots.envs[0, 0]
+    (x, y), (obj,) = env.instrs.desc.obj_poss[0], env.instrs.desc.obj_set
+    env.grid.set(x, y, None)
+    env.grid.set(4, 1, obj)
+    env.instrs.desc.obj_poss, env.agent_pos, env.agent_dir = [(4, 1)], (1, 1), 0
+    turn, forward = 0, 2
+    reward, end, ended = slots.step(torch.tensor([forward, turn]))
+    assert reward.tolist() == [0, 0] and not end.any() and ended == []
+    reward, end, ended = slots.step(torch.tensor([forward, turn]))
+    assert reward[0].item() == pytest.approx(1 - 0.9 * 2 / 64) and end.tolist() == [True, False]
+    assert ended == [(0, True)] and slots.episode == [1, 0] and slots.actions == [[], [turn, turn]]
+
+
+def test_time_out_is_an_end_without_success():
+    """Turning in place for the 64 steps that GoToObj allows: reward 0, no success."""
+    slots = Slots(("GoToObj",), 1, seed=0)
+    env = slots.envs[0, 0]
+    env.instrs.desc.obj_poss = []  # nowhere: turning may not find it
+    results = [slots.step(torch.tensor([0])) for _ in range(64)]
+    assert [len(ended) for *_, ended in results] == [0] * 63 + [1]
+    assert results[-1][2] == [(0, False)] and sum(float(reward) for reward, *_ in results) == 0
+
+
+def test_words_cover_the_instructions_of_all_levels():
+    """Every word is known, and LENGTH holds the longest instruction; an unknown word is refused."""
+    for level in LEVELS:
+        env = babyai.make_env(level)
+        for seed in range(20):
+            mission = env.reset(seed=seed)[0]["mission"]
+            numbers = [number for number in babyai.encode(mission).tolist() if number]
+            assert [babyai.WORDS[number - 1] for number in numbers] == mission.split()
+    assert len(babyai.encode("put the red ball next to the blue key")) == babyai.LENGTH
+    with pytest.raises(RunError, match="unicorn"):
+        babyai.encode("go to the unicorn")
+
+
+def test_levels_are_drawn_uniformly(monkeypatch):
+    """Each reset draws each level alike, and slots draw apart."""
+    shown = {"mission": "go to the red ball", "image": np.zeros((7, 7, 3), np.uint8)}
+
+    class Stub:
+        def reset(self, seed):
+            return shown, {}
+
+    monkeypatch.setattr(babyai, "make_env", lambda level: Stub())
+    slots, drawn = Slots(tuple(LEVELS), 8, seed=1), []
+    for episode in range(200):
+        slots.episode = [episode] * 8
+        for n in range(8):
+            slots.begin(n)
+        drawn.append(slots.level.clone())
+    drawn = torch.stack(drawn)
+    assert all(150 < count < 250 for count in drawn.flatten().bincount(minlength=8).tolist())
+    assert not torch.equal(drawn[:, 0], drawn[:, 1])
+
+
+def test_slots_are_restored_as_they_were():
+    """A slot is its episode's number and the actions since: the restored ones show and do the same."""
+    one, chance = Slots(EASY, 3, seed=2), torch.Generator().manual_seed(0)
+    for _ in range(70):
+        one.step(torch.randint(7, (3,), generator=chance))
+    two = Slots(EASY, 3, seed=2, saved=one.state())
+    for _ in range(70):
+        action = torch.randint(7, (3,), generator=chance)
+        for a, b in zip(one.step(action), two.step(action), strict=True):
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        assert torch.equal(one.image, two.image) and torch.equal(one.words, two.words)
+
+
+def test_missing_minigrid_is_one_sentence(monkeypatch, tmp_path):
+    """Without minigrid the run says what to install, and leaves no folder."""
+    monkeypatch.setitem(sys.modules, "minigrid", None)
+    with pytest.raises(UserError, match=r"pip install minigrid==\d"):
+        babyai.train(tiny(output_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+# --- The agent and its routing ----------------------------------------------------------------------------------------
+
+
+def test_expert_table_is_the_papers():
+    """Table 2: skills by level and levels by skill, and the routers of `expert` are made of it."""
+    assert [len(skills) for skills in LEVELS.values()] == [1, 2, 3, 4, 4, 5, 2, 5]
+    assert [sum(s in skills for skills in LEVELS.values()) for s in range(1, 9)] == [8, 6, 5, 2, 1, 1, 1, 2]
+    for router in babyai.build(tiny(method="expert", levels=tuple(LEVELS))).routers:
+        assert [tuple((row.nonzero()[:, 0] + 1).tolist()) for row in router.Z] == list(LEVELS.values())
+
+
+@pytest.mark.parametrize("method", ["skilled", "mhr", "expert", "private"])
+def test_grouped_by_level_equals_each_environment_alone(method):
+    """Outputs and gradients are those of every row alone, with theta_0 + sum_s w_s Phi_s written out."""
+    cfg = tiny(method=method)
+    agent, seen = rolled_out(cfg)
+    names = ("image", "words", "level", "first")
+    inputs, memory = [seen[name][:3] for name in names], seen["memory"][0]
+    logits, value, after = agent(agent.mixed(7), *inputs, memory)
+    weigh = torch.linspace(-1, 1, logits.numel() + value.numel() + after.numel())
+    fast = torch.cat([x.flatten() for x in (logits, value, after)])
+    trained = [p for p in agent.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad((fast * weigh).sum(), trained)
+
+    written = [by_part(agent, level) for level in range(len(EASY))]
+    rows = [alone(agent.base, written, [x[:, n] for x in inputs], memory[n]) for n in range(cfg.slots)]
+    logits, value = (torch.stack([row[k] for row in rows], 1) for k in (0, 1))
+    slow = torch.cat([logits.flatten(), value.flatten(), torch.stack([row[2] for row in rows]).flatten()])
+    assert len(inputs[2].unique()) > 1
+    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
+    for a, b in zip(gradients, torch.autograd.grad((slow * weigh).sum(), trained), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def by_part(agent, level: int) -> dict[str, dict]:
+    """A level's parameters, by part of the agent and name."""
+    own = {name: written_out(agent, k, name, level) for k, (_, name) in enumerate(agent.names)}
+    return {part: {n[len(part) + 1 :]: p for n, p in own.items() if n.startswith(part + ".")} for part in agent.base}
+
+
+def alone(parts, written: list, inputs: list, memory) -> tuple:
+    """One environment by itself: logits (t, 7), values (t,), memory (256,)."""
+    outputs = []
+    for image, words, level, first in zip(*inputs, strict=True):
+        own = written[level]
+        memory = torch.zeros(256) if first else memory
+        x = functional_call(parts["see"], own["see"], (image[None], words[None]))
+        hidden, cell = functional_call(parts["remember"], own["remember"], (x, memory[None].chunk(2, -1)))
+        memory = torch.cat([hidden, cell], -1)[0]
+        outputs.append(functional_call(parts["decide"], own["decide"], (hidden,))[0])
+    out = torch.stack(outputs)
+    return out[:, :7], out[:, 7], memory
+
+
+def written_out(agent, k: int, name: str, level: int) -> torch.Tensor:
+    """A level's parameter by eq. 3, entry by entry of each skill, for the noise of seed 7."""
+    torch.manual_seed(7)
+    weights = [router(torch.arange(agent.tasks)) for router in agent.routers][agent.names[k][0]][level]
+    theta = agent.base.get_parameter(name)
+    flat = theta.flatten()
+    for s in range(len(agent.values[k])):
+        w = weights[s] if weights.dim() == 1 else weights[:, s].repeat_interleave(theta.numel() // len(weights))
+        phi = torch.zeros(theta.numel()).index_put((agent.places[k][s],), agent.values[k][s])
+        flat = flat + w * phi
+    return flat.view_as(theta)
+
+
+def test_absent_levels_get_no_gradient():
+    """A batch of levels 0 and 2 leaves row 1 of every Z without gradient, and gives the others one."""
+    agent, seen = rolled_out(tiny(method="skilled"))
+    seen["level"] = torch.where(seen["level"] == 1, 2, seen["level"])
+    seen["level"][:, 0] = 0
+    babyai.loss_of(agent, seen, 5)[0].backward()
+    rows = torch.stack([router.Z.grad.abs().sum(-1) for router in agent.routers])
+    assert (rows[:, 1] == 0).all() and (rows.sum(0)[[0, 2]] > 0).all()
+
+
+def test_private_levels_share_nothing():
+    """Under `private` a level's agent is its own skill, whole; theta_0 is zero and does not train."""
+    agent, seen = rolled_out(tiny(method="private"))
+    assert all((p == 0).all() and not p.requires_grad for p in agent.base.parameters())
+    for k, (_, name) in enumerate(agent.names):
+        part, rest = name.split(".", 1)
+        assert torch.equal(agent.mixed(0)[1][part][rest].flatten(), agent.values[k][1]), name
+    seen["level"][:] = 2
+    babyai.loss_of(agent, seen, 5)[0].backward()
+    assert all((values.grad[:2] == 0).all() for values in agent.values)
+    assert sum(values.grad[2].abs().sum() for values in agent.values) > 0
+
+
+@pytest.mark.parametrize(("method", "density"), [("skilled", 0.1), ("dense", 1.0), ("shared", 0.1)])
+def test_skills_have_the_density_and_theta_0_is_trained(method, density):
+    """Each skill changes a tenth of the entries of every parameter, or all; Kaiming uniform's bound holds for both."""
+    agent = babyai.build(tiny(method=method))
+    for k, (_, name) in enumerate(agent.names):
+        theta, values = agent.base.get_parameter(name), agent.values[k]
+        assert theta.requires_grad and values.shape[1] == max(1, round(density * theta.numel()))
+        assert all(len(set(place.tolist())) == len(place) for place in agent.places[k])
+        if theta.dim() == 1:
+            assert (values == 0).all()
+        else:
+            bound = 1.0 if "words" in name or "tiles" in name else theta[0].numel() ** -0.5
+            assert 0.8 * bound < theta.abs().max() <= bound and values.abs().max() <= bound
+
+
+def test_an_episodes_begin_forgets_what_was_before():
+    """Outputs from a reset on do not depend on images and memory before it; without the reset they do."""
+    agent, seen = rolled_out(tiny())
+    levels, level = agent.mixed(0), torch.zeros(4, 1, dtype=torch.int64)
+    image, words = seen["image"][:4, :1], seen["words"][:4, :1]
+    other = torch.cat([1 - image[:2].clamp(max=1), image[2:]])
+    for reset in (True, False):
+        first = torch.tensor([False, False, reset, False])[:, None]
+        a = agent(levels, image, words, level, first, torch.zeros(1, 256))
+        b = agent(levels, other, words, level, first, torch.ones(1, 256))
+        assert torch.equal(a[0][2:], b[0][2:]) == torch.equal(a[2], b[2]) == reset
+
+
+# --- PPO --------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 9), st.integers(1, 3), st.integers(0, 10**6))
+def test_gae_equals_its_sum(frames, count, seed):
+    """A_t = sum_k (gamma lambda)^k delta_t+k up to the episode's end, summed term by term."""
+    chance = torch.Generator().manual_seed(seed)
+    reward, value = (torch.randn(frames, count, generator=chance) for _ in range(2))
+    end, last = torch.rand(frames, count, generator=chance) < 0.3, torch.randn(count, generator=chance)
+    found = babyai.gae(reward, value, end, last)
+    for n in range(count):
+        for t in range(frames):
+            expected = 0.0
+            for k in range(t, frames):
+                after = 0.0 if end[k, n] else (value[k + 1, n] if k + 1 < frames else last[n])
+                delta = reward[k, n] + 0.99 * after - value[k, n]
+                expected += (0.99 * 0.99) ** (k - t) * delta
+                if end[k, n]:
+                    break
+            assert found[t, n].item() == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_ratios_begin_at_one():
+    """Learning draws the noise of acting again: on a fresh rollout it finds the recorded chances and values."""
+    agent, seen = rolled_out(tiny(), noise=11)
+    names = ("image", "words", "level", "first")
+    logits, value, _ = agent(agent.mixed(11), *(seen[name] for name in names), seen["memory"][0])
+    chance = torch.distributions.Categorical(logits=logits).log_prob(seen["action"])
+    torch.testing.assert_close(chance, seen["log_prob"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(value, seen["value"], atol=1e-5, rtol=0)
+    logits, *_ = agent(agent.mixed(12), *(seen[name] for name in names), seen["memory"][0])
+    assert not torch.allclose(torch.distributions.Categorical(logits=logits).log_prob(seen["action"]), chance)
+
+
+def test_gradients_that_are_not_finite_end_the_run():
+    """A RunError in one sentence, before any parameter is changed."""
+    cfg = tiny(method="shared")
+    agent, seen = rolled_out(cfg)
+    seen["advantage"][0] = float("nan")
+    before = {name: x.clone() for name, x in agent.state_dict().items()}
+    with pytest.raises(RunError, match="try a lower --lr"):
+        babyai.learn(agent, babyai.make_optimizer(agent, cfg), seen, dataclasses.replace(cfg, batch_size=64), 5)
+    assert all(torch.equal(x, before[name]) for name, x in agent.state_dict().items())
+
+
+def test_rates_of_z():
+    """Z has a learning rate of its own, but for `single-speed`; a given table does not train."""
+    for method, rates in {"skilled": [1e-4, 1e-2], "single-speed": [1e-4, 1e-4], "expert": [1e-4]}.items():
+        cfg = tiny(method=method)
+        assert [group["lr"] for group in babyai.make_optimizer(babyai.build(cfg), cfg).param_groups] == rates
+
+
+# --- Runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", babyai.METHODS)
+def test_two_updates_of_every_method(method, tmp_path):
+    """A run of two updates ends with its files and figures, and has trained."""
+    cfg = tiny(method=method, output_dir=str(tmp_path / "run"))
+    before = babyai.build(cfg).state_dict()
+    result = babyai.train(cfg)
+    assert (result["update"], result["frames"]) == (2, 64) and set(result["levels"]) == {*EASY, "all"}
+    assert sum(result["share_of_time"].values()) == pytest.approx(1, abs=0.01)
+    files = {path.name for path in Path(cfg.output_dir).iterdir()}
+    assert files == {"config.json", "log.jsonl", "result.json", "agent.safetensors"}
+    after, _ = babyai.read_tensors(f"{cfg.output_dir}/agent.safetensors")
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert any(name.startswith("values") for name in changed) and not any("place" in name for name in changed)
+    assert any(name.startswith("base") for name in changed) == (method != "private")
+    assert any(name.startswith("routers") for name in changed) == (result["parameters"]["routing"] > 0)
+
+
+def test_resumed_equals_uninterrupted(monkeypatch, tmp_path):
+    """SIGTERM after the second of four updates, in mid-episode: --resume ends with the same bits and episodes."""
+    flags = TINY | dict(frames=128, save_every="1")
+    babyai.main(flags | dict(output_dir=str(tmp_path / "whole")))
+    real, calls = babyai.learn, []
+
+    def learn(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    cut = flags | dict(output_dir=str(tmp_path / "cut"), resume=True)
+    monkeypatch.setattr(babyai, "learn", learn)
+    with pytest.raises(SystemExit) as stopped:
+        babyai.main(cut)
+    assert stopped.value.code == 143 and not (tmp_path / "cut" / "result.json").exists()
+    babyai.main(cut)
+    agents = [(tmp_path / name / "agent.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert agents[0] == agents[1]
+    logs = [
+        [json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("whole", "cut")
+    ]
+    timing = ("seconds", "env", "act", "learn")
+    logs = [[{k: v for k, v in line.items() if k not in timing} for line in log] for log in logs]
+    assert len(logs[0]) == 4 and logs[0] == logs[1]
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    """A cut checkpoint is one sentence, not a run from nothing."""
+    cfg = tiny(output_dir=str(tmp_path), resume=True)
+    babyai.write_json(tmp_path / "config.json", dataclasses.asdict(cfg))
+    (tmp_path / babyai.CHECKPOINT).write_bytes(b"cut")
+    with pytest.raises(UserError, match="delete it to begin again"):
+        babyai.train(cfg)
+
+
+def test_success_is_averaged_over_a_hundred():
+    """`summary`: the first episode at which 100 in a row are more than 0.99, that is all, successes."""
+    assert babyai.moving(np.array([0, 1, 1]), 2).tolist() == [0.5, 1.0]
+    assert babyai.moving(np.array([1]), 2).tolist() == []
+    late = babyai.summary(np.array([0] * 7 + [1] * 100 + [0]))
+    assert late == {"episodes": 108, "success": 0.99, "episodes_to_0.99": 107}
+    assert babyai.summary(np.array([1] * 99 + [0]))["episodes_to_0.99"] is None
+    assert babyai.summary(np.array([], dtype=int)) == {"episodes": 0, "success": 0.0, "episodes_to_0.99": None}
+
+
+def test_plot_writes_both_files_and_refuses_other_levels(tmp_path):
+    """--plot: a PNG and an SVG of runs with the same levels; others are refused by name."""
+    for name, levels in (("a", EASY), ("b", EASY), ("c", ("GoTo",))):
+        (tmp_path / name).mkdir()
+        cfg = dataclasses.asdict(tiny(levels=levels, method="skilled" if name == "a" else "shared"))
+        babyai.write_json(tmp_path / name / "config.json", cfg)
+        (tmp_path / name / "log.jsonl").write_text(json.dumps({"episodes": [[k % 2, 1] for k in range(250)]}) + "\n")
+    babyai.main({"plot": [str(tmp_path / "a"), str(tmp_path / "b")], "figure": str(tmp_path / "figure")})
+    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (tmp_path / "figure.svg").read_text()
+    with pytest.raises(UserError, match="its levels are not those"):
+        babyai.main({"plot": [str(tmp_path / "a"), str(tmp_path / "c")]})
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"rollout": 10}, "--recurrence 4"), ({"frames": 0}, "--frames"), ({"density": 2.0}, "--density"),
+        ({"method": "mhr", "heads": 3}, "--heads 3"), ({"levels": ("GoTo", "GoTo")}, "--levels"),
+        ({"save_every": "x"}, "--save-every"), ({"lr": -1.0}, "--lr"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_fit_are_refused_by_name(flags, named, tmp_path):
+    """One sentence that names the flag; nothing is written."""
+    with pytest.raises(UserError, match=named):
+        babyai.train(tiny(output_dir=str(tmp_path / "run"), **flags))
+    assert not (tmp_path / "run").exists()

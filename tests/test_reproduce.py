@@ -1,0 +1,226 @@
+"""Claims are judged by the rule that reproduce.py states, from values that are made once, by commands that exist."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+import adapt
+import config
+import train
+from experiments import claims, methods, reproduce
+from experiments.claims import CLAIMS, MEASURES
+
+VALUES = st.lists(st.floats(0, 100).map(lambda x: round(x, 3)), min_size=5, max_size=5).map(np.array)
+
+
+# --- The rule ---------------------------------------------------------------------------------------------------------
+
+
+@given(VALUES, VALUES)
+def test_above_is_a_paired_t_test(a, b):
+    """a > b holds exactly if the two-sided p is below 0.05 and the mean difference is positive."""
+    if np.ptp(a - b) < 1e-6:
+        return
+    p, d = stats.ttest_rel(a, b).pvalue, (a - b).mean()
+    if abs(p - 0.05) > 1e-6:
+        expected = "undecided" if p > 0.05 else "holds" if d > 0 else "fails"
+        assert reproduce.judge(a, ">", b).says == expected
+    assert reproduce.judge(a, ">", b).difference == pytest.approx(d)
+
+
+@given(VALUES, VALUES)
+def test_the_rule_is_even_handed(a, b):
+    """Exchanging both sides turns > around and leaves ~ as it is."""
+    turned = {"holds": "fails", "fails": "holds", "undecided": "undecided"}
+    assert reproduce.judge(b, ">", a).says == turned[reproduce.judge(a, ">", b).says]
+    assert reproduce.judge(b, "~", a).says == reproduce.judge(a, "~", b).says
+
+
+@given(VALUES, VALUES, st.sampled_from([">", "<=", "~"]), st.floats(-50, 50).map(lambda x: round(x, 3)))
+def test_a_common_shift_changes_nothing(a, b, relation, shift):
+    """Seeds that are harder for both sides do not count: the test is paired."""
+    shifted = reproduce.judge(a + shift, relation, b + shift)
+    plain = reproduce.judge(a, relation, b)
+    assert shifted.difference == pytest.approx(plain.difference, abs=1e-6)
+    if np.ptp(a - b) > 1e-3:
+        assert shifted.interval == pytest.approx(plain.interval, abs=1e-6)
+
+
+NOISE = np.array([-0.2, -0.1, 0.0, 0.1, 0.2])  # mean 0; its 95 % interval is +-0.2
+
+
+@pytest.mark.parametrize(
+    "relation, difference, says",
+    [
+        (">", 1, "holds"), (">", 0.1, "undecided"), (">", -1, "fails"),
+        ("<=", -20, "holds"), ("<=", 0.1, "holds"), ("<=", 1, "fails"), ("<=", 20, "fails"),
+        ("~", 0, "holds"), ("~", 4, "holds"), ("~", -4, "holds"),
+        ("~", 5, "undecided"), ("~", 6, "fails"), ("~", -6, "fails"),
+    ],
+)  # fmt: skip
+def test_each_relation_on_clear_cases(relation, difference, says):
+    """With little noise the relations do what their names say, with 5 points for "close"."""
+    a, b = np.full(5, 50.0) + difference + NOISE, np.full(5, 50.0)
+    assert reproduce.judge(a, relation, b).says == says
+
+
+def test_noise_leaves_it_undecided():
+    """With five values that differ by more than the margin nothing is decided."""
+    noisy = 100 * NOISE
+    assert {reproduce.judge(noisy, r, np.zeros(5)).says for r in (">", "<=", "~")} == {"undecided"}
+
+
+def test_values_without_spread_are_decided():
+    """Where all seeds agree to the bit there is no division by zero."""
+    a, b = np.full(5, 3.0), np.full(5, 1.0)
+    assert [reproduce.judge(a, r, b).says for r in (">", "<=", "~")] == ["holds", "fails", "holds"]
+    assert reproduce.judge(b, ">", b).says == "undecided"
+
+
+@pytest.mark.parametrize(
+    "parts, says",
+    [(("holds", "holds"), "holds"), (("holds", "fails"), "does not hold here"), (("holds", "undecided"), "undecided")],
+)
+def test_a_claim_needs_all_its_parts(parts, says):
+    """One part that fails is enough, and one that is undecided leaves it open."""
+    assert reproduce.verdict([reproduce.Verdict(0.0, (0.0, 0.0), part) for part in parts]) == says
+
+
+def test_an_unknown_relation_is_refused():
+    with pytest.raises(ValueError, match="unknown relation"):
+        reproduce.judge(np.ones(5), "<", np.zeros(5))
+
+
+# --- What is claimed --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("claim", CLAIMS.values(), ids=CLAIMS)
+def test_claims_name_measures_and_figures_that_exist(claim):
+    """A slip in a name shows here and not after hours of training."""
+    assert set(claims.measures_of(claim)) <= set(MEASURES)
+    assert claim.figure in reproduce.FIGURES
+    assert all(relation in (">", "<=", "~") for _, relation, _ in claim.compare)
+
+
+def test_every_measure_is_in_a_claim_and_no_two_are_one():
+    """Nothing is trained that no claim asks for."""
+    used = {name for claim in CLAIMS.values() for name in claims.measures_of(claim)}
+    assert used == set(MEASURES)
+    keys = [reproduce.flags_of(measure) for measure in MEASURES.values()]
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+def test_the_flags_of_measures_are_flags(measure):
+    """train.py and adapt.py take them, and they fit the method."""
+    flags = f"{methods.METHODS[measure.method][0]} {methods.RATES[measure.method][0]} {measure.flags}".split()
+    given = config.explicit_flags(train.Config, config.PRETRAINING, [*flags, "--dataset", "strings"])
+    cfg = train.make_config(**given)
+    assert config.unused(cfg, given) == []
+    if measure.then in claims.VARIANTS:
+        few = methods.few_shot_rates(measure.method, measure.then)
+        config.explicit_flags(adapt.Config, config.FEW_SHOT, [*few, "--variant", measure.then])
+        assert cfg.method in config.VARIANTS[measure.then]
+
+
+def test_one_speed_is_one_speed():
+    """The claim about two speeds compares with a Z at the rate of the skills."""
+    flags = f"--method poly {methods.RATES['Poly'][0]} {MEASURES['seen tasks, one speed'].flags}".split()
+    cfg = config.explicit_flags(train.Config, config.PRETRAINING, flags)
+    assert cfg["lr_z"] == cfg["lr"]
+
+
+# --- Values and page --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def workshop(tmp_path, monkeypatch):
+    """reproduce.py with runs that return at once: (folder, what was run)."""
+    done = []
+
+    def pretrain(name, seed, root, extra=()):
+        done.append(("train", name, seed, extra))
+        result = {"mean": 80.0 + seed, "parameters": {"adapters": 7, "routing": 2}}
+        return root / f"{name}{seed}{''.join(extra)}", result
+
+    def adapt(checkpoint, variant, seed, extra=()):
+        done.append(("adapt", checkpoint.name, variant, extra))
+        return {"mean": 50.0 + seed, "mean_before": 1.0 + seed, "parameters": {"adapters": 3, "routing": 1}}
+
+    def run(script, flags, made):
+        done.append((script, *flags))
+        steps = [{"step": s, "alignment": s / 1000 + len(made.parts[-3]) / 100} for s in (300, 600)]
+        measures = {"discreteness": 0.9, "sparsity": 0.4, "usage": 0.95}
+        recovery = {"correlation": 0.5, "chance_95": 0.1}
+        return {"mean": 12.0 if script == "evaluate.py" else measures, "over_steps": steps, "recovery": recovery}
+
+    for name, fake in (("pretrain", pretrain), ("adapt", adapt), ("run", run)):
+        monkeypatch.setattr(reproduce, name, fake)
+    return tmp_path, done
+
+
+def test_a_run_is_made_once_for_all_that_ask_it(workshop):
+    """Three measures of one run take one pre-training for each seed, and a second call makes nothing."""
+    folder, done = workshop
+    arguments = (["MHR", "MHR-z", "MHR-mu"], (0, 1), folder / "claims.jsonl", folder / "runs", 2)
+    reproduce.make_missing(*arguments)
+    assert sorted(line[:3] for line in done if line[0] == "train") == [("train", "MHR", 0), ("train", "MHR", 1)]
+    assert len([line for line in done if line[0] == "adapt"]) == 6
+    lines = [json.loads(line) for line in (folder / "claims.jsonl").read_text().splitlines()]
+    assert {(line["value"], line["seed"]) for line in lines} == {(50.0, 0), (51.0, 1)}
+    assert all(line["trained"] == 9 and line["new task"] == 4 and line["commit"] for line in lines)
+    before = len(done)
+    reproduce.make_missing(*arguments)
+    assert len(done) == before
+
+
+def test_other_flags_are_another_value(workshop, monkeypatch):
+    """A value made at other rates is not used for these."""
+    folder, done = workshop
+    reproduce.make_missing(["Poly"], (0,), folder / "claims.jsonl", folder, 1)
+    monkeypatch.setitem(methods.RATES, "Poly", ("--lr=0.123", methods.RATES["Poly"][1]))
+    reproduce.make_missing(["Poly"], (0,), folder / "claims.jsonl", folder, 1)
+    assert len([line for line in done if line[0] == "train"]) == 2
+
+
+def test_zero_shot_takes_the_average_of_routed_methods_only(workshop):
+    """0 steps: the score before adaptation, of mu or of the one adapter; else training goes on first."""
+    folder, done = workshop
+    names = ["MHR, 0 steps", "LoRA (Shared), 0 steps", "MHR, 100 steps", "LoRA (Shared), 100 steps"]
+    reproduce.make_missing(names, (3,), folder / "claims.jsonl", folder, 1)
+    raw = reproduce.read_raw(folder / "claims.jsonl")
+    values = [reproduce.collect(raw, [name], (3,))[name].values.tolist() for name in names]
+    assert values == [[4.0], [4.0], [12.0], [12.0]]
+    assert {line[2] for line in done if line[0] == "adapt"} == {"mu", "all"}
+    more = {line[2].split("/")[-1][:3]: line for line in done if line[0] == "train.py"}
+    assert "mu" in more["MHR"] and "mu" not in more["LoR"]
+    assert all("100" in line for line in more.values())
+    assert all(line[line.index("--split") + 1] == "3" for line in done if line[0] == "evaluate.py")
+
+
+def test_the_page_has_every_claim(workshop):
+    """All claims from invented values: verdicts by the rule, a figure where the claim has one, no claim left open."""
+    folder, _ = workshop
+    reproduce.make_missing(list(MEASURES), (0, 1, 2), folder / "claims.jsonl", folder / "runs", 2)
+    reproduce.write_page(folder, (0, 1, 2), list(CLAIMS))
+    page = (folder / "claims.md").read_text()
+    for name, claim in CLAIMS.items():
+        assert f"## {name}\n" in page and claim.says in page
+        assert (f"claim-{name}.png" in page) == (claim.figure != "none") == (folder / f"claim-{name}.png").exists()
+    assert re.search(r"\[recovery\]\(#recovery\) \| holds", page)  # 0.5 against 0.1
+    assert re.search(r"\[few-shot\]\(#few-shot\) \| undecided", page)  # all alike
+    assert "| MHR | 9 | 4 | 51.0 ± 1.0 |" in page
+
+
+def test_the_page_tells_what_is_not_made(workshop):
+    """A claim that lacks one seed of one measure is named, and not judged by the others."""
+    folder, _ = workshop
+    reproduce.make_missing(["Expert", "Poly", "MHR"], (0, 1), folder / "claims.jsonl", folder, 1)
+    reproduce.make_missing(["Expert", "Poly"], (2,), folder / "claims.jsonl", folder, 1)
+    reproduce.write_page(folder, (0, 1, 2), ["expert"])
+    assert "| expert | not made yet |" in (folder / "claims.md").read_text()
