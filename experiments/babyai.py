@@ -101,6 +101,7 @@ from torch.func import functional_call
 from torch.nn.functional import relu
 from tqdm import tqdm
 
+import figures
 from baselines.fixed import FixedRouter
 from inject import read_tensors, write_tensors
 from mhr import MHRRouter
@@ -425,7 +426,7 @@ def learn(agent: RoutedAgent, optimizer, seen: dict[str, Tensor], cfg: Config, n
     A sequence begins with the memory that acting had there. Raises RunError if gradients are no longer finite.
     """
     cut = {name: x.unflatten(0, (-1, cfg.recurrence)).transpose(0, 1).flatten(1, 2) for name, x in seen.items()}
-    figures, trainable = [], [p for group in optimizer.param_groups for p in group["params"]]
+    found, trainable = [], [p for group in optimizer.param_groups for p in group["params"]]
     for _ in range(EPOCHS):
         for part in torch.randperm(cut["level"].shape[1]).split(cfg.batch_size // cfg.recurrence):
             loss, figure = loss_of(agent, {name: x[:, part] for name, x in cut.items()}, noise)
@@ -435,8 +436,8 @@ def learn(agent: RoutedAgent, optimizer, seen: dict[str, Tensor], cfg: Config, n
             if not math.isfinite(norm):
                 raise RunError(f"the gradients' norm is {norm}: try a lower --lr in a new folder")
             optimizer.step()
-            figures.append({"loss": loss.item(), "norm": norm, **figure})
-    return {name: round(sum(f[name] for f in figures) / len(figures), 5) for name in figures[0]}
+            found.append({"loss": loss.item(), "norm": norm, **figure})
+    return {name: round(sum(f[name] for f in found) / len(found), 5) for name in found[0]}
 
 
 # --- The run ----------------------------------------------------------------------------------------------------------
@@ -592,36 +593,18 @@ def plot(runs: tuple[str, ...], figure: str):
 
     Raises UserError if a folder holds no run, or the runs are of different levels.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     configs = [read_config(Config, Path(run) / "config.json") for run in runs]
     levels = configs[0].levels
     for run, cfg in zip(runs, configs, strict=True):
         if cfg.levels != levels:
             raise UserError(f"--plot {run}: its levels are not those of {runs[0]}; plot them apart")
-    panels, named = (*levels, "all"), {cfg.method: k for k, cfg in reversed(list(enumerate(configs)))}
-    rows = -(-len(panels) // 3)
-    _, axes = pyplot.subplots(rows, 3, figsize=(12, 3 * rows), squeeze=False)
-    for axis, name in zip(axes.flat, panels, strict=False):
-        for k, (run, cfg) in enumerate(zip(runs, configs, strict=True)):
-            done = outcomes(Path(run) / "log.jsonl")
-            rate = moving(done[:, 1] if name == "all" else done[done[:, 0] == levels.index(name), 1])
-            thin = slice(None, None, max(1, len(rate) // 2000))
-            label = cfg.method if named[cfg.method] == k else None  # one label for all seeds
-            colour = f"C{METHODS.index(cfg.method)}"
-            axis.plot((np.arange(len(rate)) + 100)[thin], rate[thin], color=colour, label=label, linewidth=0.8)
-        axis.set(title=name, ylim=(0, 1.02), xlabel="episodes", ylabel="success")
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    axes.flat[0].legend()
-    pyplot.tight_layout()
-    for kind in ("png", "svg"):
-        pyplot.savefig(f"{figure}.{kind}", dpi=150)
+    methods = sorted({cfg.method for cfg in configs}, key=METHODS.index)
+    panels = {name: {method: [] for method in methods} for name in (*levels, "all")}
+    for run, cfg in zip(runs, configs, strict=True):
+        done = outcomes(Path(run) / "log.jsonl")
+        for k, name in enumerate(panels):
+            panels[name][cfg.method].append(moving(done[done[:, 0] == k, 1] if name in levels else done[:, 1]))
+    figures.by_episodes(panels, figure, first=100)
     print(f"{figure}.png, {figure}.svg")
 
 
