@@ -8,12 +8,8 @@ Prints a line for each router and the mean, and writes analysis.json and figures
 analysis/: Z as a heat map, the tree of tasks, the measures by layer, task similarities and gradient alignment; where
 train.py kept adapters on the way, alignment and measures over steps.
 
-The measures are functions for others to import: `discreteness`, `sparsity` and `usage` of Z (Polytropon equations 5 to
-7), `task_similarity` and `hierarchy` (its figure 6), `recovery` of a known task-skill table (in no paper), and
-`gradient_alignment` (MHR section 5.2, figure 3).
-
-Shape key, as in poly.py: t tasks, s skills, h heads. An allocation is p (t, s), or (t, h, s): the probability that a
-task uses a skill (in a head).
+The measures of Z are in `measures.py` (Polytropon section 4.3); here is `gradient_alignment` (MHR section 5.2, fig. 3).
+Shape key, as in poly.py: t tasks, s skills, h heads.
 """
 
 from dataclasses import dataclass
@@ -42,17 +38,13 @@ if __name__ == "__main__":  # read the flags before the slow imports, so that --
 import dataclasses
 import json
 import random
-import statistics
 from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.cluster.hierarchy import linkage
-from scipy.spatial.distance import squareform
-from scipy.special import entr
-from scipy.stats import rankdata
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import adapt
@@ -61,180 +53,69 @@ import evaluate
 import figures
 import train
 from backbone import build_model, load_adapter_file
-from baselines.fixed import FixedRouter, given_table, skill_names
+from baselines.fixed import given_table, skill_names
 from inject import adapted_layers, routers, task_ids
-from mhr import MHRRouter
-from poly import PolyRouter
+from measures import MEASURES, allocations, flat, hierarchy, measure, overlap, recovery, task_similarity
 
 ALIGNMENT = "gradient alignment (mean cosine)"  # a label of figures
-
-# --- Allocations, and measures of one ---------------------------------------------------------------------------------
-
-
-def allocations(model: nn.Module) -> dict[str, np.ndarray]:
-    """Each router's allocation, float64: {name of the first layer that it serves: (t, s), or (t, h, s) for mhr}.
-
-    poly, mhr: sigmoid(Z), the probabilities of Polytropon equation 2, before a row is divided by its sum. A given table
-    (expert, private, adapter-soup, random by task): the table. Other methods have no probability of a skill and give
-    {}: one adapter for all; task-moe, whose weights compete for a sum of 1; hyperformer, whose weights have no bound;
-    random by example.
-    """
-    first = {}
-    for name, layer in adapted_layers(model).items():
-        if hasattr(layer, "router"):
-            first.setdefault(layer.router, name)  # a router that several layers share counts once
-    found = {}
-    for router, name in first.items():
-        Z = router.Z.detach().double().cpu()
-        if type(router) in (PolyRouter, MHRRouter):
-            found[name] = torch.sigmoid(Z).numpy()
-        elif type(router) is FixedRouter:
-            found[name] = Z.numpy()
-    return found
-
-
-def discreteness(p: np.ndarray) -> float:
-    """1 - mean over all cells of H(p) / log 2, H the entropy of a Bernoulli variable: 0 if all are 1/2, 1 if all are
-    0 or 1 (Polytropon equation 5).
-
-    The paper's text says what this returns; its formula lacks the "1 -" and gives the reverse.
-    """
-    entropy = entr(p) + entr(1 - p)
-    return float(np.clip(1 - entropy.mean() / np.log(2), 0, 1))
-
-
-def sparsity(p: np.ndarray) -> float:
-    """The share of cells that are on, p rounded (Polytropon equation 6): 1 if every task uses every skill, so that less
-    is sparser. Exactly 1/2 counts as off."""
-    return float((p > 0.5).mean())
-
-
-def usage(p: np.ndarray) -> float:
-    """H(u) / log s, where u is the sum of p over tasks, divided by its total (Polytropon equation 7): 1 if all skills
-    are used alike, 0 if only one is, or none.
-
-    With heads: the mean over heads. A head that always takes the same skill is no balanced one, though another head may
-    always take another. A single skill gives 1.
-    """
-    s = p.shape[-1]
-    if s == 1:
-        return 1.0
-    columns = p.sum(0)  # (s,) or (h, s)
-    total = columns.sum(-1, keepdims=True)
-    share = columns / np.where(total > 0, total, 1)
-    return float(np.clip(entr(share).sum(-1).mean() / np.log(s), 0, 1))
-
-
-MEASURES = {"discreteness": discreteness, "sparsity": sparsity, "usage": usage}
-
-
-def measure(allocations: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """{"layers": {router: {measure: value}}, "mean": {measure: mean over routers}}."""
-    layers = {name: {m: f(p) for m, f in MEASURES.items()} for name, p in allocations.items()}
-    return {"layers": layers, "mean": {m: statistics.fmean(v[m] for v in layers.values()) for m in MEASURES}}
-
-
-# --- Tasks beside each other ------------------------------------------------------------------------------------------
-
-
-def flat(allocations: dict[str, np.ndarray]) -> np.ndarray:
-    """All allocations of a task beside each other: (t, n), n the skills of all routers and heads."""
-    return np.concatenate([p.reshape(len(p), -1) for p in allocations.values()], axis=1)
-
-
-def task_similarity(allocations: dict[str, np.ndarray]) -> np.ndarray:
-    """(t, t): the cosine of two tasks' probabilities over all routers, heads and skills; between 0 and 1, 1 on the
-    diagonal. A task that uses nothing is like no other."""
-    rows = flat(allocations)
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    rows = rows / np.where(norms > 0, norms, 1)
-    similarity = np.clip(rows @ rows.T, 0, 1)
-    np.fill_diagonal(similarity, 1)
-    return similarity
-
-
-def hierarchy(similarity: np.ndarray) -> np.ndarray:
-    """The tree of tasks, a scipy linkage (t - 1, 4): average linkage of 1 - similarity, like tasks side by side."""
-    distance = squareform(1 - similarity, checks=False)
-    return linkage(distance, "average", optimal_ordering=True)
-
-
-def overlap(table: np.ndarray) -> np.ndarray:
-    """(t, t): the skills that two tasks share, divided by those that either has (Jaccard), of a table (t, s) of 0 and
-    1; 0 where neither has any."""
-    on = (np.asarray(table) > 0).astype(float)
-    both, sizes = on @ on.T, on.sum(1)
-    return both / np.maximum(sizes[:, None] + sizes[None] - both, 1)
-
-
-def recovery(similarity: np.ndarray, table: np.ndarray, draws: int = 1000, seed: int = 0) -> dict[str, float]:
-    """How much of a true task-skill table (t, s') is in the similarity (t, t) that a model learned for the tasks.
-
-    correlation: Spearman's, over all pairs of different tasks, between similarity and `overlap` of the table. Two tasks
-    should be alike if they share skills, so learned skills need no match to true ones, and may be fewer or more. In
-    chance the tasks' names are permuted (Mantel's test): `chance` the mean and `chance_95` the 95 % point of the
-    correlation, `p` the share of permutations that reach the observed one, which counts as one of them. `low`, `high`:
-    the 95 % interval of a bootstrap over tasks, percentiles; pairs of a task with itself, drawn twice, are left out,
-    for they are alike whatever was learned. 0 where one side is the same for all pairs.
-    Raises ValueError for fewer than three tasks, or a table of another number of tasks.
-    """
-    t = len(table)
-    if t < 3 or similarity.shape != (t, t):
-        raise ValueError(f"recovery needs three tasks or more and one table, not {similarity.shape} and {t} tasks")
-    truth, rng = overlap(table), np.random.default_rng(seed)
-    a, b = np.triu_indices(t, 1)
-    observed = spearman(similarity[a, b], truth[a, b])
-    orders = [rng.permutation(t) for _ in range(draws)]
-    chance = np.array([spearman(similarity[o[a], o[b]], truth[a, b]) for o in orders])
-    again = []
-    for drawn in rng.integers(t, size=(draws, t)):
-        i, j = drawn[a], drawn[b]
-        different = i != j
-        again.append(spearman(similarity[i, j][different], truth[i, j][different]))
-    low, high = np.percentile(again, [2.5, 97.5])
-    p = (1 + (chance >= observed - 1e-12).sum()) / (1 + draws)
-    values = dict(correlation=observed, low=low, high=high, chance=chance.mean(), chance_95=np.percentile(chance, 95))
-    return {name: float(value) for name, value in (values | {"p": p}).items()}
-
-
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's rank correlation of two vectors; 0 if one of them is constant or empty, where it is not defined."""
-    if len(x) == 0 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return 0.0
-    return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])
-
 
 # --- Gradients --------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def recorded(model: nn.Module):
+    """A list to which every routed layer adds its mixture, each time that it runs in this context."""
+    seen, routed = [], [layer for layer in adapted_layers(model).values() if hasattr(layer, "router")]
+    for layer in routed:
+
+        def adapters(*args, own=layer.adapters):
+            found = own(*args)
+            seen.extend(p for p in found.values() if p.requires_grad)
+            return found
+
+        layer.adapters = adapters
+    try:
+        yield seen
+    finally:
+        for layer in routed:
+            del layer.adapters
+
+
 def gradient_alignment(model, tokenizer, tasks: list[data.Task], ids: list[int], examples: int, lengths):
-    """(mean, matrix): the cosine (t, t) between the loss gradients of each pair of tasks, and its mean over the pairs
-    of different tasks (MHR section 5.2, figure 3 left).
+    """The cosine (t, t) between the loss gradients of each pair of tasks, and its mean over the pairs of different
+    tasks (MHR section 5.2, figure 3 left): {"shared": (mean, matrix), "mixed": (mean, matrix)}.
 
     tasks[k] has the task id ids[k]; examples: how many of its training examples make its one batch (all, if it has
     fewer), the same ones at every call. lengths: (max_input, max_output) in tokens. The loss is `train.batch_loss` in
-    evaluation mode, without routing noise or dropout. The paper does not say with respect to what: here all that is
-    trained and shared, the inventories (or the one adapter), without Z, of which each task has rows of its own.
-    Holds t gradients in float32: 64 tasks and 258,048 parameters are 66 MB.
+    evaluation mode, without routing noise or dropout. The paper does not say with respect to what. shared: all that is
+    trained and shared, the inventories, without Z, of which each task has rows of its own; tasks that use other skills
+    then have other gradients, whatever they want. mixed: each task's own mixture, so that only what it wants counts.
+    Of one adapter for all both are the same. Holds t gradients of each in float32: 64 tasks and 258,048 parameters are
+    66 MB.
     """
     own = {id(router.Z) for router in routers(model)}
     shared = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-    gradients = torch.empty(len(tasks), sum(p.numel() for p in shared))
-    was_training = model.training
+    gradients, was_training = {"shared": [], "mixed": []}, model.training
     model.eval()
     bar = tqdm(tasks, "gradients", unit="task", disable=None, leave=False)
-    for k, (task, t) in enumerate(zip(bar, ids, strict=True)):
+    for task, t in zip(bar, ids, strict=True):
         drawn = random.Random(0).sample(range(len(task.train)), min(examples, len(task.train)))  # files may be sorted
         items = [data.Item(t, example, example.outputs[0]) for example in (task.train[row] for row in drawn)]
-        with task_ids([t] * len(items)):
+        with task_ids([t] * len(items)), recorded(model) as mixed:
             loss = train.batch_loss(model, tokenizer, items, *lengths)
-            found = torch.autograd.grad(loss, shared, materialize_grads=True)
-        gradients[k] = torch.cat([g.detach().float().flatten().cpu() for g in found])
+            found = torch.autograd.grad(loss, [*shared, *mixed], materialize_grads=True)
+        found = [g.detach().float().flatten().cpu() for g in found]
+        gradients["shared"].append(torch.cat(found[: len(shared)]))
+        gradients["mixed"].append(torch.cat(found[len(shared) :] or found))
     model.train(was_training)
+    return {of: cosines(torch.stack(rows)) for of, rows in gradients.items()}
+
+
+def cosines(gradients: Tensor) -> tuple[float, np.ndarray]:
+    """(t, n), which this overwrites, to the cosines (t, t) of its rows and their mean over pairs of different rows."""
     unit = gradients.div_(gradients.norm(dim=1, keepdim=True).clamp(min=1e-30))
     matrix = (unit @ unit.T).clamp(-1, 1).double().numpy()
-    pairs = np.triu_indices(len(tasks), 1)
-    return float(matrix[pairs].mean()), matrix
+    return float(matrix[np.triu_indices(len(matrix), 1)].mean()), matrix
 
 
 # --- One run ----------------------------------------------------------------------------------------------------------
@@ -245,7 +126,8 @@ def analyze(cfg: Config) -> dict:
     if cfg.examples < 1 or cfg.step < 0:
         raise UserError("--examples must be above 0 and --step not negative")
     folder = Path(cfg.checkpoint)
-    out = Path(cfg.output_dir or folder / "analysis")
+    part = "".join(["-some-tasks" if cfg.tasks != "all" else "", f"-{cfg.step}" if cfg.step else ""])
+    out = Path(cfg.output_dir or folder / f"analysis{part}")  # analysis/ is of the whole run: --compare reads it
     look = _adapted if "checkpoint" in read_json(folder / "config.json") else _pretrained
     result, tasks, found = look(cfg, folder)
     names = [task.name for task in tasks]
@@ -281,13 +163,16 @@ def _pretrained(cfg: Config, folder: Path):
     over_steps, result = [], {"method": base.method}
     for step in sorted(kept) if cfg.alignment and not cfg.step else []:
         load_adapter_file(model, kept[step])
-        mean, _ = gradient_alignment(model, tokenizer, tasks, ids, cfg.examples, lengths)
+        cosine = gradient_alignment(model, tokenizer, tasks, ids, cfg.examples, lengths)
         found = {name: p[ids] for name, p in allocations(model).items()}
-        over_steps.append({"step": step, "alignment": mean} | (measure(found)["mean"] if found else {}))
+        line = {"step": step, "alignment": cosine["shared"][0], "alignment_mixed": cosine["mixed"][0]}
+        over_steps.append(line | (measure(found)["mean"] if found else {}))
     load_adapter_file(model, path)
     if cfg.alignment:
-        mean, matrix = gradient_alignment(model, tokenizer, tasks, ids, cfg.examples, lengths)
-        result["alignment"] = {"mean": mean, "examples": cfg.examples, "matrix": matrix.round(4).tolist()}
+        cosine = gradient_alignment(model, tokenizer, tasks, ids, cfg.examples, lengths)
+        mean, matrix = cosine["shared"]
+        result["alignment"] = {"mean": mean, "mixed": cosine["mixed"][0], "examples": cfg.examples}
+        result["alignment"]["matrix"] = matrix.round(4).tolist()
     if over_steps:
         result["over_steps"] = over_steps
     return result, tasks, {name: p[ids] for name, p in allocations(model).items()}
@@ -347,7 +232,8 @@ def report(result: dict) -> str:
     for line in result.get("over_steps", []):
         lines.append(f"step {line['step']}: " + ", ".join(f"{k} {v:.3f}" for k, v in line.items() if k != "step"))
     if "alignment" in result:
-        lines.append(f"gradient alignment, mean cosine over pairs of tasks: {result['alignment']['mean']:.3f}")
+        mean, mixed = (result["alignment"][key] for key in ("mean", "mixed"))
+        lines.append(f"gradient alignment, mean cosine over pairs of tasks: {mean:.3f}, of their mixtures {mixed:.3f}")
     return "\n".join(lines)
 
 

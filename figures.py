@@ -97,6 +97,8 @@ def allocation(one: np.ndarray, layer: str, every: np.ndarray, tasks: list[str],
 
 def by_likeness(columns: np.ndarray) -> np.ndarray:
     """An order of the columns of (t, n) that puts like ones side by side: the leaves of their tree."""
+    if columns.shape[1] < 2:
+        return np.arange(columns.shape[1])
     return leaves_list(linkage(columns.T, "average", optimal_ordering=columns.shape[1] <= 500))
 
 

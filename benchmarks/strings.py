@@ -1,8 +1,8 @@
 """The embedded benchmark `strings`: the papers' story with a known answer.
 
 Eight operations on strings are the latent skills; a task applies two or three of them, always in the order of the
-table below, so that a set of skills is a task. Without instructions the model sees only "task: string", as in CrossFit,
-and must find out from examples what to do; with them it reads the operations' names instead of "task", as in T0.
+table below, so that a set of skills is a task. Without instructions the model sees only "task: string", whatever the
+task, and must find out from examples what to do; with them it reads the operations' names instead of "task", as in T0.
 
 `strings-single` is the single operations with instructions: what the bundled backbone was trained on.
 """

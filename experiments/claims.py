@@ -17,8 +17,8 @@ class Measure(NamedTuple):
     method: a key of METHODS, trained at its rates in RATES. flags: more flags of train.py. then: what is asked of the
     run: a variant of adapt.py (the held-out score after it, percent), "seen" (the score on training tasks, percent),
     "zero-shot" (the held-out score without examples, percent, after `steps` more steps of multi-task training; routed
-    methods are averaged first), "alignment" (of gradients, the mean over the steps that were kept in training), or the
-    path to a number in what analyze.py writes, as "mean.usage".
+    methods are averaged first), "alignment" or "alignment_mixed" (of gradients, the mean over the steps that were kept
+    in training), or the path to a number in what analyze.py writes, as "mean.usage".
     """
 
     method: str
@@ -30,49 +30,61 @@ class Measure(NamedTuple):
 VARIANTS = ("all", "z", "mu", "lora")  # of adapt.py
 HEADS, SKILLS, GRAINS = (2, 16, 32), (2, 8, 16, 32), ("layer", "block", "coder", "model")  # beside the recipe's
 EXTRA = (0, 100, 400)  # steps of training after averaging: 0, 7 and 27 % of those before
-TOLD = "--instructions"  # the input names the operations, as zero-shot needs
+TOLD = "--instructions"  # the input names the operations; else nothing in it says which task it is
 ONE_SPEED = RATES["Poly"][0].split()[0].replace("--lr=", "--lr-z=")  # Z as slow as the skills
+RECOVERY = (("", "correlation"), (", by chance", "chance_95"), (", lower bound", "low"), (", upper bound", "high"))
 SHAPES = ("discreteness", "sparsity", "usage")
-ZERO_SHOT = ("LoRA (Shared)", "Poly", "MHR")
+ROUTED_OR_NOT = ("LoRA (Shared)", "Poly", "MHR")
 
 MEASURES = {
-    **{name: Measure(name, variants[0]) for name, (_, variants) in METHODS.items()},
+    **{name: Measure(name) for name in METHODS if name not in ("Private", "Random by example", "Random by task")},
     "Full, then LoRA": Measure("Full", "lora"),
+    "Private": Measure("Private"),
     "Private-mu": Measure("Private", "mu"),
+    **{f"{name}-mu": Measure(name, "mu") for name in ("Random by example", "Random by task")},
     **{f"{name}-{variant}": Measure(name, variant) for name in ("Poly", "MHR") for variant in ("z", "mu")},
     **{f"MHR, {h} heads": Measure("MHR", "all", f"--heads={h}") for h in HEADS},
     **{f"MHR-z, {h} heads": Measure("MHR", "z", f"--heads={h}") for h in HEADS},
     **{f"MHR-z by {grain}": Measure("MHR", "z", f"--granularity={grain}") for grain in GRAINS},
     **{f"Poly, {s} skills": Measure("Poly", "all", f"--skills={s}") for s in SKILLS},
     **{f"Poly-z, {s} skills": Measure("Poly", "z", f"--skills={s}") for s in SKILLS},
-    **{f"alignment of {name}": Measure(name, "alignment") for name in ZERO_SHOT},
+    **{f"alignment of {name}": Measure(name, "alignment") for name in ROUTED_OR_NOT},
+    **{f"alignment in {name}": Measure(name, "alignment_mixed") for name in ROUTED_OR_NOT},
     **{f"{shape}, {s} skills": Measure("Poly", f"mean.{shape}", f"--skills={s}") for shape in SHAPES for s in SKILLS},
     **{f"{shape}, 4 skills": Measure("Poly", f"mean.{shape}") for shape in SHAPES},
-    "discreteness, one speed": Measure("Poly", "mean.discreteness", ONE_SPEED),
-    "seen tasks": Measure("Poly", "seen"),
+    **{f"seen tasks, {s} skills": Measure("Poly", "seen", f"--skills={s}") for s in SKILLS},
+    "seen tasks, 4 skills": Measure("Poly", "seen"),
     "seen tasks, one speed": Measure("Poly", "seen", ONE_SPEED),
-    **{f"recovery by {name}": Measure(name, "recovery.correlation") for name in ("Poly", "MHR")},
-    **{f"recovery by chance, {name}": Measure(name, "recovery.chance_95") for name in ("Poly", "MHR")},
-    **{f"{name}, {k} steps": Measure(name, "zero-shot", TOLD, k) for name in ZERO_SHOT for k in EXTRA},
-    **{f"{name}, told": Measure(name, "all", TOLD) for name in ("Full", *ZERO_SHOT)},
+    "discreteness, one speed": Measure("Poly", "mean.discreteness", ONE_SPEED),
+    **{f"recovery by {m}{what}": Measure(m, f"recovery.{key}") for m in ("Poly", "MHR") for what, key in RECOVERY},
+    **{f"{name}, told, {k} steps": Measure(name, "zero-shot", TOLD, k) for name in ROUTED_OR_NOT for k in EXTRA},
+    **{f"{name}, told": Measure(name, "all", TOLD) for name in ("Full", "LoRA-big", "(IA)^3", *ROUTED_OR_NOT)},
+    **{f"{name}-{variant}, told": Measure(name, variant, TOLD) for name in ("Poly", "MHR") for variant in ("z", "mu")},
+    **{f"{name}-mu, told": Measure(name, "mu", TOLD) for name in ("Random by example", "Random by task")},
     "Full, then LoRA, told": Measure("Full", "lora", TOLD),
-}
+}  # fmt: skip
 
 
 # --- Claims -----------------------------------------------------------------------------------------------------------
 
 
 class Claim(NamedTuple):
-    """says: the papers' sentence in our words. place: where it stands. compare: [(measure, relation, measure or
-    number)]. also: measures that the figure shows beside those compared. figure: a function of FIGURES."""
+    """says: the papers' sentence in our words. place: where it stands. compare: [(a, relation, b)], each a measure, a
+    number, or "measure - measure". also: measures that are shown beside these. figure: a function of reproduce.FIGURES.
+    note: what a reader must know of this setting."""
 
     says: str
     place: str
     compare: list[tuple[str, str, str | float]]
     also: tuple[str, ...] = ()
     figure: str = "dots"
+    note: str = ""
 
 
+BLIND = (
+    "Nothing in the input says which task it is, so methods without task ids cannot tell the training tasks apart; "
+    "where it is told, see the claim {}."
+)
 OTHERS = ("LoRA (Shared)", "LoRA-big", "(IA)^3", "AdapterSoup", "Private", "HyperFormer", "Task-MoE", "Expert")
 CLAIMS = {
     "few-shot": Claim(
@@ -81,35 +93,64 @@ CLAIMS = {
         "MHR Fig. 2, Tab. 2; Polytropon Tab. 1",
         [("MHR", ">", "Poly"), *(("Poly", ">", other) for other in OTHERS)],
         also=("Full", "Full, then LoRA"),
+        note=BLIND.format("few-shot-told"),
+    ),
+    "few-shot-told": Claim(
+        "The same where the input says what to do: MHR is above Poly, and Poly above one shared adapter, also a larger "
+        "one, and (IA)^3.",
+        "MHR Fig. 2, Tab. 2",
+        [
+            ("MHR, told", ">", "Poly, told"), ("Poly, told", ">", "LoRA (Shared), told"),
+            ("Poly, told", ">", "LoRA-big, told"), ("Poly, told", ">", "(IA)^3, told"),
+        ],
     ),
     "z": Claim(
-        "Training the routing alone comes close to training everything for MHR, and does not for Poly; more heads and "
-        "finer granularity help it.",
-        "MHR Fig. 2 (right), Fig. 3 (right), A.2.1",
+        "Training the routing alone, with orders of magnitude fewer parameters, comes close to training everything for "
+        "MHR, and not as close for Poly; more heads and finer granularity help it; with as few parameters as Poly-z it "
+        "is above it.",
+        "MHR Fig. 2 (right), section 5.1, A.2, A.2.1",
         [
-            ("MHR-z", "~", "MHR"), ("Poly", ">", "Poly-z"), ("MHR-z", ">", "Poly-z"),
+            ("MHR-z", "~", "MHR"), ("Poly - Poly-z", ">", "MHR - MHR-z"), ("MHR-z", ">", "Poly-z"),
             ("MHR-z, 32 heads", ">", "MHR-z, 2 heads"), ("MHR-z", ">", "MHR-z by model"),
+            ("MHR-z by block", ">", "Poly-z"),
         ],
         also=(
-            "MHR-z, 16 heads", *(f"MHR-z by {grain}" for grain in GRAINS[:-1]),
+            "MHR-z, 16 heads", *(f"MHR-z by {grain}" for grain in ("layer", "coder")),
             *(f"Poly-z, {s} skills" for s in SKILLS),
         ),
         figure="few_shot_parameters",
     ),
     "random": Claim(
-        "Random routing, averaged, is no better than LoRA, and averaged private adapters are worse.",
-        "MHR section 5.2; MHR 2022 section 4",
+        "Random routing, averaged, is no better than LoRA, averaged private adapters are worse, and both are below the "
+        "average of skills whose routing was learned.",
+        "MHR section 5.2; MHR 2022 section 5, Tab. 2",
         [
-            ("Random by example", "<=", "LoRA (Shared)"), ("Random by task", "<=", "LoRA (Shared)"),
+            *((f"Random by {unit}-mu", "<=", "LoRA (Shared)") for unit in ("example", "task")),
             ("LoRA (Shared)", ">", "Private-mu"),
+            *((f"{m}-mu", ">", f"Random by {unit}-mu") for m in ("Poly", "MHR") for unit in ("example", "task")),
+            ("Poly-mu", ">", "Private-mu"),
         ],
-        also=("Poly-mu", "MHR-mu"),
+        note=BLIND.format("random-told"),
+    ),
+    "random-told": Claim(
+        "The same where the input says what to do.",
+        "MHR section 5.2; MHR 2022 section 5, Tab. 2",
+        [
+            *((f"Random by {unit}-mu, told", "<=", "LoRA (Shared), told") for unit in ("example", "task")),
+            *(("Poly-mu, told", ">", f"Random by {unit}-mu, told") for unit in ("example", "task")),
+            *(("MHR-mu, told", ">", f"Random by {unit}-mu, told") for unit in ("example", "task")),
+        ],
     ),
     "alignment": Claim(
-        "Over training, gradients of different tasks are more aligned in MHR than in Poly, and in Poly than in LoRA.",
+        "Over training, gradients of different tasks are more aligned in MHR than in Poly and in LoRA.",
         "MHR section 5.2, Fig. 3 (left)",
-        [("alignment of MHR", ">", "alignment of Poly"), ("alignment of Poly", ">", "alignment of LoRA (Shared)")],
+        [
+            *(("alignment of MHR", ">", f"alignment of {name}") for name in ("Poly", "LoRA (Shared)")),
+            *(("alignment in MHR", ">", f"alignment in {name}") for name in ("Poly", "LoRA (Shared)")),
+        ],
         figure="alignment",
+        note='"alignment of": gradients of the shared inventory, which tasks that use other skills do not share; '
+        '"alignment in": gradients of each task\'s own mixture. The paper does not say which it measured.',
     ),
     "mu": Claim(
         "Routing can be dropped after pre-training: the average of the skills, adapted as one adapter, keeps what "
@@ -119,15 +160,26 @@ CLAIMS = {
             ("Poly-mu", "~", "Poly"), ("MHR-mu", "~", "MHR"),
             ("Poly-mu", ">", "LoRA (Shared)"), ("MHR-mu", ">", "LoRA (Shared)"),
         ],
+        note=BLIND.format("mu-told"),
+    ),
+    "mu-told": Claim(
+        "The same where the input says what to do.",
+        "MHR section 5.3, Tab. 4",
+        [
+            ("Poly-mu, told", "~", "Poly, told"), ("MHR-mu, told", "~", "MHR, told"),
+            ("Poly-mu, told", ">", "LoRA (Shared), told"), ("MHR-mu, told", ">", "LoRA (Shared), told"),
+        ],
+        also=("Poly-z, told", "MHR-z, told"),
     ),
     "zero-shot": Claim(
-        "Without examples the average of the skills as it is is poor; after more multi-task training it is above LoRA "
-        "with as much more.",
-        "MHR section 5.3, Tab. 5",
+        "Without examples the average of the skills as it is is poor; after more multi-task training that of MHR is "
+        "above LoRA with as much more.",
+        "MHR section 5.3, Tab. 5 (T5-XL)",
         [
-            ("LoRA (Shared), 0 steps", ">", "Poly, 0 steps"), ("LoRA (Shared), 0 steps", ">", "MHR, 0 steps"),
-            *((f"{m}, {k} steps", ">", f"LoRA (Shared), {k} steps") for m in ("Poly", "MHR") for k in EXTRA[1:]),
+            ("LoRA (Shared), told, 0 steps", ">", "MHR, told, 0 steps"),
+            *((f"MHR, told, {k} steps", ">", f"LoRA (Shared), told, {k} steps") for k in EXTRA[1:]),
         ],
+        also=tuple(f"Poly, told, {k} steps" for k in EXTRA),
     ),
     "heads": Claim(
         "More heads help more than more skills, which cost more parameters.",
@@ -135,50 +187,58 @@ CLAIMS = {
         [("MHR", ">", "Poly"), ("MHR, 16 heads", ">", "Poly, 8 skills"), ("MHR, 32 heads", ">", "Poly, 16 skills")],
         also=("MHR, 2 heads", "Poly, 2 skills", "Poly, 32 skills"),
         figure="multi_task_parameters",
+        note="Parameters include Z of the 64 training tasks, which the papers leave out: without them heads are free.",
     ),
     "discrete": Claim(
-        "Z becomes discrete, tasks use a smaller share of a larger inventory, and all skills are used about equally "
-        "often.",
+        "Z becomes all but discrete, tasks use a smaller share of a larger inventory, and all skills are used about "
+        "equally often.",
         "Polytropon section 4.3, Fig. 4",
         [
-            ("discreteness, 4 skills", ">", 0.5), ("discreteness, 32 skills", ">", 0.5),
-            ("usage, 4 skills", ">", 0.9), ("usage, 32 skills", ">", 0.9),
+            *((f"{shape}, {s} skills", ">", 0.9) for shape in ("discreteness", "usage") for s in (4, 32)),
             ("sparsity, 4 skills", ">", "sparsity, 32 skills"),
         ],
-        also=tuple(f"{shape}, {s} skills" for shape in SHAPES for s in SKILLS),
+        also=tuple(f"{what}, {s} skills" for what in (*SHAPES, "seen tasks") for s in (*SKILLS, 4)),
         figure="by_skills",
     ),
     "two-speeds": Claim(
-        "A Z that learns faster than the skills becomes more discrete, and seen tasks are learnt better.",
-        "Polytropon section 2.3, 3.3",
-        [("discreteness, 4 skills", ">", "discreteness, one speed"), ("seen tasks", ">", "seen tasks, one speed")],
-        figure="none",
+        "A Z that learns faster than the skills becomes more discrete, and tasks are learnt better.",
+        "Polytropon section 2.3; section 3.3 (in reinforcement learning)",
+        [
+            ("discreteness, 4 skills", ">", "discreteness, one speed"),
+            ("seen tasks, 4 skills", ">", "seen tasks, one speed"),
+        ],
+        figure="seen",
     ),
     "expert": Claim(
         "Learned routing is as good as routing by the true table of skills, or better.",
         "Polytropon Tab. 1, Fig. 2",
-        [("Expert", "<=", "Poly"), ("Expert", "<=", "MHR")],
+        [("Expert", "<=", "Poly"), ("Expert", "<=", "MHR"), ("Expert", "<=", "Poly, 8 skills")],
+        note="Expert has eight skills, one for each operation, and is given the rows of the held-out tasks too.",
     ),
     "recovery": Claim(
         "Z finds part of the true table: tasks that share operations have rows more alike than by chance (rank "
         "correlation over pairs of tasks, against its 95 % point under shuffled tasks).",
         "Polytropon section 4.3, Fig. 5, 6",
-        [(f"recovery by {name}", ">", f"recovery by chance, {name}") for name in ("Poly", "MHR")],
+        [(f"recovery by {name}", ">", f"recovery by {name}, by chance") for name in ("Poly", "MHR")],
+        also=tuple(f"recovery by {name}, {bound} bound" for name in ("Poly", "MHR") for bound in ("lower", "upper")),
         figure="recovery",
+        note="The bounds are the 95 % interval of a bootstrap over tasks, of each seed.",
     ),
     "full": Claim(
         "Full fine-tuning is no substitute for routed adapters, also where the input says what to do.",
         "MHR 2022 Tab. 3",
-        [
-            ("Poly, told", ">", "Full, told"), ("MHR, told", ">", "Full, told"),
-            ("Poly, told", ">", "Full, then LoRA, told"),
-        ],
-        also=("LoRA (Shared), told",),
+        [("Poly, told", ">", "Full, told"), ("MHR, told", ">", "Full, told")],
+        also=("LoRA (Shared), told", "Full, then LoRA, told"),
     ),
 }  # fmt: skip
 
 
+def parts_of(side: str | float) -> list[str]:
+    """The measures that one side of a comparison names: none of a number, two of "measure - measure"."""
+    return side.split(" - ") if isinstance(side, str) else []
+
+
 def measures_of(claim: Claim) -> list[str]:
     """The names of the measures of a claim, those of its comparisons first."""
-    named = [m for a, _, b in claim.compare for m in (a, b) if isinstance(m, str)]
+    named = [m for a, _, b in claim.compare for side in (a, b) for m in parts_of(side)]
     return list(dict.fromkeys([*named, *claim.also]))

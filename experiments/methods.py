@@ -3,8 +3,8 @@
     python -m experiments.methods                   pre-train and adapt what is missing, then print the table
     python -m experiments.methods --tune            a search of learning rates, on dev tasks, seed 0
 
-Every line is a few runs of `train.py` and `adapt.py`, in runs/methods/; a run that is there is not made again, so the
-command can be stopped at any time and goes on where it was. Two run side by side, with one thread each (--jobs).
+Every line is a few runs of `train.py` and `adapt.py`, in runs/; a run that is there is not made again, so the command
+can be stopped at any time and goes on where it was. Two run side by side, with one thread each (--jobs).
 """
 
 import argparse
@@ -12,21 +12,24 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from config import LEARNED
+from config import FEW_SHOT, LEARNED, PRETRAINING
 from evaluate import aligned, mean_std
 
 ROOT = Path(__file__).resolve().parents[1]
-RUNS = ROOT / "runs" / "methods"
 KEEP = 300  # steps between the looks at training that `analyze.py` takes
-METHODS = {  # a name for the table: (flags of train.py, variants of adapt.py, the first of which is searched)
+RECIPE = [PRETRAINING["strings"], FEW_SHOT["strings"], KEEP]  # what flags leave open; a run of another is another run
+RUNS = ROOT / "runs" / f"methods-{zlib.crc32(json.dumps(RECIPE).encode()):08x}"
+
+METHODS = {  # a name for the table: (flags of train.py, variants of adapt.py, the first of which chooses its rates)
     "Full": ("--method full", ("all", "lora")),
     "LoRA (Shared)": ("--method lora", ("all",)),
     "LoRA-big": ("--method lora --rank 16", ("all",)),
     "(IA)^3": ("--method ia3", ("all",)),
-    "Private": ("--method private", ("all", "mu")),
+    "Private": ("--method private", ("mu", "all")),  # "all" is from scratch: no pre-training matters to it
     "Expert": ("--method expert", ("all",)),
     "Random by example": ("--method random", ("mu",)),
     "Random by task": ("--method random --random-by task", ("mu",)),
@@ -36,20 +39,20 @@ METHODS = {  # a name for the table: (flags of train.py, variants of adapt.py, t
     "Poly": ("--method poly", ("all", "z", "mu")),
     "MHR": ("--method mhr --heads 8", ("all", "z", "mu")),
 }
-RATES = {  # what --tune found: (pre-training, adaptation)
-    "Full": ("--lr=0.001", "--lr=0.00033"),
-    "LoRA (Shared)": ("--lr=0.005", "--lr=0.009"),
-    "LoRA-big": ("--lr=0.0017", "--lr=0.009"),
-    "(IA)^3": ("--lr=0.015", "--lr=0.009"),
-    "Private": ("--lr=0.0017", "--lr=0.009"),
-    "Expert": ("--lr=0.015", "--lr=0.001"),
-    "Random by example": ("--lr=0.015", "--lr=0.003"),
-    "Random by task": ("--lr=0.005", "--lr=0.003"),
-    "HyperFormer": ("--lr=0.005 --lr-z=0.01", "--lr=0.003"),
-    "Task-MoE": ("--lr=0.015", "--lr=0.001"),
-    "AdapterSoup": ("--lr=0.0017", "--lr=0.009"),
-    "Poly": ("--lr=0.015", "--lr=0.003"),
-    "MHR": ("--lr=0.0017", "--lr=0.003"),
+RATES = {  # what --tune found: flags of train.py, then of adapt.py for each variant
+    "Full": ("--lr=0.001", {"all": "--lr=0.00033", "lora": "--lr=0.009"}),
+    "LoRA (Shared)": ("--lr=0.005", {"all": "--lr=0.009"}),
+    "LoRA-big": ("--lr=0.0017", {"all": "--lr=0.009"}),
+    "(IA)^3": ("--lr=0.015", {"all": "--lr=0.009"}),
+    "Private": ("--lr=0.0017", {"mu": "--lr=0.009", "all": "--lr=0.009"}),
+    "Expert": ("--lr=0.015", {"all": "--lr=0.001"}),
+    "Random by example": ("--lr=0.015", {"mu": "--lr=0.003"}),
+    "Random by task": ("--lr=0.005", {"mu": "--lr=0.003"}),
+    "HyperFormer": ("--lr=0.005 --lr-z=0.01", {"all": "--lr=0.003"}),
+    "Task-MoE": ("--lr=0.015", {"all": "--lr=0.001"}),
+    "AdapterSoup": ("--lr=0.0017", {"all": "--lr=0.009"}),
+    "Poly": ("--lr=0.015", {"all": "--lr=0.003", "z": "--lr-z=0.5", "mu": "--lr=0.003"}),
+    "MHR": ("--lr=0.0017", {"all": "--lr=0.003", "z": "--lr-z=0.5", "mu": "--lr=0.003"}),
 }
 
 
@@ -61,8 +64,15 @@ def run(script: str, flags: list[str], made: Path) -> dict:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\nended with code {done.returncode}:\n{done.stderr[-2000:]}")
+        (made.parent / "commit").write_text(commit())
         print(f"{made.parent.name}: {done.stdout.splitlines()[-1]}", flush=True)
     return json.loads(made.read_text())
+
+
+def commit() -> str:
+    """The commit of this tree, marked -dirty if it was changed since."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def pretrain(name: str, seed: int, root: Path, extra: tuple[str, ...] = ()) -> tuple[Path, dict]:
@@ -81,8 +91,8 @@ def adapt(checkpoint: Path, variant: str, seed: int, extra: tuple[str, ...] = ()
 
 
 def few_shot_rates(name: str, variant: str) -> tuple[str, ...]:
-    """The flags of RATES for adapt.py. After full fine-tuning, a fresh LoRA learns at LoRA's."""
-    return tuple(RATES["LoRA (Shared)" if variant == "lora" else name][1].split())
+    """The flags of RATES for adapt.py."""
+    return tuple(RATES[name][1][variant].split())
 
 
 # --- The table --------------------------------------------------------------------------------------------------------
@@ -113,32 +123,49 @@ def table(results: dict[str, list[dict]]) -> str:
 
 
 def tune(name: str, root: Path) -> list[tuple[str, ...]]:
-    """Lines (method, flags of train.py, flags of adapt.py, dev score, mark) of one method's search; the best is marked.
+    """Lines (method, flags of train.py, variant, flags of adapt.py, dev score, mark) of one method's search; each
+    variant's best is marked.
 
-    The same search for each: pre-training at a third, once and three times 5e-3 (full: 1e-3); for methods that learn a
-    Z also a Z ten times slower, at the best of these; then few-shot adaptation to the dev tasks at a third, once and
-    three times 3e-3 (full: 1e-3). One step after the other, each keeping the best so far. Seed 0.
+    The same rule for each, seed 0, one step after the other, each going on from the best so far: the rate of
+    pre-training, from 5e-3 (full: 1e-3), by what the first variant then scores at 3e-3 (full: 1e-3); for methods that
+    learn a Z, whether a Z ten times slower is better; then for each variant its rate, from 3e-3 (full: 1e-3), under z
+    that of Z, from the recipe's. A rate is tried at a third, once and three times, and further where the best is at an
+    edge (`search`).
     """
-    method, variant, lines = METHODS[name][0].split()[1], METHODS[name][1][0], {}
+    method, variants, lines = METHODS[name][0].split()[1], METHODS[name][1], {}
     lr, few_lr = (1e-3, 1e-3) if method == "full" else (5e-3, 3e-3)
 
-    def trial(flags: dict, few_flags: dict) -> float:
+    def trial(flags: dict, variant: str, few_flags: dict) -> float:
         text, few_text = (tuple(f"--{k}={v:.2g}" for k, v in d.items()) for d in (flags, few_flags))
         checkpoint, _ = pretrain(name, 0, root, text)
         score = adapt(checkpoint, variant, 0, ("--tasks=dev", *few_text))["mean"]
-        lines[text, few_text] = score
+        lines[text, variant, few_text] = score
         return score
 
-    def best(choices: list[tuple[dict, dict]]) -> tuple[dict, dict]:
-        return max(choices, key=lambda choice: trial(*choice))
-
-    now = best([({"lr": lr * f}, {"lr": few_lr}) for f in (1 / 3, 1, 3)])
+    start = {"lr": few_lr}
+    flags = {"lr": search(lambda rate: trial({"lr": rate}, variants[0], start), lr)}
     if method in LEARNED:
-        now = best([now, (now[0] | {"lr-z": 1e-2}, now[1])])
-    best([(now[0], {"lr": few_lr * f}) for f in (1, 1 / 3, 3)])
-    first = max(lines, key=lines.get)  # of equal ones the first
-    cells = ((" ".join(a), " ".join(b), f"{v:.1f}", "<-" if (a, b) == first else "") for (a, b), v in lines.items())
-    return [(name, *line) for line in cells]
+        flags = max(flags, flags | {"lr-z": 1e-2}, key=lambda f: trial(f, variants[0], start))
+    for variant in variants:
+        key, middle = ("lr-z", FEW_SHOT["strings"]["lr_z"]) if variant == "z" else ("lr", few_lr)
+        middle = 3e-3 if variant == "lora" else middle
+        search(lambda rate: trial(flags, variant, {key: rate}), middle)  # noqa: B023, it is called here
+    chosen = tuple(f"--{k}={v:.2g}" for k, v in flags.items())
+    best = {v: max((line for line in lines if line[:2] == (chosen, v)), key=lines.get) for v in variants}
+    return [
+        (name, " ".join(a), v, " ".join(b), f"{score:.1f}", "<-" if (a, v, b) == best[v] else "")
+        for (a, v, b), score in lines.items()
+    ]
+
+
+def search(score, middle: float, most: int = 7) -> float:
+    """The best of middle / 3, middle and middle * 3, going on by factors of 3 while the best is at an edge, up to
+    `most` values; of equal ones the first in this order: middle, lower, higher."""
+    tried = {middle * f: score(middle * f) for f in (1, 1 / 3, 3)}
+    while (best := max(tried, key=tried.get)) in (min(tried), max(tried)) and len(tried) < most:
+        further = best / 3 if best == min(tried) else best * 3
+        tried[further] = score(further)
+    return best
 
 
 def main():
@@ -151,8 +178,8 @@ def main():
     with ThreadPoolExecutor(args.jobs) as pool:
         if args.tune:
             found = pool.map(lambda name: tune(name, RUNS), args.methods)
-            head = ("method", "pre-training", "few-shot", "dev score", "")
-            print(aligned([head, *(line for lines in found for line in lines)]))
+            head = ("method", "pre-training", "variant", "few-shot", "dev score", "")
+            print(aligned([head, *(line for lines in found for line in lines)], left=4))
             return
         runs = [(name, seed) for seed in args.seeds for name in args.methods]
         found = list(pool.map(lambda r: one_seed(*r, RUNS), runs))

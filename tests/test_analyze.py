@@ -23,14 +23,14 @@ import analyze
 import figures
 import models
 import train
-from analyze import (
-    MEASURES, allocations, choose, discreteness, gradient_alignment, hierarchy, overlap, recovery, sparsity, spearman,
-    task_similarity, usage,
-)  # fmt: skip
+from analyze import choose, gradient_alignment
 from backbone import build_model
 from config import UserError
 from data import Example, Item, Task
 from inject import adapted_layers, adapter_parameters, routers, task_ids
+from measures import (
+    MEASURES, allocations, discreteness, hierarchy, overlap, recovery, sparsity, spearman, task_similarity, usage,
+)  # fmt: skip
 
 BLOCKS = np.kron(np.eye(2), np.ones((4, 2)))  # 8 tasks, 4 skills: the first four tasks use the first two skills
 
@@ -273,7 +273,7 @@ def tiny(method: str):
 def test_alignment_is_the_cosine_of_the_gradients_of_what_is_shared(method):
     """Against backward passes one by one, over all adapter parameters but Z, in float64."""
     model, tokenizer = tiny(method)
-    mean, matrix = gradient_alignment(model.train(), tokenizer, TASKS, [0, 1, 2], 10, (16, 16))
+    mean, matrix = gradient_alignment(model.train(), tokenizer, TASKS, [0, 1, 2], 10, (16, 16))["shared"]
     assert model.training and all(p.grad is None for p in model.parameters())
     model.eval()
     gradients = []
@@ -294,14 +294,53 @@ def test_the_same_examples_give_1_and_skills_apart_give_0():
     """Two tasks with the same examples: 1 under one adapter; 0 under Poly, if they share no skill."""
     same = [TASKS[0], TASKS[0]]
     model, tokenizer = tiny("lora")
-    assert gradient_alignment(model, tokenizer, same, [0, 1], 10, (16, 16))[0] == pytest.approx(1, abs=1e-5)
+    assert gradient_alignment(model, tokenizer, same, [0, 1], 10, (16, 16))["shared"][0] == pytest.approx(1, abs=1e-5)
     model, tokenizer = tiny("poly")
     for router in routers(model):
         router.Z.data = torch.eye(3) * 80 - 40
-    assert gradient_alignment(model, tokenizer, same, [0, 1], 10, (16, 16))[0] == pytest.approx(0, abs=1e-5)
+    assert gradient_alignment(model, tokenizer, same, [0, 1], 10, (16, 16))["shared"][0] == pytest.approx(0, abs=1e-5)
     for router in routers(model):
         router.Z.data[1] = router.Z.data[0]
-    assert gradient_alignment(model, tokenizer, same, [0, 1], 10, (16, 16))[0] == pytest.approx(1, abs=1e-5)
+    assert gradient_alignment(model, tokenizer, same, [0, 1], 10, (16, 16))["shared"][0] == pytest.approx(1, abs=1e-5)
+
+
+def test_alignment_of_mixtures_does_not_see_who_uses_which_skill():
+    """Two tasks with the same examples and skills of equal values: their own mixtures want the same, though in the
+    inventory they share nothing. And the model is left as it was."""
+    model, tokenizer = tiny("poly")
+    with torch.no_grad():
+        for layer in adapted_layers(model).values():
+            for p in layer.inventory.values():
+                p.copy_(p[:1].expand_as(p).clone())
+            layer.router.Z.copy_(torch.eye(3) * 80 - 40)
+    found = gradient_alignment(model, tokenizer, [TASKS[0]] * 2, [0, 1], 10, (16, 16))
+    assert found["mixed"][0] == pytest.approx(1, abs=1e-5) and found["shared"][0] == pytest.approx(0, abs=1e-5)
+    assert not any("adapters" in vars(layer) for layer in adapted_layers(model).values())
+
+
+@pytest.mark.parametrize("method", ["lora", "poly", "mhr"])
+def test_alignment_of_mixtures_is_that_of_the_merged_adapters(method):
+    """Against gradients of each layer's A and B for one task, taken as leaves; of lora what is shared."""
+    model, tokenizer = tiny(method)
+    found = gradient_alignment(model, tokenizer, TASKS, [0, 1, 2], 10, (16, 16))
+    if method == "lora":
+        np.testing.assert_array_equal(found["mixed"][1], found["shared"][1])
+        return
+    model.eval()
+    gradients = []
+    for t, one in enumerate(TASKS):
+        leaves = []
+        for layer in adapted_layers(model).values():
+            params = {n: p.detach().requires_grad_() for n, p in layer.adapters(torch.tensor([t])).items()}
+            leaves += params.values()
+            layer.adapters = lambda *_, params=params: params
+        with task_ids([t] * len(one.train)):
+            train.batch_loss(model, tokenizer, [Item(t, e, e.outputs[0]) for e in one.train], 16, 16).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in leaves]).double())
+        for layer in adapted_layers(model).values():
+            del layer.adapters
+    cosine = [[torch.cosine_similarity(a, b, dim=0).item() for b in gradients] for a in gradients]
+    np.testing.assert_allclose(found["mixed"][1], cosine, atol=1e-5)
 
 
 def test_alignment_by_hand(monkeypatch):
@@ -310,7 +349,7 @@ def test_alignment_by_hand(monkeypatch):
     model = nn.Module()
     model.w = nn.Parameter(torch.ones(2))
     monkeypatch.setattr(train, "batch_loss", lambda m, tokenizer, items, *_: (vectors[items[0].task] * m.w).sum())
-    mean, matrix = gradient_alignment(model, None, [TASKS[0]] * 4, [0, 1, 2, 3], 1, (16, 16))
+    mean, matrix = gradient_alignment(model, None, [TASKS[0]] * 4, [0, 1, 2, 3], 1, (16, 16))["shared"]
     np.testing.assert_allclose(matrix, [[1, -1, 0, 0], [-1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]], atol=1e-7)
     assert mean == pytest.approx(-1 / 6)
 
@@ -328,7 +367,7 @@ def test_alignment_takes_so_many_examples_the_same_at_every_call(monkeypatch):
     model.w = nn.Parameter(torch.ones(2))
     tasks = [task(str(n), *((str(k), "x") for k in range(n))) for n in (100, 3)]
     for _ in range(2):
-        gradient_alignment(model, None, tasks, [0, 1], 10, (16, 16))
+        gradient_alignment(model, None, tasks, [0, 1], 10, (16, 16))["shared"]
     assert seen[:2] == seen[2:] and len(set(seen[0])) == 10 and max(seen[0]) > 50 and sorted(seen[1]) == [0, 1, 2]
 
 
@@ -438,9 +477,9 @@ def runs(tmp_path_factory):
 
 def look(folder, **flags) -> dict:
     """`analyze.main` on a run folder, with four of its tasks and few examples: what it wrote."""
-    defaults = dict(tasks=SOME, examples=4)
-    analyze.main(dict(checkpoint=str(folder)) | defaults | flags)
-    return json.loads((Path(flags.get("output_dir", folder / "analysis")) / "analysis.json").read_text())
+    flags = dict(tasks=SOME, examples=4, output_dir=str(folder / "analysis")) | flags
+    analyze.main(dict(checkpoint=str(folder)) | flags)
+    return json.loads((Path(flags["output_dir"]) / "analysis.json").read_text())
 
 
 def pictures(folder) -> set[str]:
@@ -573,3 +612,23 @@ def test_tasks_without_examples_are_left_out():
     tasks = [*TASKS, task("empty"), task("last", ("a", "a"))]
     assert choose(tasks, "all") == [0, 1, 2, 4]
     assert choose(tasks, "last,copy,upper") == [4, 0, 2]
+
+
+def test_an_allocation_of_one_column_can_be_drawn(tmp_path):
+    """One skill and one router for the whole model: there is nothing to order."""
+    assert figures.by_likeness(np.ones((4, 1))).tolist() == [0]
+    tree = hierarchy(np.eye(4))
+    figures.allocation(np.ones((4, 1)), "model", np.ones((4, 1)), list("abcd"), tree, tmp_path / "z")
+    assert (tmp_path / "z.png").stat().st_size > 0
+
+
+def test_a_look_at_a_part_does_not_replace_the_whole(tmp_path, monkeypatch):
+    """--step and --tasks write into folders of their own: --compare and reproduce.py read analysis/."""
+    wrote = []
+    monkeypatch.setattr(analyze, "read_json", lambda path: {})
+    monkeypatch.setattr(analyze, "_pretrained", lambda cfg, folder: ({}, [], {}))
+    monkeypatch.setattr(analyze, "report", lambda result: "")
+    monkeypatch.setattr(analyze, "write_json", lambda path, content: wrote.append(path.parent.name))
+    for flags in ({}, {"step": 300}, {"tasks": "a,b,c"}, {"step": 300, "tasks": "a,b,c"}):
+        analyze.analyze(analyze.Config(checkpoint=str(tmp_path), **flags))
+    assert wrote[0] == "analysis" and len(set(wrote)) == 4

@@ -1,0 +1,155 @@
+"""What a task-skill allocation looks like, in numbers: Polytropon section 4.3, and how much it has of a known table.
+
+Functions of arrays, for `analyze.py`, `experiments/reproduce.py` and others to import. Shape key, as in poly.py: t
+tasks, s skills, h heads. An allocation is p (t, s), or (t, h, s): the probability that a task uses a skill (in a head).
+"""
+
+import statistics
+
+import numpy as np
+import torch
+from scipy.cluster.hierarchy import linkage
+from scipy.spatial.distance import squareform
+from scipy.special import entr
+from scipy.stats import rankdata
+from torch import nn
+
+from baselines.fixed import FixedRouter
+from inject import adapted_layers
+from mhr import MHRRouter
+from poly import PolyRouter
+
+# --- Allocations, and measures of one ---------------------------------------------------------------------------------
+
+
+def allocations(model: nn.Module) -> dict[str, np.ndarray]:
+    """Each router's allocation, float64: {name of the first layer that it serves: (t, s), or (t, h, s) for mhr}.
+
+    poly, mhr: sigmoid(Z), the probabilities of Polytropon equation 2, before a row is divided by its sum. A given table
+    (expert, private, adapter-soup, random by task): the table. Other methods have no probability of a skill and give
+    {}: one adapter for all; task-moe, whose weights compete for a sum of 1; hyperformer, whose weights have no bound;
+    random by example.
+    """
+    first = {}
+    for name, layer in adapted_layers(model).items():
+        if hasattr(layer, "router"):
+            first.setdefault(layer.router, name)  # a router that several layers share counts once
+    found = {}
+    for router, name in first.items():
+        Z = router.Z.detach().double().cpu()
+        if type(router) in (PolyRouter, MHRRouter):
+            found[name] = torch.sigmoid(Z).numpy()
+        elif type(router) is FixedRouter:
+            found[name] = Z.numpy()
+    return found
+
+
+def discreteness(p: np.ndarray) -> float:
+    """1 - mean over all cells of H(p) / log 2, H the entropy of a Bernoulli variable: 0 if all are 1/2, 1 if all are
+    0 or 1 (Polytropon equation 5).
+
+    The paper's text says what this returns; its formula lacks the "1 -" and gives the reverse.
+    """
+    entropy = entr(p) + entr(1 - p)
+    return float(np.clip(1 - entropy.mean() / np.log(2), 0, 1))
+
+
+def sparsity(p: np.ndarray) -> float:
+    """The share of cells that are on, p rounded (Polytropon equation 6): 1 if every task uses every skill, so that less
+    is sparser. Exactly 1/2 counts as off."""
+    return float((p > 0.5).mean())
+
+
+def usage(p: np.ndarray) -> float:
+    """H(u) / log s, where u is the sum of p over tasks, divided by its total (Polytropon equation 7): 1 if all skills
+    are used alike, 0 if only one is, or none.
+
+    With heads: the mean over heads. A head that always takes the same skill is no balanced one, though another head may
+    always take another. A single skill gives 1.
+    """
+    s = p.shape[-1]
+    if s == 1:
+        return 1.0
+    columns = p.sum(0)  # (s,) or (h, s)
+    total = columns.sum(-1, keepdims=True)
+    share = columns / np.where(total > 0, total, 1)
+    return float(np.clip(entr(share).sum(-1).mean() / np.log(s), 0, 1))
+
+
+MEASURES = {"discreteness": discreteness, "sparsity": sparsity, "usage": usage}
+
+
+def measure(allocations: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """{"layers": {router: {measure: value}}, "mean": {measure: mean over routers}}."""
+    layers = {name: {m: f(p) for m, f in MEASURES.items()} for name, p in allocations.items()}
+    return {"layers": layers, "mean": {m: statistics.fmean(v[m] for v in layers.values()) for m in MEASURES}}
+
+
+# --- Tasks beside each other ------------------------------------------------------------------------------------------
+
+
+def flat(allocations: dict[str, np.ndarray]) -> np.ndarray:
+    """All allocations of a task beside each other: (t, n), n the skills of all routers and heads."""
+    return np.concatenate([p.reshape(len(p), -1) for p in allocations.values()], axis=1)
+
+
+def task_similarity(allocations: dict[str, np.ndarray]) -> np.ndarray:
+    """(t, t): the cosine of two tasks' probabilities over all routers, heads and skills; between 0 and 1, 1 on the
+    diagonal. A task that uses nothing is like no other."""
+    rows = flat(allocations)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    rows = rows / np.where(norms > 0, norms, 1)
+    similarity = np.clip(rows @ rows.T, 0, 1)
+    np.fill_diagonal(similarity, 1)
+    return similarity
+
+
+def hierarchy(similarity: np.ndarray) -> np.ndarray:
+    """The tree of tasks, a scipy linkage (t - 1, 4): average linkage of 1 - similarity, like tasks side by side."""
+    distance = squareform(1 - similarity, checks=False)
+    return linkage(distance, "average", optimal_ordering=True)
+
+
+def overlap(table: np.ndarray) -> np.ndarray:
+    """(t, t): the skills that two tasks share, divided by those that either has (Jaccard), of a table (t, s) of 0 and
+    1; 0 where neither has any."""
+    on = (np.asarray(table) > 0).astype(float)
+    both, sizes = on @ on.T, on.sum(1)
+    return both / np.maximum(sizes[:, None] + sizes[None] - both, 1)
+
+
+def recovery(similarity: np.ndarray, table: np.ndarray, draws: int = 1000, seed: int = 0) -> dict[str, float]:
+    """How much of a true task-skill table (t, s') is in the similarity (t, t) that a model learned for the tasks.
+
+    correlation: Spearman's, over all pairs of different tasks, between similarity and `overlap` of the table. Two tasks
+    should be alike if they share skills, so learned skills need no match to true ones, and may be fewer or more. In
+    chance the tasks' names are permuted (Mantel's test): `chance` the mean and `chance_95` the 95 % point of the
+    correlation, `p` the share of permutations that reach the observed one, which counts as one of them. `low`, `high`:
+    the 95 % interval of a bootstrap over tasks, percentiles; pairs of a task with itself, drawn twice, are left out,
+    for they are alike whatever was learned. 0 where one side is the same for all pairs.
+    Raises ValueError for fewer than three tasks, or a table of another number of tasks.
+    """
+    t = len(table)
+    if t < 3 or similarity.shape != (t, t):
+        raise ValueError(f"recovery needs three tasks or more and one table, not {similarity.shape} and {t} tasks")
+    truth, rng = overlap(table), np.random.default_rng(seed)
+    a, b = np.triu_indices(t, 1)
+    observed = spearman(similarity[a, b], truth[a, b])
+    orders = [rng.permutation(t) for _ in range(draws)]
+    chance = np.array([spearman(similarity[o[a], o[b]], truth[a, b]) for o in orders])
+    again = []
+    for drawn in rng.integers(t, size=(draws, t)):
+        i, j = drawn[a], drawn[b]
+        different = i != j
+        again.append(spearman(similarity[i, j][different], truth[i, j][different]))
+    low, high = np.percentile(again, [2.5, 97.5])
+    p = (1 + (chance >= observed - 1e-12).sum()) / (1 + draws)
+    values = dict(correlation=observed, low=low, high=high, chance=chance.mean(), chance_95=np.percentile(chance, 95))
+    return {name: float(value) for name, value in (values | {"p": p}).items()}
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's rank correlation of two vectors; 0 if one of them is constant or empty, where it is not defined."""
+    if len(x) == 0 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return 0.0
+    return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])

@@ -1,0 +1,99 @@
+"""experiments/methods.py: the search takes the same steps for all methods, and what was made is not made again."""
+
+import importlib
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import config
+from experiments import methods
+
+
+@given(st.floats(-3, 3), st.sampled_from([1e-3, 5e-3, 0.5]))
+def test_the_search_climbs_to_the_best_rate(peak, middle):
+    """With one peak within 27 times of the middle, the rate nearest to it is found, and rates on both sides tried."""
+    tried = []
+
+    def score(rate):
+        tried.append(rate)
+        return -abs(round(math.log(rate / middle, 3), 6) - peak)
+
+    best = methods.search(score, middle)
+    assert abs(math.log(best / middle, 3) - peak) <= 0.5 + 1e-5
+    assert min(tried) < best < max(tried) and len(tried) == len(set(tried)) <= 7
+
+
+def test_the_search_stops():
+    """A score that rises for ever is followed for seven rates."""
+    tried = []
+    assert methods.search(lambda rate: tried.append(rate) or rate, 1.0) == max(tried) == 3.0**5 and len(tried) == 7
+
+
+def test_equal_scores_keep_the_middle():
+    """Of equal ones the first: nothing speaks for another rate."""
+    assert methods.search(lambda rate: 1.0, 5e-3) == 5e-3
+
+
+@pytest.fixture
+def trials(monkeypatch, tmp_path):
+    """methods.py with runs that return at once: what was trained and adapted."""
+    made = []
+    monkeypatch.setattr(methods, "pretrain", lambda name, seed, root, flags: (made.append(flags) or flags, {}))
+
+    def adapt(checkpoint, variant, seed, flags):
+        made.append((checkpoint, variant, flags))
+        return {"mean": -abs(float(flags[1].split("=")[1]) - 0.003) - abs(float(checkpoint[0].split("=")[1]) - 0.005)}
+
+    monkeypatch.setattr(methods, "adapt", adapt)
+    return made
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_variant_gets_a_rate_of_its_own(trials, tmp_path, name):
+    """One line is marked for each variant, all with the same pre-training, and the marks are what RATES needs."""
+    lines = methods.tune(name, tmp_path)
+    best = [line for line in lines if line[-1]]
+    assert sorted(line[2] for line in best) == sorted(methods.METHODS[name][1])
+    assert len({line[1] for line in best}) == 1
+    assert all(line[3].startswith("--lr-z=" if line[2] == "z" else "--lr=") for line in best)
+
+
+def test_every_method_has_rates_for_its_variants():
+    for name, (_, variants) in methods.METHODS.items():
+        assert set(methods.RATES[name][1]) == set(variants) <= set(config.VARIANTS)
+
+
+def test_what_was_made_is_not_made_again(monkeypatch, tmp_path):
+    """A script runs if its file is not there; the commit of the tree is written beside it."""
+    calls = []
+
+    def fake(command, **options):
+        calls.append(command)
+        if command[0] != "git":
+            (tmp_path / "result.json").write_text(json.dumps({"mean": 3.0}))
+        return type("Done", (), {"returncode": 0, "stdout": "abc\n", "stderr": ""})
+
+    monkeypatch.setattr(methods.subprocess, "run", fake)
+    for _ in range(2):
+        assert methods.run("train.py", ["--seed", "0"], tmp_path / "result.json") == {"mean": 3.0}
+    assert len([c for c in calls if c[0] != "git"]) == 1
+    assert (tmp_path / "commit").read_text() == "abc"
+
+
+def test_a_script_that_fails_ends_all_with_its_words(monkeypatch, tmp_path):
+    failed = type("Done", (), {"returncode": 2, "stdout": "", "stderr": "error: --x is wrong\n"})
+    monkeypatch.setattr(methods.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(SystemExit, match="--x is wrong"):
+        methods.run("train.py", [], tmp_path / "result.json")
+
+
+def test_another_recipe_is_another_folder():
+    """Runs are found by their flags: so what flags leave open is in the folder's name."""
+    name = methods.RUNS.name
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(config.PRETRAINING["strings"], "steps", 7)
+        assert importlib.reload(methods).RUNS.name != name
+    assert importlib.reload(methods).RUNS.name == name
