@@ -43,9 +43,7 @@ class Config:
     soup: int = flag(5, "adapter-soup: how many training tasks' adapters are averaged")
     tasks: str = flag("all", "all (test tasks), dev (dev tasks), or names joined by commas")
     data_dir: str = flag("", "folder of the benchmark's files, if it has moved since pre-training")
-    split: tuple = flag(
-        ("0",), "which few-shot examples: any number; t0 and crossfit: of their files' seeds. Several: each in turn"
-    )
+    split: tuple = flag(("0",), "few-shot examples: any number; t0, crossfit: a seed of their files. Several: in turn")
     shots: int = flag(0, "train examples of a task to use; 0: all that the split has")
     steps: int = flag(1000, "optimiser steps per task")
     batch_size: int = flag(8, "examples per step")
@@ -97,7 +95,7 @@ from baselines.fixed import FixedRouter, RandomRouter, given_table
 from choices import choice_log_probs, t_few_loss
 from evaluate import all_scores, by_group, evaluate_tasks, main_scores, over_splits
 from inject import adapted_layers, add_tasks, read_tensors, routers, save_adapters, task_ids
-from resume import advice_on_memory, cut_log, finished, hold, tidy
+from resume import advice_on_memory, cut_log, finished, hold, marks_of_model, marks_of_tasks, refuse_other, sync, tidy
 
 # --- The starting point -----------------------------------------------------------------------------------------------
 
@@ -127,7 +125,7 @@ def prepare(model: nn.Module, base: train.Config, cfg: Config) -> Callable[[data
             p.requires_grad_(False)
         for router in routers(model):
             router.Z.requires_grad_(True)
-    trained = trainable(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
     start = [p.detach().clone() for p in trained]
 
     @torch.no_grad()
@@ -136,7 +134,9 @@ def prepare(model: nn.Module, base: train.Config, cfg: Config) -> Callable[[data
         for p, value in zip(trained, start, strict=True):
             p.copy_(value)
         if base.method == "expert" and cfg.variant == "all":
-            skills = read_json(Path(cfg.checkpoint) / "tasks.json", skills=list)["skills"]
+            skills = read_json(path := Path(cfg.checkpoint) / "tasks.json", skills=list)["skills"]
+            if len(skills) != base.skills:
+                raise UserError(f"{path} names {len(skills)} skills, the run has {base.skills}: it was changed by hand")
             for router in routers(model):
                 router.Z.copy_(given_table("expert", [task], skills))
 
@@ -168,11 +168,6 @@ def begin_with_soup(model: nn.Module, base: train.Config, cfg: Config) -> Callab
             model.set_submodule(name, SINGLE[base.adapter](layer.linear, layer.adapter, params))
 
     return begin
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that are trained, in model order."""
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 # --- One task ---------------------------------------------------------------------------------------------------------
@@ -315,6 +310,7 @@ def run(cfg: Config, folder: Path) -> dict:
     splits = {split: tasks_to_adapt(base, split, cfg) for split in cfg.split}
     torch.manual_seed(cfg.seed)
     model, tokenizer = load_run(Path(cfg.checkpoint), base)
+    made_with = marks_of_model(model)
     if base.checkpointing:
         train.use_checkpointing(model)
     begin = prepare(model, base, cfg)
@@ -330,7 +326,8 @@ def run(cfg: Config, folder: Path) -> dict:
     try:
         with open(folder / "log.jsonl", "a") as log:
             for split, tasks in splits.items():
-                results[split], spent = adapt_split(model, tokenizer, tasks, begin, split, base, cfg, folder, log)
+                what = (tasks, begin, split, base, cfg, folder, log, made_with)
+                results[split], spent = adapt_split(model, tokenizer, *what)
                 seconds += spent
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
         print(f"\nstopped; to go on with the tasks that are not done: python adapt.py --resume --output-dir {folder}")
@@ -347,9 +344,9 @@ def run(cfg: Config, folder: Path) -> dict:
     return result
 
 
-def adapt_split(model, tokenizer, tasks, begin, split: str, base, cfg: Config, folder: Path, log) -> tuple[dict, float]:
+def adapt_split(model, tokenizer, tasks, begin, split, base, cfg, folder: Path, log, made_with) -> tuple[dict, float]:
     """Adapt to the tasks of one split, each from its starting values (begin: see `prepare`), and save each; what is
-    saved already is not done again.
+    saved already is not done again, and refused if it was not made_with the same (`resume.refuse_other`).
 
     Returns {"before", "tasks": {task: main score}, "groups": {group: mean}, "metrics": {task: {metric: score}},
     "stops"}, and the seconds that it took, in earlier sittings too (of several processes: that this one took).
@@ -359,7 +356,7 @@ def adapt_split(model, tokenizer, tasks, begin, split: str, base, cfg: Config, f
     (folder / split).mkdir(parents=True, exist_ok=True)
     share, title = parallel.share(tasks), f"adapt {cfg.variant}, split {split}"
     for task in (bar := tqdm(share, desc=title, unit="task", disable=None)):
-        done = folder / split / f"{task.name}.json"
+        done, made = folder / split / f"{task.name}.json", made_with | {"data set": marks_of_tasks([task])}
         if not done.exists():
             begin(task)
             start = time.monotonic()
@@ -368,8 +365,10 @@ def adapt_split(model, tokenizer, tasks, begin, split: str, base, cfg: Config, f
             one["stops"] = adapt_task(model, tokenizer, task, lengths, cfg, log, split)
             one["metrics"] = all_scores(model, tokenizer, [task], [0], **scoring)[task.name]
             save_task(model, tokenizer, folder / split, task.name)
-            write_json(done, one | {"seconds": time.monotonic() - start})
-        one = found[task.name] = read_json(done, before=float, stops=dict, metrics=dict, seconds=float)
+            sync(log)
+            write_json(done, one | {"seconds": time.monotonic() - start, "made_with": made})
+        one = found[task.name] = read_json(done, before=float, stops=dict, metrics=dict, seconds=float, made_with=dict)
+        refuse_other(done, one["made_with"], made)
         then, now = one["before"], main_scores({task.name: one["metrics"]})[task.name]
         bar.set_postfix(task=task.name, before=f"{then:.1f}", after=f"{now:.1f}")
         if bar.disable:
@@ -386,6 +385,7 @@ def train_config(cfg: Config) -> train.Config:
     if not cfg.checkpoint:
         raise UserError("--checkpoint is missing: give a run folder of train.py")
     base = read_config(train.Config, Path(cfg.checkpoint) / "config.json")
+    check_ranges(base)
     fits = VARIANTS[cfg.variant]
     if base.method not in fits:
         raise UserError(

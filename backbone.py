@@ -7,6 +7,7 @@ all that a model depends on.
 import dataclasses
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -77,13 +78,14 @@ def load_backbone(name: str, device: str, precision: str = "fp32", encoder: bool
             raise ValueError(f"its file has no {missing[0]}, which would be random")
         if getattr(model, "hf_quantizer", None):  # of a GGUF file: its weights are plain now, also when saved again
             model.hf_quantizer.remove_quantization_config(model)
-        return model.to(device), AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # a file can be broken in any way, and each loader then fails in its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "trust_remote_code" in str(error):
             reason = "it asks to run code of its own, which is never done here"
         flag = "--encoder" if encoder else "--backbone"
         raise UserError(f"{flag} {name} cannot be loaded: {reason} ({flag} tiny is bundled)") from None
+    return model.to(device), tokenizer  # outside: too little memory there is no fault of the files
 
 
 LARGE = {  # the recipes' backbones: parameters in billions
@@ -106,18 +108,31 @@ def save_backbone(model: nn.Module, tokenizer, folder: Path):
 
     Raises OSError if it cannot be written.
     """
+    with whole_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+@contextmanager
+def whole_folder(folder: Path):
+    """Write a folder under the name that this yields: it is then synced to the disk and renamed, over an older one.
+
+    Raises OSError if it cannot be written; the older one stays.
+    """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-    except SafetensorError as error:  # how safetensors calls a full disk
-        raise OSError(f"{folder} cannot be written: {error}") from None
-    for path in temporary.iterdir():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off after this
-    temporary.rename(folder)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in temporary.iterdir():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    except (OSError, SafetensorError) as error:  # SafetensorError: how safetensors calls a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)
+        raise OSError(number, f"cannot be written: {reason}", str(folder)) from None
 
 
 def tiny_from_scratch() -> T5ForConditionalGeneration:

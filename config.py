@@ -178,6 +178,8 @@ def check_ranges(cfg):
             raise UserError(f"{flag} must be above 0, not {value}")
         if name in NOT_NEGATIVE and not 0 <= value < 2**63:
             raise UserError(f"{flag} must not be negative or huge, not {value}")
+        if type(value) is int and name != "seed" and value >= 2**31:
+            raise UserError(f"{flag} must be below 2^31, not {value}")
         if name == "warmup" and value > 1:
             raise UserError(f"{flag} is a share of the steps and must not be above 1, not {value}")
 
@@ -189,8 +191,11 @@ def describe(cfg) -> str:
 
 def exit_on_user_error(main, *args):
     """Run a script's main. What goes wrong becomes one line on standard error and an exit code: 2 for what the user can
-    mend (UserError), 1 for a run that failed (RunError, or the disk), 130 for Ctrl-C, 143 for SIGTERM."""
+    mend (UserError), 1 for a run that failed (RunError, or the disk), 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP
+    (unless it is ignored, as under nohup)."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in hang_ups():
+        signal.signal(number, _hang_up)
     try:
         main(*args)
     except UserError as error:
@@ -205,6 +210,25 @@ def exit_on_user_error(main, *args):
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def hang_ups() -> list[int]:
+    """SIGHUP, which tells that the terminal was closed; [] where it is ignored (nohup) or there is none (Windows)."""
+    number = getattr(signal, "SIGHUP", None)
+    return [number] if number and signal.getsignal(number) != signal.SIG_IGN else []
+
+
+def _hang_up(*_):
+    tell("\nthe terminal was closed")
+    sys.exit(129)
+
+
+def tell(text: str):
+    """Print a line. Where nothing can be printed any more, all that comes later goes to the null device."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
 # --- Run folders ------------------------------------------------------------------------------------------------------

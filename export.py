@@ -61,8 +61,11 @@ from torch import Tensor, nn
 
 import adapt
 import train
-from backbone import TINY, add_adapters, average_skills, collapse, load_adapter_file, load_backbone, load_run
-from inject import adapted_layers, merge, save_adapters
+from backbone import (
+    TINY, add_adapters, average_skills, collapse, load_adapter_file, load_backbone, load_run, save_backbone,
+    whole_folder,
+)  # fmt: skip
+from inject import adapted_layers, merge, routers, save_adapters
 from lora import LoRA
 from sft import SFT
 
@@ -79,12 +82,14 @@ def one_adapter(cfg: Config):
         raise UserError(f"{folder} is a run of method full: {folder / 'backbone'} is a plain model folder already")
     if cfg.split:
         raise UserError(f"--split {cfg.split} is for runs of adapt.py, {folder} is one of train.py: leave it out")
-    names = read_json(folder / "tasks.json", tasks=list)["tasks"]
+    names = names_of_tasks(folder)
     if base.method not in ONE_ADAPTER:
         _check_task(cfg, ["mu", *names])
     elif cfg.task:
         raise UserError(f"--task {cfg.task}: {folder} has one adapter for all tasks, leave --task out")
     model, tokenizer = load_run(folder, base)
+    if any(router.tasks != len(names) for router in routers(model)):
+        raise UserError(f"{folder / 'tasks.json'} names {len(names)} tasks, its routers have another number of them")
     if cfg.task == "mu":
         average_skills(model, base.adapter)
     elif cfg.task:
@@ -111,6 +116,14 @@ def _adapted(cfg: Config, folder: Path):
     load_adapter_file(model, folder / split / f"{cfg.task}.safetensors")
     collapse(model, base.adapter, lambda layer: mixture(layer, 0))
     return model, tokenizer, str(Path(run.checkpoint) / "backbone") if base.method == "full" else base.backbone
+
+
+def names_of_tasks(folder: Path) -> list[str]:
+    """The names in a run's tasks.json. Raises UserError if they are no names."""
+    names = read_json(folder / "tasks.json", tasks=list)["tasks"]
+    if odd := [name for name in names if not isinstance(name, str)]:
+        raise UserError(f"{folder / 'tasks.json'}: {odd[0]!r:.60} is no name of a task: it was changed by hand")
+    return names
 
 
 def _base(folder: Path) -> train.Config:
@@ -233,11 +246,11 @@ def export_poly(cfg: Config):
         r=base.rank, n_tasks=router.tasks, n_skills=router.skills, n_splits=getattr(router, "heads", 1),
         target_modules=endings(model, list(layers)),
     )  # fmt: skip
-    out = new_run_folder(cfg.output_dir)
-    _write_peft(model, config, tensors, base.backbone, out)
-    write_json(out / "run.json", read_json(folder / "config.json"))
-    write_json(out / "tasks.json", read_json(folder / "tasks.json"))
-    print(f"{router.tasks} tasks, {len(layers)} layers, saved in {out}")
+    with whole_folder(new_run_folder(cfg.output_dir)) as out:
+        _write_peft(model, config, tensors, base.backbone, out)
+        write_json(out / "run.json", read_json(folder / "config.json"))
+        write_json(out / "tasks.json", read_json(folder / "tasks.json"))
+    print(f"{router.tasks} tasks, {len(layers)} layers, saved in {cfg.output_dir}")
 
 
 # --- To a run ---------------------------------------------------------------------------------------------------------
@@ -347,16 +360,16 @@ def import_run(cfg: Config):
                 raise UserError(f"{source}: {key} of layer {name} holds numbers that are not finite")
         from_blocks(layer, **layers[name])
     tasks = {"tasks": [str(k) for k in range(t)], "skills": []}
-    if source.is_dir() and (source / "tasks.json").exists():
-        saved = read_json(source / "tasks.json", tasks=list)
-        tasks = saved if len(saved["tasks"]) == t else tasks
-    folder = new_run_folder(cfg.output_dir)
-    save_adapters(model, str(folder / "adapter.safetensors"))
-    write_json(folder / "config.json", dataclasses.asdict(base))
-    write_json(folder / "tasks.json", tasks)
-    counts = train.count_parameters(model)
-    write_json(folder / "result.json", {"steps": 0, "seconds": 0.0, "parameters": counts})  # no step of our own order
-    print(f"method {method}, {t} tasks, {len(layers)} layers, {s} skills of rank {r}, {h} heads, saved in {folder}")
+    if source.is_dir() and (source / "tasks.json").exists() and len(names_of_tasks(source)) == t:
+        tasks = read_json(source / "tasks.json", skills=list)
+    with whole_folder(new_run_folder(cfg.output_dir)) as folder:
+        save_adapters(model, str(folder / "adapter.safetensors"))
+        write_json(folder / "config.json", dataclasses.asdict(base))
+        write_json(folder / "tasks.json", tasks)
+        counts = train.count_parameters(model)
+        write_json(folder / "result.json", {"steps": 0, "seconds": 0.0, "parameters": counts})  # none of our own order
+    counted = f"{t} tasks, {len(layers)} layers, {s} skills of rank {r}, {h} heads"
+    print(f"method {method}, {counted}, saved in {cfg.output_dir}")
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
@@ -373,17 +386,16 @@ def export_task(cfg: Config):
         raise UserError("--format peft: PEFT has no sparse fine-tuning, use --format merged")
     folder = new_run_folder(cfg.output_dir)
     if cfg.format == "peft":
-        write_peft(model, backbone, folder)
+        with whole_folder(folder) as temporary:
+            write_peft(model, backbone, temporary)
     else:
         merge(model, 0)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_backbone(model, tokenizer, folder)
     print(f"{f'task {cfg.task}' if cfg.task else 'one adapter'}, {len(layers)} layers, saved in {folder}")
 
 
-def main(flags: dict):
-    """Write what --format says. Raises UserError for a flag that is missing or does not fit the format."""
-    cfg = Config(**flags)
+def check(cfg: Config):
+    """Raise UserError for a flag that is missing or does not fit the format."""
     for name in ("checkpoint", "output_dir"):
         if not getattr(cfg, name):
             raise UserError(f"--{name.replace('_', '-')} is missing")
@@ -395,6 +407,12 @@ def main(flags: dict):
         raise UserError(f"--checkpoint {cfg.checkpoint} does not exist")
     if Path(cfg.output_dir).is_dir() and any(Path(cfg.output_dir).iterdir()):
         raise UserError(f"--output-dir {cfg.output_dir} is not empty: choose another folder")
+
+
+def main(flags: dict):
+    """Write what --format says. Raises UserError as `check`, or if the run is not what the format needs."""
+    cfg = Config(**flags)
+    check(cfg)
     {"peft-poly": export_poly, "run": import_run}.get(cfg.format, export_task)(cfg)
 
 

@@ -361,7 +361,7 @@ def write_tensors(tensors: dict[str, Tensor], path: str, **metadata: str):
     """
     temporary = f"{path}.tmp"
     try:
-        one = json.dumps(metadata | {"sha256": _digest(tensors)})  # one entry: safetensors writes several in any order
+        one = json.dumps(metadata | {"sha256": digest(tensors)})  # one entry: safetensors writes several in any order
         save_file(tensors, temporary, metadata={"saved": one})
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -379,20 +379,20 @@ def read_tensors(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(str(path), framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get("saved", "{}"))
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # not the file's own pages
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:  # JSON: no JSON, or nested too deep
         raise ValueError(f"{path} is no whole safetensors file: {error}") from None
-    if not isinstance(metadata, dict) or metadata.get("sha256") != _digest(tensors):
+    if not isinstance(metadata, dict) or metadata.get("sha256") != digest(tensors):
         raise ValueError(f"{path} is damaged: its content is not what was saved")
     return tensors, metadata
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
+def digest(tensors: dict[str, Tensor]) -> str:
     """SHA-256 of names, types, shapes and bytes."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {_kind(tensor)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+        found.update(f"{name} {_kind(tensor)}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 @torch.no_grad()

@@ -9,11 +9,14 @@ one state of the random numbers again (`parallel.py` says when they part ways), 
 their last bits from run to run anyhow, but under `backbone.make_deterministic`.
 
 It is one safetensors file, written under another name, synced to the disk and renamed over the one before: whenever the
-process dies, there is a whole checkpoint or none, never half of one.
+process dies, there is a whole checkpoint or none, never half of one. The log is synced first. A run does not go on if
+the backbone or the tasks are no longer those that it was made with.
 """
 
+import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -30,8 +33,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import parallel
-from config import RunError, UserError, read_json, refuse_used, whole_file
-from inject import adapter_parameters, read_tensors, write_tensors
+from config import RunError, UserError, hang_ups, read_json, refuse_used, tell, whole_file
+from inject import adapter_parameters, digest, fingerprint, read_tensors, write_tensors
 
 CHECKPOINT = "checkpoint.safetensors"  # in the run folder, until the run is done
 LOCK = ".lock"  # in the run folder, while a process is at work there
@@ -61,36 +64,70 @@ def run_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {n: p for n, p in model.named_parameters() if p.requires_grad} | adapter_parameters(model)
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress):
-    """Write a checkpoint in the place of the one before. Raises OSError if that fails; the one before is then whole."""
+def marks_of_tasks(tasks: list) -> str:
+    """A short hash of tasks (`data.Task`): names, and of each part its size and its first and last example."""
+    found = hashlib.sha256()
+    for task in tasks:
+        for part in (task.train, task.dev, task.test):
+            found.update(repr((task.name, len(part), *(part[k] for k in (0, -1) if len(part)))).encode())
+    return found.hexdigest()[:16]
+
+
+def marks_of_model(model: nn.Module) -> dict[str, str]:
+    """A pre-trained model's backbone and adapters as short hashes, for `refuse_other`."""
+    return {"backbone": fingerprint(model), "checkpoint": digest(adapter_parameters(model))[:16]}
+
+
+def refuse_other(path: Path, saved, now: dict[str, str]):
+    """Raise UserError if what a file was made with (saved: {"backbone": hash, ...}) is not what is there now."""
+    for what, mark in now.items():
+        if not isinstance(saved, dict) or saved.get(what) != mark:
+            advice = "put that one back, or delete the file to make it again"
+            raise UserError(f"{path} was made with another {what} than there is now: {advice}")
+
+
+def sync(log):
+    """Have all that was written to an open file on the disk: what is saved after it is then never there without it."""
+    log.flush()
+    os.fsync(log.fileno())
+
+
+def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, made_with=None):
+    """Write a checkpoint in the place of the one before. Raises OSError if that fails; the one before is then whole.
+
+    made_with: {"backbone": hash, ...}, for `load_checkpoint` to compare.
+    """
     tensors = {f"model.{name}": p.detach().contiguous() for name, p in run_tensors(model).items()}
-    numbers = {}
-    for k, state in optimizer.state_dict()["state"].items():
+    numbers, states = {}, optimizer.state_dict()["state"]
+    for k, state in states.items():
         for name, value in state.items():
             (tensors if isinstance(value, Tensor) else numbers)[f"optimizer.{k}.{name}"] = value
     tensors["random"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
-    write_tensors(tensors, path, state=json.dumps({**progress._asdict(), "numbers": numbers}))
+    state = {**progress._asdict(), "numbers": numbers, "trained": list(states), "made_with": made_with}
+    write_tensors(tensors, path, state=json.dumps(state))
 
 
 @torch.no_grad()
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, made_with=None) -> Progress:
     """Put a run back where `save_checkpoint` found it. The model and the optimiser must be made as they were then.
 
-    Raises UserError, with the model unchanged, if the file is damaged or of another run.
+    made_with: as `save_checkpoint` was given it; None: whatever it was. Raises UserError, with nothing changed, if the
+    file is damaged, of another run, or made with something else.
     """
     try:
-        saved, metadata = read_tensors(path)
+        tensors, metadata = read_tensors(path)
         state = json.loads(metadata["state"])
-        numbers, progress = state.pop("numbers"), Progress(**state | {"recent": tuple(state["recent"])})
-    except (ValueError, KeyError, TypeError) as error:
+        saved, trained, progress = tensors | state["numbers"], set(state["trained"]), _progress(state)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} is no whole checkpoint ({error}): delete it to begin the run again") from None
+    refuse_other(path, state.get("made_with"), made_with or {})
+    if not torch.cuda.is_available():
+        saved.pop("random.cuda", None)  # of a run that goes on without its GPU
     own = {f"model.{name}": p for name, p in run_tensors(model).items()}
-    kinds = [{n: (p.shape, p.dtype) for n, p in d.items() if n.startswith("model.")} for d in (own, saved)]
-    if kinds[0] != kinds[1]:
-        raise UserError(f"{path} is of a run with other settings: delete it to begin the run again")
-    state = _by_parameter(saved | numbers)
+    _check(path, saved, own | _flat_state(optimizer, trained) | {"random": None})
+    state = _by_parameter(saved)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for k, entries in state.items():  # once more: load_state_dict rounds them to the parameter's type
@@ -99,9 +136,59 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     for name, p in own.items():
         p.copy_(saved[name])
     torch.set_rng_state(saved["random"])
-    if "random.cuda" in saved and torch.cuda.is_available():
+    if "random.cuda" in saved:
         torch.cuda.set_rng_state(saved["random.cuda"])
     return progress
+
+
+def _check(path: Path, saved: dict, expected: dict):
+    """Raise UserError unless the names of a checkpoint are the expected ones, and each value fits."""
+    for name in sorted(saved.keys() | expected.keys()):
+        if name not in saved or not _fits(name, saved[name], expected.get(name)):
+            found = "missing, unknown, of another shape or type, or not finite"
+            advice = "delete it to begin the run again"
+            raise UserError(f"{path}: {name} is {found}, so it is of a run with other settings: {advice}")
+
+
+def _progress(state: dict) -> Progress:
+    """The Progress that a checkpoint's JSON holds. Raises ValueError, TypeError or OverflowError if it holds none."""
+    now = Progress(*(state[name] for name in Progress._fields))._replace(recent=tuple(state["recent"]))
+    if type(now.step) is not int or not 0 < now.step < 2**31:
+        raise ValueError(f"its step is {str(now.step)[:40]}")
+    if not all(math.isfinite(x) for x in (now.seconds, *now.recent)) or not isinstance(now.loss, float):  # loss: or NaN
+        raise ValueError("its seconds or losses are no numbers")
+    return now
+
+
+def _flat_state(optimizer: torch.optim.Optimizer, trained: set) -> dict:
+    """{"optimizer.K.NAME": value} of the parameters with these numbers, as the first step makes it: a step of the same
+    optimiser on parameters without memory ("meta")."""
+    groups = []
+    for group in optimizer.param_groups:
+        params = [torch.empty_like(p, device="meta", requires_grad=True) for p in group["params"]]
+        for p in params:
+            p.grad = torch.empty_like(p)
+        groups.append(group | {"params": params, "fused": False})
+    twin = type(optimizer)(groups)
+    twin.step()
+    state = {k: own for k, own in twin.state_dict()["state"].items() if k in trained}
+    return {f"optimizer.{k}.{name}": value for k, own in state.items() for name, value in own.items()}
+
+
+def _fits(name: str, value, like) -> bool:
+    """Whether a value from a checkpoint can take the place of `like`: its type and shape, and it is finite. A state of
+    random numbers: whether a generator takes it."""
+    if name in ("random", "random.cuda"):
+        try:
+            torch.Generator("cuda" if name == "random.cuda" else "cpu").set_state(value)
+        except (RuntimeError, TypeError):
+            return False
+        return True
+    if not isinstance(like, Tensor) or not isinstance(value, Tensor):
+        return like is not None and type(value) is type(like)
+    if (value.shape, value.dtype) != (like.shape, like.dtype):
+        return False
+    return not value.is_floating_point() or bool(value.isfinite().all())
 
 
 def _by_parameter(flat: dict) -> dict[int, dict]:
@@ -115,11 +202,22 @@ def _by_parameter(flat: dict) -> dict[int, dict]:
 
 
 def cut_log(path: Path, keep: Callable[[dict], bool]):
-    """Drop the lines of a log that say what the run will do again, and a last line that is not whole."""
-    if path.exists():
-        whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-        with whole_file(path) as temporary:
-            temporary.write_text("".join(line for line in whole if keep(json.loads(line))))
+    """Drop the lines of a log that say what the run will do again, and a last line that is not whole.
+
+    Raises UserError for any other line that is damaged.
+    """
+    if not path.exists():
+        return
+    *whole, _ = path.read_bytes().split(b"\n")
+    kept = []
+    for number, line in enumerate(whole, 1):
+        try:
+            if keep(json.loads(line)):
+                kept.append(line + b"\n")
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f"{path}:{number} is damaged: delete this line to go on") from None
+    with whole_file(path) as temporary:
+        temporary.write_bytes(b"".join(kept))
 
 
 def write_line(log, bar: tqdm, now: Progress, norm: float, lr: float, every: int):
@@ -162,7 +260,8 @@ class Every:
 
 
 class Signals:
-    """Within this context Ctrl-C and SIGTERM are noted, for the loop to end after its step: `caught` is the number.
+    """Within this context Ctrl-C, SIGTERM and SIGHUP (the terminal is closed) are noted, for the loop to end after its
+    step: `caught` is the number. SIGHUP that is ignored (nohup) stays so.
 
     A second Ctrl-C is obeyed at once. (A second SIGTERM is not: launchers pass on what the process has had already.)
     """
@@ -172,7 +271,8 @@ class Signals:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # the only one that gets signals
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            for number in (signal.SIGINT, signal.SIGTERM, *hang_ups()):
+                self.before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *error):
@@ -183,7 +283,7 @@ class Signals:
         if self.caught and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.caught:
-            print("\nstopping after this step (Ctrl-C: at once)", flush=True)
+            tell("\nstopping after this step (Ctrl-C: at once)")
         self.caught = number
 
 
@@ -237,13 +337,22 @@ def finished(folder: Path, resume: bool) -> dict | None:
 # --- Runs that fail ---------------------------------------------------------------------------------------------------
 
 
-def refuse_nonfinite(loss: float, norm: float, where: str):
-    """Raise RunError if the loss or the gradients' norm is not a finite number, before anything is changed by it."""
+def refuse_nonfinite(loss: float, norm: float, step: int, batch: list, tasks: list):
+    """Raise RunError if the loss or the gradients' norm is not a finite number, before anything is changed by it.
+
+    batch: its `data.Item`s. The message names each example by its task and its place, from 0, among the training
+    examples of the task; to find that, these are read from the first one on.
+    """
     if not (math.isfinite(loss) and math.isfinite(norm)):
+        examples = ", ".join(f"{tasks[i.task].name}[{tasks[i.task].train.index(i.example)}]" for i in batch)
         raise RunError(
-            f"{where}: the loss is {loss}, the norm of its gradients {norm}; nothing of it was kept. Try a lower --lr "
-            "or --precision fp32 in a new folder: to go on from the checkpoint would be the same again"
+            f"step {step}, training examples {examples}: the loss is {loss}, the norm of its gradients {norm}; nothing "
+            "of it was kept. Try a lower --lr or --precision fp32 in a new folder: to go on from the checkpoint would "
+            "be the same again"
         )
+
+
+NO_MEMORY = "can't allocate memory|Storage size calculation overflowed"  # in a RuntimeError of torch on a CPU
 
 
 @contextmanager
@@ -254,6 +363,6 @@ def advice_on_memory(advice: str):
     except (RuntimeError, MemoryError) as error:
         if "does not have a deterministic implementation" in str(error):
             raise RunError(f"--deterministic: {str(error).split()[0]} cannot be so, leave the flag out") from None
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(NO_MEMORY, str(error)):
             raise RunError(f"there is not enough memory: try {advice}, with --resume to go on") from None
         raise

@@ -101,13 +101,13 @@ import parallel
 from baselines.adapter_soup import embed_tasks
 from baselines.fixed import given_table, skill_names
 from evaluate import evaluate_tasks, mean
-from inject import routers, save_adapters, task_ids, write_tensors
+from inject import fingerprint, routers, save_adapters, task_ids, write_tensors
 from backbone import (
     average_skills, build_model, load_run, make_deterministic, pick_device, save_backbone, warn_if_too_large,
 )  # fmt: skip
 from resume import (
-    CHECKPOINT, Every, Progress, Signals, advice_on_memory, cut_log, finished, hold, load_checkpoint, refuse_nonfinite,
-    save_checkpoint, tidy, write_line,
+    CHECKPOINT, Every, Progress, Signals, advice_on_memory, cut_log, finished, hold, load_checkpoint, marks_of_tasks,
+    refuse_nonfinite, save_checkpoint, sync, tidy, write_line,
 )  # fmt: skip
 
 # --- Optimisation -----------------------------------------------------------------------------------------------------
@@ -315,9 +315,9 @@ def train_steps(model, tokenizer, tasks: list[data.Task], steps: int, cfg: Confi
     """The loop: batch, learning rate, forward, backward, step, log, save. With --resume it begins where the checkpoint
     is. Raises RunError if loss or gradients are no longer finite."""
     optimizer, every, checkpoint = make_optimizer(model, cfg), Every(cfg.save_every), folder / CHECKPOINT
-    now = Progress()
+    now, made_with = Progress(), {"backbone": fingerprint(model), "data set": marks_of_tasks(tasks)}
     if cfg.resume and checkpoint.exists():
-        now = load_checkpoint(checkpoint, model, optimizer)
+        now = load_checkpoint(checkpoint, model, optimizer, made_with)
         print(f"going on after step {now.step:,}")
     parallel.wait()  # until all have read it
     if parallel.first():
@@ -337,7 +337,7 @@ def train_steps(model, tokenizer, tasks: list[data.Task], steps: int, cfg: Confi
             loss = backward_in_parts(loss_of, parallel.share(batch), cfg.micro_batch, weight, batch)
             loss, stop = parallel.add_up(trainable, loss, signals.caught)
             norm = nn.utils.clip_grad_norm_(trainable, cfg.clip).item()
-            refuse_nonfinite(loss, norm, f"step {step}, tasks {', '.join(sorted({tasks[i.task].name for i in batch}))}")
+            refuse_nonfinite(loss, norm, step, batch, tasks)
             optimizer.step()
             optimizer.zero_grad()
             now = now.after(step, loss, time.monotonic() - start)
@@ -347,7 +347,8 @@ def train_steps(model, tokenizer, tasks: list[data.Task], steps: int, cfg: Confi
             if cfg.keep_every and step % cfg.keep_every == 0 and parallel.first():
                 save_run(model, tokenizer, cfg, folder, f"-{step}")
             if (every.due(step) or stop or step == steps) and parallel.first():
-                save_checkpoint(checkpoint, model, optimizer, now)
+                sync(log)
+                save_checkpoint(checkpoint, model, optimizer, now, made_with)
             if stop:
                 print(f"stopped after step {step}; to go on: python train.py --resume --output-dir {folder}")
                 parallel.wait()  # until it is saved: launchers kill the others when one ends

@@ -30,11 +30,13 @@ class TaskMoERouter(PolyRouter):
         self.k = k
 
     def forward(self, tasks: Tensor, sample: bool | None = None) -> Tensor:
-        """Task ids (u,) to weights (u, s), k of them above 0, each row summing to 1. sample: there is no noise.
+        """Task ids (u,) to weights (u, s), at most k of them above 0, each row summing to 1. sample: there is no noise.
 
-        The gradient reaches the kept logits only. Raises IndexError for an id outside 0 .. t-1.
+        The gradient reaches the kept logits only. Logits of +-inf count as the largest number, so k of the same sign
+        share evenly. Raises IndexError for an id outside 0 .. t-1.
         """
-        logits = rows_of(self.Z, tasks)
+        most = torch.finfo(self.Z.dtype).max
+        logits = rows_of(self.Z, tasks).clamp(-most, most)
         best = logits.topk(self.k, dim=-1).indices
         kept = torch.full_like(logits, -torch.inf).scatter(-1, best, logits.gather(-1, best))
         return kept.softmax(-1)  # of the k best: the same as a softmax over all, cut and divided by its sum

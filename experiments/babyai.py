@@ -2,8 +2,8 @@
 
     pip install minigrid==3.2.0
     python -m experiments.babyai --method skilled --width 32 --frames 3000000
-    python -m experiments.babyai --resume --output-dir runs/babyai-skilled-0
-    python -m experiments.babyai --plot runs/babyai-*       success by episodes, as the paper's figure 2
+    python -m experiments.babyai --resume --output-dir runs/babyai-skilled-0          (--frames may grow)
+    python -m experiments.babyai --plot runs/babyai-*       the paper's figure 2, and a table at equal episodes
 
 Every parameter of the agent is that of its level: theta_l = theta_0 + sum_s w_ls Phi_s ([1] eq. 3). theta_0 and Phi are
 both trained; a skill Phi_s changes a tenth of the entries, drawn at random (`sft.py`); each layer has a router of its
@@ -16,6 +16,9 @@ own (`poly.py`, `mhr.py`, `baselines/fixed.py`). A batch is cut by level; each p
     private       an agent for each level, which share nothing: theta_0 is zero and stays so, Phi is dense
 
 What [1] leaves open, and what was chosen:
+* Success is counted while training: of sampled actions, with noise of Z where Z is learned (not in shared, expert and
+  private), over 100 episodes as in figure 2; so "> 0.99" is 100 of 100. The finished agent is also tried without that
+  noise, actions sampled, on 100 episodes a level whose seeds training never draws, the same for all runs: "final".
 * Levels are sampled uniformly: a slot (an environment) draws its next level at each reset. So levels have equal
   episodes, not frames: an unsolved maze takes 576, another level 64 or 128.
 * PPO is that of BabyAI 1.1 [2], whose setup [1] follows: rewards times 20, lambda 0.99, 64 slots of 40 frames an
@@ -26,9 +29,16 @@ What [1] leaves open, and what was chosen:
 * Private is read as section 3.3 has it, "disjoint parameters for each task"; with a shared theta_0 they would not be.
 * Table 2 has eight skills, the text nine: `expert` has eight.
 * [2] normalises by batch. That would mix levels, and differ from acting to learning: here by example (GroupNorm).
-* Kaiming uniform is torch's default bound 1 / sqrt(fan-in), 1 for look-up tables; vectors of a sparse Phi begin at 0.
+* Kaiming uniform is torch's default bound 1 / sqrt(fan-in), 1 for look-up tables. A skill's vectors begin at 0, but
+  for private, whose skills are whole agents.
+* mhr: a layer with a tensor whose rows --heads does not divide keeps one Z; of 8, look-up tables and last layers.
 
-One process steps all slots: learning takes most of the time, and on two cores two runs side by side use both.
+One process steps all slots; `share_of_time` in result.json says how much of a run was the environments, acting and
+learning. All methods, two runs side by side on two cores; the same again goes on where it was cut off:
+
+    run="python -m experiments.babyai --resume --width 32 --levels GoToObj GoToRedBallGrey GoToRedBall --frames 3000000"
+    for seed in 0 1; do for method in skilled shared expert private mhr single-speed dense; do
+      echo --method $method --seed $seed; done; done | OMP_NUM_THREADS=1 xargs -P 2 -L 1 $run
 
 Shape key: t frames in time, n slots, m rows of frames, s skills, k entries of a skill.
 
@@ -38,8 +48,8 @@ Shape key: t frames in time, n slots, m rows of frames, s skills, k entries of a
 from dataclasses import dataclass
 
 from config import (
-    RunError, UserError, check_ranges, describe, exit_on_user_error, explicit_flags, flag, read_config, resumed,
-    write_json,
+    RunError, UserError, check_ranges, describe, exit_on_user_error, explicit_flags, flag, read_config, read_json,
+    refuse_used, resumed, whole_file, write_json,
 )  # fmt: skip
 
 LEVELS = {  # table 2 of [1], its numbers: room, distracting boxes, distractors, go to, put, pick up, location, maze
@@ -47,6 +57,14 @@ LEVELS = {  # table 2 of [1], its numbers: room, distracting boxes, distractors,
     "PutNextLocal": (1, 2, 3, 5), "PickupLoc": (1, 2, 3, 6, 7), "GoToObjMaze": (1, 8), "GoTo": (1, 2, 3, 4, 8),
 }  # fmt: skip
 METHODS = ("skilled", "single-speed", "dense", "mhr", "expert", "shared", "private")
+USED_BY = {  # flags of some methods only
+    "heads": ("mhr",), "skills": ("skilled", "single-speed", "dense", "mhr"), "lr_z": ("skilled", "dense", "mhr"),
+    "density": ("skilled", "single-speed", "mhr", "expert", "shared"),
+}  # fmt: skip
+PAPER = {  # table 3 of [1]: episodes to success > 0.99 on eight levels
+    "private": "> 6,000,000", "shared": "3,544,294", "expert": "4,608,019", "skilled": "2,218,226",
+    "dense": "1,853,060",
+}  # fmt: skip
 WORDS = (  # all words of minigrid's instructions in these levels; 0 is no word
     "go to pick up put next the a object in front of you behind on your left right box ball key door "
     "red green blue purple yellow grey"
@@ -62,7 +80,7 @@ class Config:
 
     method: str = flag("skilled", "who uses which skill", METHODS)
     levels: tuple = flag(tuple(LEVELS), "levels to train on", tuple(LEVELS))
-    frames: int = flag(10_000_000, "frames of all levels together")
+    frames: int = flag(10_000_000, "frames of all levels together; with --resume may be more than before")
     skills: int = flag(9, "skills s (expert, shared, private: as their tables say)")
     heads: int = flag(8, "mhr: blocks that a tensor's rows are cut into")
     density: float = flag(0.1, "share of a tensor's entries that a skill may change (dense, private: 1)")
@@ -78,7 +96,7 @@ class Config:
     save_every: str = flag("10m", "how often to save a checkpoint: 200 is every 200 updates, 10m every 10 minutes")
     resume: bool = flag(False, "go on with the run in --output-dir where it was cut off; begin it if it is not there")
     plot: tuple = flag((), "run folders to plot instead of training")
-    figure: str = flag("babyai", "with --plot: the figure's path, without .png and .svg")
+    figure: str = flag("babyai", "with --plot: the path of figure and table, without .png, .svg, .md")
 
 
 if __name__ == "__main__":  # before the slow imports, so that --help and mistakes answer at once
@@ -106,23 +124,35 @@ from baselines.fixed import FixedRouter
 from inject import read_tensors, write_tensors
 from mhr import MHRRouter
 from poly import PolyRouter
-from resume import CHECKPOINT, Every, Signals, cut_log, finished, hold, tidy
+from resume import CHECKPOINT, Every, Signals, advice_on_memory, cut_log, hold
 from sft import SFT, dense
 
 GAMMA, LAMBDA, EPOCHS, CLIP, ENTROPY, VALUE, NORM, REWARD = 0.99, 0.99, 4, 0.2, 0.01, 0.5, 0.5, 20.0
+TRIALS = 100  # episodes of each level that score the finished agent
+UNSEEN = 2**31  # seeds of training's episodes are below, those of trials begin here
 
 # --- Environments -----------------------------------------------------------------------------------------------------
 
 
-def make_env(level: str):
-    """A level of minigrid without gymnasium's checks around it. Raises UserError if minigrid is not there."""
+def make_env(level: str, max_steps: int | None = None):
+    """A level of minigrid without gymnasium's checks around it. max_steps: of an episode; None: the level's own.
+
+    Raises UserError if minigrid is not there.
+    """
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
     try:
         import gymnasium
         import minigrid  # noqa: F401  it registers the levels
     except ImportError:
         raise UserError("experiments.babyai needs BabyAI's levels: pip install minigrid==3.2.0") from None
-    return gymnasium.make(f"BabyAI-{level}-v0", disable_env_checker=True).unwrapped
+    return gymnasium.make(f"BabyAI-{level}-v0", disable_env_checker=True, max_steps=max_steps).unwrapped
+
+
+def reset(env, seed: int) -> tuple[Tensor, Tensor]:
+    """Begin the episode of a seed. -> image (7, 7, 3), words (LENGTH,)."""
+    with contextlib.redirect_stdout(None):  # minigrid prints the grids that it rejects
+        shown, _ = env.reset(seed=seed)
+    return torch.from_numpy(shown["image"]), encode(shown["mission"])
 
 
 def encode(mission: str) -> Tensor:
@@ -156,13 +186,11 @@ class Slots:
     def begin(self, n: int):
         """The next episode of a slot, in a level drawn uniformly."""
         draw = np.random.default_rng((self.seed, n, self.episode[n]))
-        level, seed = int(draw.integers(len(self.levels))), int(draw.integers(2**31))
+        level, seed = int(draw.integers(len(self.levels))), int(draw.integers(UNSEEN))
         if (n, level) not in self.envs:
             self.envs[n, level] = make_env(self.levels[level])
-        with contextlib.redirect_stdout(None):  # minigrid prints the grids that it rejects
-            shown, _ = self.envs[n, level].reset(seed=seed)
-        self.level[n], self.words[n], self.actions[n] = level, encode(shown["mission"]), []
-        self.image[n] = torch.from_numpy(shown["image"])
+        self.image[n], self.words[n] = reset(self.envs[n, level], seed)
+        self.level[n], self.actions[n] = level, []
 
     def _act(self, n: int, action: int) -> tuple[float, bool]:
         shown, reward, terminated, truncated, _ = self.envs[n, int(self.level[n])].step(action)
@@ -289,11 +317,11 @@ class RoutedAgent(nn.Module):
             for p in self.base.parameters():
                 nn.init.zeros_(p.requires_grad_(False))
 
-    def mixed(self, noise: int) -> list[dict[str, dict[str, Tensor]]]:
-        """For each level the parameters of each part of the agent. noise: seed of the routers' draw."""
+    def mixed(self, noise: int | None) -> list[dict[str, dict[str, Tensor]]]:
+        """For each level the parameters of each part of the agent. noise: seed of the routers' draw; None: no noise."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(noise)
-            weights = [router(torch.arange(self.tasks)) for router in self.routers]
+            torch.manual_seed(noise or 0)
+            weights = [router(torch.arange(self.tasks), sample=noise is not None) for router in self.routers]
         levels = [{part: {} for part in self.base} for _ in range(self.tasks)]
         own = dict(self.base.named_parameters())
         for (k, name), value, place in zip(self.names, self.values, self.places, strict=True):
@@ -353,7 +381,7 @@ def build(cfg: Config) -> RoutedAgent:
     def router_of(rows: list[int]) -> nn.Module:
         if cfg.method in tables:
             return FixedRouter(tables[cfg.method])
-        if cfg.method == "mhr" and all(r % cfg.heads == 0 for r in rows):  # not the last layers' 7 and 1, nor tables
+        if cfg.method == "mhr" and all(r % cfg.heads == 0 for r in rows):
             return MHRRouter(tasks, cfg.skills, cfg.heads)
         return PolyRouter(tasks, cfg.skills)
 
@@ -420,12 +448,17 @@ def loss_of(agent: RoutedAgent, batch: dict[str, Tensor], noise: int) -> tuple[T
     return VALUE * error - gain - ENTROPY * entropy, {"value_error": error.item(), "entropy": entropy.item()}
 
 
+def sequences(seen: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+    """A rollout (t, n, ...) cut into sequences: (length, t / length * n, ...), by name."""
+    return {name: x.unflatten(0, (-1, length)).transpose(0, 1).flatten(1, 2) for name, x in seen.items()}
+
+
 def learn(agent: RoutedAgent, optimizer, seen: dict[str, Tensor], cfg: Config, noise: int) -> dict[str, float]:
     """EPOCHS passes over a rollout, in batches of sequences of cfg.recurrence frames. -> mean figures for the log.
 
     A sequence begins with the memory that acting had there. Raises RunError if gradients are no longer finite.
     """
-    cut = {name: x.unflatten(0, (-1, cfg.recurrence)).transpose(0, 1).flatten(1, 2) for name, x in seen.items()}
+    cut = sequences(seen, cfg.recurrence)
     found, trainable = [], [p for group in optimizer.param_groups for p in group["params"]]
     for _ in range(EPOCHS):
         for part in torch.randperm(cut["level"].shape[1]).split(cfg.batch_size // cfg.recurrence):
@@ -481,43 +514,95 @@ def moving(success: np.ndarray, window: int = 100) -> np.ndarray:
     return (total[window:] - total[:-window]) / window
 
 
+def reached(rate: np.ndarray) -> int | None:
+    """Episodes until the mean over 100 of them, of `moving`, was above 0.99; None: never."""
+    above = np.flatnonzero(rate > 0.99)
+    return int(above[0]) + 100 if len(above) else None
+
+
 def summary(success: np.ndarray) -> dict:
     """Episodes, success of the last 100 of them, and episodes until it was above 0.99 (None: never)."""
-    above = np.flatnonzero(moving(success) > 0.99)
     last = round(float(success[-100:].mean()), 3) if len(success) else 0.0
-    return {"episodes": len(success), "success": last, "episodes_to_0.99": int(above[0]) + 100 if len(above) else None}
+    return {"episodes": len(success), "success": last, "episodes_to_0.99": reached(moving(success))}
 
 
-def outcomes(log: Path) -> np.ndarray:
+def lines_of(log: Path) -> list[dict]:
+    """The lines of a log but a last one without its end, which a run is writing or was killed at."""
+    text = log.read_text() if log.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def outcomes(lines: list[dict]) -> np.ndarray:
     """All episodes of a log, in order: rows (number of the level, success)."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     return np.array([pair for line in lines for pair in line["episodes"]], dtype=int).reshape(-1, 2)
 
 
-def report(cfg: Config, done: np.ndarray) -> dict[str, dict]:
-    """`summary` of each level and of all episodes together."""
-    levels = {name: summary(done[done[:, 0] == k, 1]) for k, name in enumerate(cfg.levels)}
-    return levels | {"all": summary(done[:, 1])}
+def speed(lines: list[dict]) -> dict:
+    """Frames per second of a log, and which share of the time was the environments, acting and learning."""
+    spent = {part: sum(line[part] for line in lines) for part in ("env", "act", "learn")}
+    whole = sum(spent.values())
+    shares = {part: round(seconds / whole, 3) for part, seconds in spent.items()}
+    return {"frames_per_second": round(lines[-1]["frames"] / whole), "share_of_time": shares}
+
+
+def score(agent: RoutedAgent, cfg: Config) -> dict[str, float]:
+    """Success without noise of Z, actions sampled, in TRIALS episodes of each level that training never saw; "all" is
+    their mean."""
+    level = torch.arange(len(cfg.levels)).repeat_interleave(TRIALS)
+    envs = [make_env(cfg.levels[k]) for k in level]
+    image, words = map(torch.stack, zip(*(reset(env, UNSEEN + k % TRIALS) for k, env in enumerate(envs)), strict=True))
+    memory, success = torch.zeros(len(level), 256), torch.zeros(len(level))
+    going, fresh = torch.arange(len(level)), torch.zeros(len(level), dtype=torch.bool)
+    torch.manual_seed(cfg.seed)
+    with torch.inference_mode(), tqdm(total=len(level), desc="trials", unit="episode", disable=None) as bar:
+        levels = agent.mixed(None)
+        while len(going):
+            now = [x[going][None] for x in (image, words, level, fresh)]
+            logits, _, memory[going] = agent(levels, *now, memory[going])
+            ended = []
+            for k, action in zip(going, torch.distributions.Categorical(logits=logits[0]).sample(), strict=True):
+                shown, reward, terminated, truncated, _ = envs[k].step(action.item())
+                image[k], success[k] = torch.from_numpy(shown["image"]), float(reward > 0)
+                ended.append(terminated or truncated)
+            going = going[~torch.tensor(ended)]
+            bar.update(sum(ended))
+    found = {name: success[level == k] for k, name in enumerate(cfg.levels)} | {"all": success}
+    return {name: round(own.mean().item(), 3) for name, own in found.items()}
+
+
+def report(cfg: Config, done: np.ndarray, final: dict[str, float]) -> dict[str, dict]:
+    """`summary` of each level and of all episodes together, and what `score` found."""
+    found = {name: done[done[:, 0] == k, 1] for k, name in enumerate(cfg.levels)} | {"all": done[:, 1]}
+    return {name: summary(own) | {"final": final[name]} for name, own in found.items()}
 
 
 def train(cfg: Config) -> dict:
     """Train as cfg says and write the run folder; returns what result.json holds."""
     check(cfg)
     folder = Path(cfg.output_dir)
-    with hold(folder):
-        return finished(folder, cfg.resume) or run(cfg, folder)
+    advice = "fewer --slots or a smaller --width in a new folder, or a machine that has more"
+    with hold(folder), advice_on_memory(advice):
+        if not cfg.resume:
+            refuse_used(cfg.output_dir)
+        elif (folder / "result.json").exists():
+            result = read_json(folder / "result.json", frames=int)
+            if result["frames"] >= cfg.frames:
+                print(f"{folder} is finished: nothing to go on with but more --frames")
+                return result
+            if not (folder / CHECKPOINT).exists():
+                raise UserError(f"{folder} is finished and its {CHECKPOINT} is gone: begin again in another folder")
+        return run(cfg, folder)
 
 
 def begin(cfg: Config, folder: Path, agent: RoutedAgent, optimizer) -> tuple[dict, Slots, Tensor, Tensor]:
     """Where a run begins or, with --resume, goes on: now, slots, memory (n, 256), first (n,). Writes config.json."""
-    make_env(cfg.levels[0])  # a missing minigrid is told before anything is written
     now, saved, path = {"update": 0, "frames": 0, "seconds": 0.0}, None, folder / CHECKPOINT
-    if not (folder / "config.json").exists():
-        write_json(folder / "config.json", dataclasses.asdict(cfg) | {"resume": False})
     if cfg.resume and path.exists():
         now, saved = load(path, agent, optimizer)
+    slots = Slots(cfg.levels, cfg.slots, cfg.seed, saved)  # a missing minigrid is told before anything is written
+    write_json(folder / "config.json", dataclasses.asdict(cfg) | {"resume": False})
+    (folder / "result.json").unlink(missing_ok=True)  # of fewer --frames
     cut_log(folder / "log.jsonl", lambda line: line["update"] <= now["update"])
-    slots = Slots(cfg.levels, cfg.slots, cfg.seed, saved)
     if saved:
         return now, slots, saved["memory"], saved["first"]
     return now, slots, torch.zeros(cfg.slots, 256), torch.ones(cfg.slots, dtype=torch.bool)
@@ -529,13 +614,13 @@ def run(cfg: Config, folder: Path) -> dict:
     agent, every = build(cfg), Every(cfg.save_every)
     optimizer = make_optimizer(agent, cfg)
     now, slots, memory, first = begin(cfg, folder, agent, optimizer)
-    episodes, spent = outcomes(folder / "log.jsonl").tolist(), time.monotonic() - now["seconds"]
+    episodes, spent = outcomes(lines_of(folder / "log.jsonl")).tolist(), time.monotonic() - now["seconds"]
     bar = tqdm(total=cfg.frames, desc=cfg.method, initial=now["frames"], unit="frame", unit_scale=True, disable=None)
     with open(folder / "log.jsonl", "a") as log, Signals() as signals, bar:
         while now["frames"] < cfg.frames:
             now["update"] += 1
-            noise = cfg.seed * 1_000_003 + now["update"]  # all chance of an update follows from its number
-            torch.manual_seed(noise)
+            acting, noise = chance(cfg.seed, now["update"])
+            torch.manual_seed(acting)
             times = [time.perf_counter()]
             seen, ended, env = roll_out(agent, slots, memory, first, cfg.rollout, noise)
             times.append(time.perf_counter())
@@ -547,12 +632,18 @@ def run(cfg: Config, folder: Path) -> dict:
             log.flush()
             episodes += ended
             show(bar, cfg, now["frames"], np.array(episodes[-5000:]).reshape(-1, 2))
-            if every.due(now["update"]) or signals.caught:
+            if every.due(now["update"]) or signals.caught or now["frames"] >= cfg.frames:
+                os.fsync(log.fileno())  # first: --resume takes the episodes before a checkpoint from the log
                 save(folder / CHECKPOINT, agent, optimizer, now, **slots.state(), memory=memory, first=first)
             if signals.caught:
                 print(f"stopped; to go on: python -m experiments.babyai --resume --output-dir {folder}")
                 sys.exit(128 + signals.caught)
     return finish(cfg, folder, agent, now, np.array(episodes).reshape(-1, 2))
+
+
+def chance(seed: int, update: int) -> list[int]:
+    """All chance of an update: a seed of actions and batches, and one of the routers' noise."""
+    return np.random.SeedSequence((seed, update)).generate_state(2).tolist()
 
 
 def show(bar: tqdm, cfg: Config, frames: int, recent: np.ndarray):
@@ -568,44 +659,104 @@ def show(bar: tqdm, cfg: Config, frames: int, recent: np.ndarray):
 
 
 def finish(cfg: Config, folder: Path, agent: RoutedAgent, now: dict, done: np.ndarray) -> dict:
-    """Write what a finished run leaves: agent.safetensors and result.json, which this returns."""
+    """Write what a finished run leaves beside its checkpoint: agent.safetensors and result.json, which this returns."""
     write_tensors(agent.state_dict(), str(folder / "agent.safetensors"))
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    spent = {part: sum(line[part] for line in lines) for part in ("env", "act", "learn")}
     z = sum(router.Z.numel() for router in agent.routers if router.Z.requires_grad)
     base, skills = (sum(p.numel() for p in part if p.requires_grad) for part in (agent.base.parameters(), agent.values))
-    result = now | {
-        "frames_per_second": round(now["frames"] / sum(spent.values())),
-        "share_of_time": {part: round(seconds / sum(spent.values()), 3) for part, seconds in spent.items()},
-        "parameters": {"theta_0": base, "skills": skills, "routing": z},
-        "levels": report(cfg, done),
-    }
+    result = now | speed(lines_of(folder / "log.jsonl"))
+    result |= {"parameters": {"theta_0": base, "skills": skills, "routing": z}}
+    result |= {"levels": report(cfg, done, score(agent, cfg))}
     write_json(folder / "result.json", result)
-    tidy(folder)
     for name, level in result["levels"].items():
         print(f"{name:16} " + "  ".join(f"{key} {value}" for key, value in level.items()))
     print(f"{result['frames_per_second']} frames per second, {result['share_of_time']}; saved in {folder}")
     return result
 
 
-def plot(runs: tuple[str, ...], figure: str):
-    """Success (moving average over 100) by episodes, of each level and of all: FIGURE.png and FIGURE.svg.
+# --- Figure and table -------------------------------------------------------------------------------------------------
 
-    Raises UserError if a folder holds no run, or the runs are of different levels.
+SAME = ("method", "levels", "seed", "frames", "output_dir", "save_every", "resume", "plot", "figure")  # in `names_of`
+NOTE = f"""Success, in %, is over the last 100 episodes of training at the largest number of episodes that all runs have
+("at"), mean +- standard deviation over seeds. Actions are sampled, and so is Z, but under shared, expert and private.
+"> 0.99": episodes until success was above 0.99, that is 100 of 100; a figure a seed, - is never. "final": finished
+agents on {TRIALS} episodes a level that training never saw, the same for all runs, without noise of Z. "paper":
+Polytropon's table 3, episodes to > 0.99 on all eight levels.
+"""
+
+
+def names_of(configs: list[Config]) -> list[str]:
+    """The name of each run: its method, and the settings that differ among the runs. Seeds share a name."""
+    apart = [
+        field.name
+        for field in dataclasses.fields(Config)
+        if field.name not in SAME and len({getattr(cfg, field.name) for cfg in configs}) > 1
+    ]
+    own = [[name for name in apart if cfg.method in USED_BY.get(name, METHODS)] for cfg in configs]
+    return [
+        " ".join([cfg.method, *(f"{name}={getattr(cfg, name)}" for name in names)])
+        for cfg, names in zip(configs, own, strict=True)
+    ]
+
+
+def read_run(folder: Path, levels: tuple[str, ...]) -> SimpleNamespace:
+    """A run, at work, killed or finished: rates {level, and "all": success, of `moving`}, frames, speed, and result,
+    None before the end. Raises UserError if its log has no line yet."""
+    lines = lines_of(folder / "log.jsonl")
+    if not lines:
+        raise UserError(f"--plot {folder}: there is no update in its log yet; leave it out, or wait")
+    done, path = outcomes(lines), folder / "result.json"
+    rates = {level: moving(done[done[:, 0] == k, 1]) for k, level in enumerate(levels)} | {"all": moving(done[:, 1])}
+    result = read_json(path, levels=dict, parameters=dict) if path.exists() else None
+    return SimpleNamespace(rates=rates, frames=lines[-1]["frames"], speed=speed(lines), result=result)
+
+
+def plot(folders: tuple[str, ...], figure: str):
+    """Success (moving average over 100) by episodes, of each level and of all: FIGURE.png, FIGURE.svg, and FIGURE.md,
+    a table at equal episodes.
+
+    Raises UserError if a folder holds no run, the runs are of different levels, or two differ in nothing.
     """
-    configs = [read_config(Config, Path(run) / "config.json") for run in runs]
-    levels = configs[0].levels
-    for run, cfg in zip(runs, configs, strict=True):
+    configs, runs = [read_config(Config, Path(folder) / "config.json") for folder in folders], {}
+    levels, named = configs[0].levels, zip(folders, configs, names_of(configs), strict=True)
+    for folder, cfg, name in sorted(named, key=lambda run: METHODS.index(run[1].method)):
         if cfg.levels != levels:
-            raise UserError(f"--plot {run}: its levels are not those of {runs[0]}; plot them apart")
-    methods = sorted({cfg.method for cfg in configs}, key=METHODS.index)
-    panels = {name: {method: [] for method in methods} for name in (*levels, "all")}
-    for run, cfg in zip(runs, configs, strict=True):
-        done = outcomes(Path(run) / "log.jsonl")
-        for k, name in enumerate(panels):
-            panels[name][cfg.method].append(moving(done[done[:, 0] == k, 1] if name in levels else done[:, 1]))
+            raise UserError(f"--plot {folder}: its levels are not those of {folders[0]}; plot them apart")
+        if cfg.seed in runs.setdefault(name, {}):
+            raise UserError(f"--plot {folder}: another of the folders is {name} of seed {cfg.seed} too; leave one out")
+        runs[name][cfg.seed] = read_run(Path(folder), levels)
+    seeds = {name: list(own.values()) for name, own in runs.items()}
+    panels = {level: {n: [run.rates[level] for run in own] for n, own in seeds.items()} for level in (*levels, "all")}
     figures.by_episodes(panels, figure, first=100)
-    print(f"{figure}.png, {figure}.svg")
+    text = table(seeds, levels)
+    with whole_file(Path(f"{figure}.md")) as temporary:
+        temporary.write_text(f"{NOTE}\n" + "".join(f"    {line}\n" for line in text.splitlines()))
+    print(f"{text}\n\n{NOTE}\n{figure}.png, {figure}.svg, {figure}.md")
+
+
+def table(runs: dict[str, list[SimpleNamespace]], levels: tuple[str, ...]) -> str:
+    """Aligned, a row for each level and name. runs: {name: for each seed its `read_run`}. Trained parameters, frames
+    and frames per second (means over seeds) are in the rows of all levels together."""
+    from evaluate import aligned, mean_std  # here: it loads the data sets' library
+
+    rows = [tuple("level,run,seeds,> 0.99,at,success,final,parameters,frames,frames/s,paper".split(","))]
+    for level in (*levels, "all"):
+        shared = min(len(run.rates[level]) for own in runs.values() for run in own)  # from the hundredth episode on
+        for name, own in runs.items():
+            to = " / ".join(f"{n:,}" if (n := reached(run.rates[level])) else "-" for run in own)
+            success = [100 * run.rates[level][shared - 1] for run in own] if shared else []
+            final = [100 * run.result["levels"][level]["final"] for run in own if run.result]
+            cells = [f"{shared + 99:,}" if shared else "-", mean_std(success) or "-", mean_std(final) or "-"]
+            cells += whole_run(name, own, levels) if level == "all" else [""] * 4
+            rows.append((level, name, str(len(own)), to, *cells))
+    return aligned(rows)
+
+
+def whole_run(name: str, own: list[SimpleNamespace], levels: tuple[str, ...]) -> list[str]:
+    """The cells of a name that no level has: parameters, frames, frames per second, the paper's episodes."""
+    counts = [sum(run.result["parameters"].values()) for run in own if run.result]
+    means = [np.mean([run.frames for run in own]), np.mean([run.speed["frames_per_second"] for run in own])]
+    paper = PAPER.get(name.split()[0], "-") if len(levels) == len(LEVELS) else "-"
+    return [f"{counts[0]:,}" if counts else "-", *(f"{mean:,.0f}" for mean in means), paper]
 
 
 def check(cfg: Config):
@@ -631,7 +782,13 @@ def main(flags: dict):
         return plot(cfg.plot, cfg.figure)
     cfg.output_dir = cfg.output_dir or f"runs/babyai-{cfg.method}-{cfg.seed}"
     if cfg.resume and (path := Path(cfg.output_dir) / "config.json").exists():
-        cfg = resumed(Config, path, flags)
+        cfg = resumed(Config, path, {name: value for name, value in flags.items() if name != "frames"})
+        frames = flags.get("frames", cfg.frames)  # nothing is scheduled by them
+        if frames < cfg.frames:
+            raise UserError(f"--frames {frames} is less than the run in {path.parent} has, {cfg.frames}: give more")
+        cfg.frames = frames
+    if ignored := [name for name in flags if cfg.method not in USED_BY.get(name, METHODS)]:
+        print(f"changes nothing with --method {cfg.method}: --{' --'.join(ignored).replace('_', '-')}")
     return train(cfg)
 
 

@@ -1,14 +1,17 @@
 """What runs and readers survive: kills at random moments, and mutated files and command lines.
 
     python -m experiments.faults --kills 500            a training run, cut off that often by SIGKILL
-    python -m experiments.faults --mutations 100000     files of all benchmarks, checkpoints, configs, the authors'
-                                                        files, command lines
+    python -m experiments.faults --mutations 100000     files of all benchmarks and of runs, the authors' files,
+                                                        command lines
 
 Kills: runs of 12 steps that save after each are started again and again with --resume, and killed at a random moment.
 Every run that gets to its end is compared, to the bit, with one that was never killed.
 
 Mutations: a good file (or command line) gets one to four random changes, then it is read. Each must be read, or refused
 by one sentence (a UserError), within 20 seconds. Anything else is counted and kept in --keep, and the exit code is 1.
+What is refused must leave the model and the optimiser as they were. A digest would catch every change to an adapter or
+a checkpoint, so for "signed ..." the tensors or the text beside them are changed, and the file is signed anew. "rows":
+one letter of a data file becomes another; what is read must have as many examples as before.
 """
 
 import argparse
@@ -19,6 +22,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -127,22 +131,91 @@ def mutated_word(content: bytes, chance: random.Random) -> bytes:
         return mutated(content, chance)
 
 
+def one_letter(content: bytes, chance: random.Random) -> bytes:
+    """One ASCII letter becomes another one."""
+    k = chance.choice([found.start() for found in re.finditer(rb"[A-Za-z]", content)])
+    return content[:k] + bytes([chance.choice(b"abcdefghijklmnopqrstuvwxyz")]) + content[k + 1 :]
+
+
+def odd_tensors(tensors: dict, chance: random.Random) -> dict:
+    """One to three tensors are missing, renamed, of another type or shape, not finite, huge, or another one's."""
+    import torch
+
+    found, types = (
+        dict(tensors),
+        (torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.float8_e5m2),
+    )
+    for _ in range(chance.randint(1, 3)):
+        name, kind = chance.choice(list(found)), chance.randrange(6)
+        x = found.pop(name)
+        if kind == 0:
+            continue
+        if kind == 1:
+            name = chance.choice(["a", "optimizer.9.step", "optimizer.a", f"{name}.x"])
+        elif kind == 2:
+            x = x.to(chance.choice(types))
+        elif kind == 3:
+            x = chance.choice([x.flatten(), x[None], x.flatten()[:1], x.flatten()[:0]])
+        elif kind == 4:
+            x = torch.full(x.shape, chance.choice([math.nan, math.inf, 1e38, -1.0])).to(x.dtype)
+        else:
+            x = chance.choice(list(tensors.values()))
+        found[name] = x.clone()
+    return found
+
+
 class Files:
     """Copies of files in a folder, of which one at a time is changed while something reads them."""
 
-    def __init__(self, files: list[Path], read: Callable):
-        self.files, self.read = [(path, path.read_bytes()) for path in files], read
+    def __init__(self, files: list[Path], read: Callable, change: Callable | None = None):
+        self.files, self.read, self.change = [(path, path.read_bytes()) for path in files], read, change
 
     def __call__(self, chance: random.Random) -> bytes:
         path, content = chance.choice(self.files)
         change = mutated_word if path.suffix == ".json" and chance.random() < 0.5 else mutated
-        new = change(content, chance)
+        new = (self.change or change)(content, chance)
         path.write_bytes(new)
         try:
             self.read()
         finally:
             path.write_bytes(content)
         return new
+
+
+def signed(path: Path, load: Callable) -> Callable:
+    """The tensors of a file of `inject.write_tensors`, or the text beside them, are changed and signed anew."""
+    from inject import read_tensors, write_tensors
+
+    content, (tensors, texts) = path.read_bytes(), read_tensors(str(path))
+    del texts["sha256"]
+
+    def one(chance: random.Random) -> bytes:
+        if chance.random() < 0.7:
+            write_tensors(odd_tensors(tensors, chance), str(path), **texts)
+        else:
+            name = chance.choice(list(texts))
+            text = mutated_word(texts[name].encode(), chance).decode("utf-8", "replace")
+            write_tensors(tensors, str(path), **texts | {name: text})
+        new = path.read_bytes()
+        try:
+            load()
+        finally:
+            path.write_bytes(content)
+        load()  # back from what was read
+        return new
+
+    return one
+
+
+def as_many(read: Callable) -> Callable:
+    """`read`, which counts examples: it must find as many as it finds now."""
+    whole = read()
+
+    def again():
+        if (found := read()) != whole:
+            raise AssertionError(f"{found} examples are read without a word, there are {whole}")
+
+    return again
 
 
 def targets(folder: Path) -> dict[str, tuple[float, Callable]]:
@@ -156,24 +229,26 @@ def targets(folder: Path) -> dict[str, tuple[float, Callable]]:
     (folder / "crossfit" / "random.json").write_text(json.dumps(few))  # two tasks of each kind are enough to read
 
     def reader(name: str, split: str) -> Callable:
-        def read():
+        def read() -> int:
             found = data.load(name, str(folder / name), split, ("train", "dev", "test"))
-            for task in found.train + found.dev + found.test:
-                for part in (task.train, task.dev, task.test):
-                    for k in range(len(part)):
-                        part[k]
+            parts = [p for task in found.train + found.dev + found.test for p in (task.train, task.dev, task.test)]
+            return sum(1 for part in parts for k in range(len(part)) if part[k])
 
         return read
 
     crossfit = [p for t in sum(few.values(), []) for p in (folder / "crossfit" / t).glob("*_100_*.tsv")]
-    every = {
-        "crossfit": (0.15, Files([*crossfit, folder / "crossfit" / "random.json"], reader("crossfit", "100"))),
-        "superni": (0.05, Files([*(folder / "superni").rglob("*.json"), *(folder / "superni").rglob("*.txt")],
-                                reader("superni", "13"))),
-        "t0": (0.05, Files([p for p in (folder / "t0").rglob("*") if p.suffix in (".jsonl", ".parquet")],
-                           reader("t0", "42"))),
-    }  # fmt: skip
-    return every | run_targets(folder / "run") | {"command line": (0.15, command_line)}
+    superni, t0 = folder / "superni", [p for p in (folder / "t0").rglob("*") if p.suffix in (".jsonl", ".parquet")]
+    sources = {  # split, share, files of examples, lists of tasks
+        "crossfit": ("100", 0.1, crossfit, [folder / "crossfit" / "random.json"]),
+        "superni": ("13", 0.05, list(superni.rglob("*.json")), list(superni.rglob("*.txt"))),
+        "t0": ("42", 0.05, t0, []),
+    }
+    every = {}
+    for name, (split, share, files, lists) in sources.items():
+        read, texts = reader(name, split), [path for path in files if path.suffix != ".parquet"]
+        every[name] = (share, Files([*files, *lists], read))
+        every[f"{name} rows"] = (0.03, Files(texts, as_many(read), one_letter))
+    return every | run_targets(folder / "run") | {"command line": (0.16, command_lines(folder / "run"))}
 
 
 def run_targets(run: Path) -> dict[str, tuple[float, Callable]]:
@@ -181,6 +256,7 @@ def run_targets(run: Path) -> dict[str, tuple[float, Callable]]:
     import torch
 
     import evaluate
+    import export
     import resume
     import train
     from backbone import load_adapter_file
@@ -195,34 +271,45 @@ def run_targets(run: Path) -> dict[str, tuple[float, Callable]]:
         p.grad = torch.ones_like(p)
     optimizer.step()
     resume.save_checkpoint(run / resume.CHECKPOINT, model, optimizer, resume.Progress(1))
-    state = {name: p.detach().clone() for name, p in resume.run_tensors(model).items()}
-
-    def unchanged(read: Callable, path: Path) -> Callable:
-        """`read` the file; where that fails the model must be as before."""
-
-        def run_it():
-            try:
-                read()
-            except Exception as error:
-                for name, p in resume.run_tensors(model).items():
-                    if not torch.equal(p, state[name]):
-                        raise AssertionError(f"{path.name} was refused, but {name} has changed") from error
-                raise
-
-        return run_it
-
     adapter, checkpoint, config = (run / n for n in ("adapter.safetensors", resume.CHECKPOINT, "config.json"))
-    load = {
-        adapter: lambda: load_adapter_file(model, adapter),
-        checkpoint: lambda: resume.load_checkpoint(checkpoint, model, optimizer),
-    }
+    load_adapter = unchanged(lambda: load_adapter_file(model, adapter), model, optimizer)
+    load_checkpoint = unchanged(lambda: resume.load_checkpoint(checkpoint, model, optimizer), model, optimizer)
+    task = json.loads((run / "tasks.json").read_text())["tasks"][0]
+    one = export.Config(checkpoint=str(run), task=task)
     return {
-        "adapter": (0.1, Files([adapter], unchanged(load[adapter], adapter))),
-        "checkpoint": (0.1, Files([checkpoint], unchanged(load[checkpoint], checkpoint))),
-        "config.json": (0.15, Files([config], lambda: check_ranges(read_config(train.Config, config)))),
-        "--compare": (0.15, Files([config, run / "result.json"], lambda: evaluate.compare((str(run),)))),
+        "adapter": (0.05, Files([adapter], load_adapter)),
+        "signed adapter": (0.1, signed(adapter, load_adapter)),
+        "checkpoint": (0.05, Files([checkpoint], load_checkpoint)),
+        "signed checkpoint": (0.1, signed(checkpoint, load_checkpoint)),
+        "config.json": (0.1, Files([config], lambda: check_ranges(read_config(train.Config, config)))),
+        "tasks.json": (0.02, Files([run / "tasks.json"], lambda: export.one_adapter(one))),
+        "--compare": (0.1, Files([config, run / "result.json"], lambda: evaluate.compare((str(run),)))),
         "authors' file": (0.1, authors_file(model, run.with_name("authors"))),
     }
+
+
+def unchanged(read: Callable, model, optimizer) -> Callable:
+    """`read` a file; where that fails, model and optimiser must be as before."""
+    import torch
+
+    from resume import run_tensors
+
+    def everything() -> dict:
+        states = optimizer.state_dict()["state"].items()
+        both = run_tensors(model) | {f"{k} {n}": x for k, own in states for n, x in own.items()}
+        return {name: x.detach().clone() for name, x in both.items()}
+
+    def run_it():
+        before = everything()
+        try:
+            read()
+        except Exception as error:
+            now = everything()
+            if now.keys() != before.keys() or not all(torch.equal(x, before[name]) for name, x in now.items()):
+                raise AssertionError("it was refused, but something has changed") from error
+            raise
+
+    return run_it
 
 
 def authors_file(model, folder: Path) -> Callable:
@@ -263,28 +350,41 @@ def authors_file(model, folder: Path) -> Callable:
     return one
 
 
-def command_line(chance: random.Random) -> bytes:
+def command_lines(run: Path) -> Callable:
     """Flags of a script with changed names and values, read as the script does before it begins to work."""
+    import adapt
     import config
     import evaluate
+    import export
     import train
 
-    good = {
-        train: "--method mhr --heads 8 --dataset strings --lr 0.01 --steps 5 --seed 1 --layers light --save-every 5",
-        evaluate: "--checkpoint runs/x --split 13 --beams 2 --zero-shot --test-examples 3",
-    }
-    module = chance.choice(list(good))
-    words = mutated(good[module].encode(), chance).decode("utf-8", "replace").split(" ")
-    recipes = config.PRETRAINING if module is train else {}
-    try:
-        flags = config.explicit_flags(module.Config, recipes, [word.replace("\0", "") for word in words])
-        cfg = module.make_config(**flags) if module is train else module.Config(**flags)
-        config.check_ranges(cfg)
-    except SystemExit as stop:
-        if stop.code not in (0, 2):
-            raise AssertionError(f"exit code {stop.code}") from None
-        raise config.UserError("refused by the parser") from None
-    return " ".join(words).encode()
+    train_line = "--method mhr --heads 8 --dataset strings --lr 0.01 --steps 5 --seed 1 --layers light --save-every 5"
+    good = {  # script: its flags, and what it makes of them
+        train: (train_line, lambda **flags: config.check_ranges(train.make_config(**flags))),
+        adapt: (f"--checkpoint {run} --variant z --split 1 2 --tasks dev --steps 5 --shots 4 --lr 0.01 --resume",
+                lambda **flags: config.check_ranges(adapt.make_config(**flags))),
+        evaluate: ("--checkpoint runs/x --split 13 --beams 2 --zero-shot --test-examples 3",
+                   lambda **flags: config.check_ranges(evaluate.Config(**flags))),
+        export: (f"--checkpoint {run} --format peft --task mu --output-dir {run}/new",
+                 lambda **flags: export.check(export.Config(**flags))),
+    }  # fmt: skip
+
+    def one(chance: random.Random) -> bytes:
+        module = chance.choice(list(good))
+        line, make = good[module]
+        words = mutated(line.encode(), chance).decode("utf-8", "replace").replace("\0", "").split(" ")
+        recipes = {train: config.PRETRAINING, adapt: config.FEW_SHOT}.get(module, {})
+        try:
+            make(**config.explicit_flags(module.Config, recipes, words))
+        except SystemExit as stop:
+            if stop.code not in (0, 2):
+                raise AssertionError(f"exit code {stop.code}") from None
+            raise config.UserError("refused by the parser") from None
+        except OSError as error:  # for which `config.exit_on_user_error` has a sentence
+            raise config.UserError(error.strerror) from None
+        return " ".join(words).encode()
+
+    return one
 
 
 class Hang(BaseException):

@@ -1,8 +1,10 @@
 """experiments/babyai.py: reinforcement learning with a routed agent. Needs minigrid, which nothing else does."""
 
 import dataclasses
+import functools
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -28,9 +30,16 @@ TINY = dict(levels=EASY, width=8, slots=4, rollout=8, recurrence=4, batch_size=1
 
 
 @pytest.fixture(autouse=True)
-def one_pass(monkeypatch):
-    """Tiny runs pass once over a rollout."""
+def little(monkeypatch):
+    """Tiny runs pass once over a rollout, and are scored on two short episodes a level."""
     monkeypatch.setattr(babyai, "EPOCHS", 1)
+    monkeypatch.setattr(babyai, "TRIALS", 2)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Episodes of at most 3 steps, so that 8 frames have many ends."""
+    monkeypatch.setattr(babyai, "make_env", functools.partial(babyai.make_env, max_steps=3))
 
 
 def tiny(**changes) -> Config:
@@ -81,6 +90,7 @@ def test_words_cover_the_instructions_of_all_levels():
             mission = env.reset(seed=seed)[0]["mission"]
             numbers = [number for number in babyai.encode(mission).tolist() if number]
             assert [babyai.WORDS[number - 1] for number in numbers] == mission.split()
+        assert env.max_steps == {"PutNextLocal": 128, "GoToObjMaze": 576, "GoTo": 576}.get(level, 64)
     assert len(babyai.encode("put the red ball next to the blue key")) == babyai.LENGTH
     with pytest.raises(RunError, match="unicorn"):
         babyai.encode("go to the unicorn")
@@ -125,6 +135,36 @@ def test_missing_minigrid_is_one_sentence(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"pip install minigrid==\d"):
         babyai.train(tiny(output_dir=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
+
+
+def test_rollouts_follow_the_slots_over_ends(short):
+    """What a rollout of many ends recorded is what fresh slots show and give for the same actions; `first` is the end
+    of the frame before; slots change their level."""
+    cfg = tiny()
+    _, seen = rolled_out(cfg)
+    slots = Slots(cfg.levels, cfg.slots, cfg.seed)
+    assert seen["first"][0].all() and torch.equal(seen["first"][1:], seen["end"][:-1])
+    assert seen["end"].sum(0).min() >= 2 and (seen["level"] != seen["level"][0]).any()
+    for t in range(cfg.rollout):
+        for name in ("image", "words", "level"):
+            assert torch.equal(getattr(slots, name), seen[name][t]), (name, t)
+        reward, end, _ = slots.step(seen["action"][t])
+        assert torch.equal(reward, seen["reward"][t]) and torch.equal(end, seen["end"][t])
+
+
+def test_memory_is_reset_at_every_end(short):
+    """Acting remembers within an episode and nothing before it: each frame's value follows from the memory recorded
+    there, or from none at an episode's first frame. An end takes no value from the next episode."""
+    agent, seen = rolled_out(tiny(), noise=9)
+    levels, within = agent.mixed(9), ~seen["first"]
+    assert within.any() and seen["memory"][1:].abs().sum(-1).gt(0).all()
+    for t in range(len(within)):
+        rows = [seen[name][t][None] for name in ("image", "words", "level")]
+        _, value, _ = agent(levels, *rows, torch.zeros(1, 4, dtype=torch.bool), seen["memory"][t] * within[t][:, None])
+        torch.testing.assert_close(value[0], seen["value"][t], atol=1e-5, rtol=0)
+    alone = babyai.REWARD * seen["reward"] - seen["value"]
+    torch.testing.assert_close(seen["advantage"][seen["end"]], alone[seen["end"]])
+    assert not torch.allclose(seen["advantage"][~seen["end"]], alone[~seen["end"]])
 
 
 # --- The agent and its routing ----------------------------------------------------------------------------------------
@@ -194,6 +234,30 @@ def written_out(agent, k: int, name: str, level: int) -> torch.Tensor:
     return flat.view_as(theta)
 
 
+@pytest.mark.parametrize("method", babyai.METHODS)
+def test_noise_is_only_where_z_is_learned(method):
+    """Acting and learning draw Z's noise where Z is learned; shared, expert and private have none. Without noise the
+    agent is that of the sigmoids."""
+    agent = babyai.build(tiny(method=method))
+    same = [torch.equal(*(agent.mixed(n)[1]["decide"]["actor.0.weight"] for n in pair)) for pair in ((1, 2), (1, None))]
+    assert same == [method in ("shared", "expert", "private")] * 2
+    one, two = (agent.mixed(None)[1]["decide"]["actor.0.weight"] for _ in range(2))
+    assert torch.equal(one, two)
+    if method in ("skilled", "dense"):
+        k = [name for _, name in agent.names].index("decide.actor.0.weight")
+        on = torch.sigmoid(agent.routers[agent.names[k][0]].Z[1])
+        phi = torch.zeros(2, one.numel()).scatter(1, agent.places[k], agent.values[k].detach())
+        theta = agent.base.get_parameter("decide.actor.0.weight") + ((on / on.sum()) @ phi).view_as(one)
+        torch.testing.assert_close(one, theta)
+
+
+def test_mhr_keeps_one_z_where_heads_do_not_divide():
+    """Of 8 heads look-up tables and last layers have one Z, all other layers one a head."""
+    agent = babyai.build(tiny(method="mhr", heads=8))
+    one = {name.rpartition(".")[0] for k, name in agent.names if agent.routers[k].Z.dim() == 2}
+    assert one == {"see.tiles", "see.words", "decide.actor.2", "decide.critic.2"}
+
+
 def test_absent_levels_get_no_gradient():
     """A batch of levels 0 and 2 leaves row 1 of every Z without gradient, and gives the others one."""
     agent, seen = rolled_out(tiny(method="skilled"))
@@ -211,6 +275,7 @@ def test_private_levels_share_nothing():
     for k, (_, name) in enumerate(agent.names):
         part, rest = name.split(".", 1)
         assert torch.equal(agent.mixed(0)[1][part][rest].flatten(), agent.values[k][1]), name
+        assert (agent.values[k] != 0).any() or ".norm" in name
     seen["level"][:] = 2
     babyai.loss_of(agent, seen, 5)[0].backward()
     assert all((values.grad[:2] == 0).all() for values in agent.values)
@@ -280,6 +345,31 @@ def test_ratios_begin_at_one():
     assert not torch.allclose(torch.distributions.Categorical(logits=logits).log_prob(seen["action"]), chance)
 
 
+def test_ratios_begin_at_one_over_ends(short):
+    """So too in the sequences that learning cuts from a rollout of many ends, some of which begin with an episode, some
+    within one; without the resets the chances would differ."""
+    agent, seen = rolled_out(tiny(), noise=11)
+    cut = babyai.sequences(seen, 4)
+    assert cut["level"].shape == (4, 8) and cut["first"][1:].any() and len(cut["first"][0].unique()) == 2
+    for first in (cut["first"], torch.zeros_like(cut["first"])):
+        rows = [cut[name] for name in ("image", "words", "level")]
+        logits, value, _ = agent(agent.mixed(11), *rows, first, cut["memory"][0])
+        log_prob = torch.distributions.Categorical(logits=logits).log_prob(cut["action"])
+        reset = first is cut["first"]
+        assert torch.allclose(log_prob, cut["log_prob"], atol=1e-5) == reset
+        assert torch.allclose(value, cut["value"], atol=1e-5) == reset
+    loss, _ = babyai.loss_of(agent, cut, 11)
+    entropy = torch.distributions.Categorical(logits=agent(agent.mixed(11), *rows, cut["first"], cut["memory"][0])[0])
+    expected = 0.5 * (cut["advantage"] ** 2).mean() - cut["advantage"].mean() - 0.01 * entropy.entropy().mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_chance_of_updates():
+    """Every update of every seed has its own two numbers, also for the largest seed that is allowed."""
+    drawn = [n for seed in (0, 1, 10**14, 2**63 - 1) for u in range(1, 300) for n in babyai.chance(seed, u)]
+    assert len(set(drawn)) == len(drawn) and babyai.chance(0, 1_000_003) != babyai.chance(1, 0)
+
+
 def test_gradients_that_are_not_finite_end_the_run():
     """A RunError in one sentence, before any parameter is changed."""
     cfg = tiny(method="shared")
@@ -302,7 +392,7 @@ def test_rates_of_z():
 
 
 @pytest.mark.parametrize("method", babyai.METHODS)
-def test_two_updates_of_every_method(method, tmp_path):
+def test_two_updates_of_every_method(method, tmp_path, short):
     """A run of two updates ends with its files and figures, and has trained."""
     cfg = tiny(method=method, output_dir=str(tmp_path / "run"))
     before = babyai.build(cfg).state_dict()
@@ -310,7 +400,8 @@ def test_two_updates_of_every_method(method, tmp_path):
     assert (result["update"], result["frames"]) == (2, 64) and set(result["levels"]) == {*EASY, "all"}
     assert sum(result["share_of_time"].values()) == pytest.approx(1, abs=0.01)
     files = {path.name for path in Path(cfg.output_dir).iterdir()}
-    assert files == {"config.json", "log.jsonl", "result.json", "agent.safetensors"}
+    assert files == {"config.json", "log.jsonl", "result.json", "agent.safetensors", babyai.CHECKPOINT}
+    assert all(0 <= level["final"] <= 1 for level in result["levels"].values())
     after, _ = babyai.read_tensors(f"{cfg.output_dir}/agent.safetensors")
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     assert any(name.startswith("values") for name in changed) and not any("place" in name for name in changed)
@@ -318,8 +409,9 @@ def test_two_updates_of_every_method(method, tmp_path):
     assert any(name.startswith("routers") for name in changed) == (result["parameters"]["routing"] > 0)
 
 
-def test_resumed_equals_uninterrupted(monkeypatch, tmp_path):
-    """SIGTERM after the second of four updates, in mid-episode: --resume ends with the same bits and episodes."""
+def test_resumed_equals_uninterrupted(monkeypatch, tmp_path, short):
+    """SIGTERM after the second of four updates, in mid-episode and after many ends: --resume ends with the same bits
+    and episodes."""
     flags = TINY | dict(frames=128, save_every="1")
     babyai.main(flags | dict(output_dir=str(tmp_path / "whole")))
     real, calls = babyai.learn, []
@@ -335,15 +427,129 @@ def test_resumed_equals_uninterrupted(monkeypatch, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         babyai.main(cut)
     assert stopped.value.code == 143 and not (tmp_path / "cut" / "result.json").exists()
+    saved, _ = babyai.read_tensors(str(tmp_path / "cut" / babyai.CHECKPOINT))
+    assert (saved["length"] > 0).any() and saved["episode"].min() >= 4
     babyai.main(cut)
-    agents = [(tmp_path / name / "agent.safetensors").read_bytes() for name in ("whole", "cut")]
-    assert agents[0] == agents[1]
-    logs = [
-        [json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("whole", "cut")
-    ]
+    assert_same_run(tmp_path / "whole", tmp_path / "cut", updates=4)
+
+
+def assert_same_run(one: Path, two: Path, updates: int):
+    """Two folders hold the same agent, to the bit, the same log but for times, and the same success."""
+    assert (one / "agent.safetensors").read_bytes() == (two / "agent.safetensors").read_bytes()
     timing = ("seconds", "env", "act", "learn")
-    logs = [[{k: v for k, v in line.items() if k not in timing} for line in log] for log in logs]
-    assert len(logs[0]) == 4 and logs[0] == logs[1]
+    logs = [
+        [{k: v for k, v in line.items() if k not in timing} for line in babyai.lines_of(folder / "log.jsonl")]
+        for folder in (one, two)
+    ]
+    assert len(logs[0]) == updates and logs[0] == logs[1]
+    results = [json.loads((folder / "result.json").read_text())["levels"] for folder in (one, two)]
+    assert results[0] == results[1]
+
+
+def test_frames_may_grow(short, tmp_path, capsys):
+    """A finished run goes on with --resume and more --frames, as if they had been given at once; fewer are refused, as
+    many are nothing to do, and without its checkpoint nothing is lost."""
+    flags = TINY | dict(save_every="100", resume=True)
+    babyai.main(flags | dict(frames=128, output_dir=str(tmp_path / "whole")))
+    grown = flags | dict(output_dir=str(tmp_path / "grown"))
+    babyai.main(grown | dict(frames=64))
+    with pytest.raises(UserError, match="--frames 32 is less than the run in"):
+        babyai.main(grown | dict(frames=32))
+    babyai.main(grown | dict(frames=128))
+    assert_same_run(tmp_path / "whole", tmp_path / "grown", updates=4)
+    assert json.loads((tmp_path / "grown" / "config.json").read_text())["frames"] == 128
+    capsys.readouterr()
+    babyai.main(grown | dict(frames=128))
+    assert "is finished" in capsys.readouterr().out
+    (tmp_path / "grown" / babyai.CHECKPOINT).unlink()
+    with pytest.raises(UserError, match="its checkpoint.safetensors is gone"):
+        babyai.main(grown | dict(frames=256))
+    assert (tmp_path / "grown" / "result.json").exists()
+
+
+def test_the_log_is_on_disk_before_a_checkpoint(monkeypatch, tmp_path, short):
+    """Whenever a checkpoint is written, the log has been synced with all its lines."""
+    synced, sizes, fsync, save = {}, [], os.fsync, babyai.save
+
+    def note(number: int):
+        fsync(number)
+        synced[os.fstat(number).st_ino] = os.fstat(number).st_size
+
+    def checked(path, *args, **kwargs):
+        log = (tmp_path / "log.jsonl").stat()
+        sizes.append((synced.get(log.st_ino), log.st_size))
+        save(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(babyai, "save", checked)
+    babyai.train(tiny(output_dir=str(tmp_path), save_every="1"))
+    assert len(sizes) == 2 and all(found == whole > 0 for found, whole in sizes)
+
+
+def test_trials_are_the_same_unseen_episodes(monkeypatch):
+    """`score`: each level's success over episodes of fixed seeds that no training episode has, without noise, as
+    counted one environment at a time; environments that ended do not act any more."""
+    monkeypatch.setattr(babyai, "TRIALS", 12)
+    real, seeds, noises, acted = babyai.reset, [], [], []
+    monkeypatch.setattr(babyai, "reset", lambda env, seed: seeds.append(seed) or real(env, seed))
+
+    def choose(image):  # left, right or forward, by what is seen
+        return int(image.long().sum()) % 3
+
+    class Stub:
+        def mixed(self, noise):
+            noises.append(noise)
+
+        def __call__(self, levels, image, words, level, first, memory):
+            acted.append(len(image[0]))
+            actions = torch.tensor([choose(x) for x in image[0]])
+            return 1e6 * torch.eye(7)[actions][None], torch.zeros(level.shape), memory
+
+    found = babyai.score(Stub(), tiny())
+    assert noises == [None] and seeds == [2**31 + k for _ in EASY for k in range(12)]
+    steps = 0
+    for level in EASY:
+        env, successes = babyai.make_env(level), []
+        for k in range(12):
+            image, _ = real(env, 2**31 + k)
+            over = False
+            while not over:
+                shown, reward, terminated, truncated, _ = env.step(choose(image))
+                image, over, steps = torch.from_numpy(shown["image"]), terminated or truncated, steps + 1
+            successes.append(reward > 0)
+        assert found[level] == pytest.approx(np.mean(successes), abs=1e-3)
+    assert steps == sum(acted) and 0 < found["all"] < 1
+    assert found["all"] == pytest.approx(np.mean([found[level] for level in EASY]), abs=1e-3)
+    seeds.clear()
+    Slots(EASY, 50, seed=0)
+    assert max(seeds) < 2**31
+
+
+def test_little_memory_is_one_sentence(monkeypatch, tmp_path):
+    """Out of memory: a RunError that says which flags are to be smaller."""
+
+    def roll_out(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(babyai, "roll_out", roll_out)
+    with pytest.raises(RunError, match="fewer --slots"):
+        babyai.train(tiny(output_dir=str(tmp_path)))
+
+
+def test_large_seeds_run(tmp_path, short):
+    """The largest seed that is allowed runs like any other."""
+    assert babyai.train(tiny(seed=2**63 - 1, frames=32, output_dir=str(tmp_path)))["update"] == 1
+
+
+def test_flags_that_change_nothing_are_named(capsys, monkeypatch):
+    """A flag that the method does not use is said, and no other."""
+    monkeypatch.setattr(babyai, "train", lambda cfg: None)
+    babyai.main({"method": "dense", "density": 0.5, "skills": 3, "lr_z": 1.0})
+    assert capsys.readouterr().out == "changes nothing with --method dense: --density\n"
+    babyai.main({"method": "expert", "density": 0.5, "skills": 3, "lr_z": 1.0})
+    assert capsys.readouterr().out == "changes nothing with --method expert: --skills --lr-z\n"
+    babyai.main({"method": "skilled", "density": 0.5, "skills": 3, "lr_z": 1.0})
+    assert capsys.readouterr().out == ""
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):
@@ -365,17 +571,67 @@ def test_success_is_averaged_over_a_hundred():
     assert babyai.summary(np.array([], dtype=int)) == {"episodes": 0, "success": 0.0, "episodes_to_0.99": None}
 
 
-def test_plot_writes_both_files_and_refuses_other_levels(tmp_path):
-    """--plot: a PNG and an SVG of runs with the same levels; others are refused by name."""
-    for name, levels in (("a", EASY), ("b", EASY), ("c", ("GoTo",))):
-        (tmp_path / name).mkdir()
-        cfg = dataclasses.asdict(tiny(levels=levels, method="skilled" if name == "a" else "shared"))
-        babyai.write_json(tmp_path / name / "config.json", cfg)
-        (tmp_path / name / "log.jsonl").write_text(json.dumps({"episodes": [[k % 2, 1] for k in range(250)]}) + "\n")
-    babyai.main({"plot": [str(tmp_path / "a"), str(tmp_path / "b")], "figure": str(tmp_path / "figure")})
+def written_run(folder: Path, episodes: list, final: float | None = None, **changes) -> str:
+    """A run folder by hand, its episodes in two lines of a log; finished if it has a final success."""
+    folder.mkdir()
+    cfg = tiny(**changes)
+    babyai.write_json(folder / "config.json", dataclasses.asdict(cfg))
+    times = {"env": 1.0, "act": 0.5, "learn": 2.5}
+    lines = [times | {"frames": 4000 * k, "episodes": own} for k, own in ((1, episodes[:50]), (2, episodes[50:]))]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if final is not None:
+        levels = {level: {"final": final} for level in (*cfg.levels, "all")}
+        babyai.write_json(folder / "result.json", {"levels": levels, "parameters": {"theta_0": 900, "skills": 100}})
+    return str(folder)
+
+
+def test_plot_writes_figure_and_table(tmp_path, capsys):
+    """--plot: a PNG, an SVG, and a table that it also prints; a half written last line of a run at work is left out;
+    other levels, the same run twice and a run that has not begun are refused by name."""
+    two = [[k % 2, 1] for k in range(250)]
+    runs = [written_run(tmp_path / "a", two), written_run(tmp_path / "b", two, method="shared")]
+    with open(tmp_path / "a" / "log.jsonl", "a") as log:
+        log.write('{"update": 3, "epi')
+    babyai.main({"plot": runs, "figure": str(tmp_path / "figure")})
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (tmp_path / "figure.svg").read_text()
-    with pytest.raises(UserError, match="its levels are not those"):
-        babyai.main({"plot": [str(tmp_path / "a"), str(tmp_path / "c")]})
+    printed, written = capsys.readouterr().out, (tmp_path / "figure.md").read_text()
+    rows = [line for line in printed.splitlines() if line.startswith((*EASY, "level", "all"))]
+    assert len(rows) == 1 + 4 * 2 and all(f"    {row}\n" in written for row in rows)
+    other = written_run(tmp_path / "c", two, levels=("GoTo",))
+    empty = written_run(tmp_path / "d", two, seed=5)
+    (tmp_path / "d" / "log.jsonl").write_text("")
+    for second, why in ((other, "its levels are not those"), (runs[0], "leave one out"), (empty, "no update")):
+        with pytest.raises(UserError, match=f"--plot {second}: .*{why}"):
+            babyai.main({"plot": [runs[0], second]})
+
+
+def test_table_compares_at_equal_episodes(tmp_path, capsys, monkeypatch):
+    """Episodes to > 0.99 of each seed; success at the last episode that all runs of the level have; final success of
+    finished runs; frames and their speed; the paper's figure of eight levels."""
+    monkeypatch.setattr(babyai.figures, "by_episodes", lambda *args, **kwargs: None)
+    good, less = [[0, 1]] * 120 + [[0, 0]] * 180, [[0, 1]] * 60 + [[0, 0]] * 60
+    one = written_run(tmp_path / "one", good, final=0.5, seed=0, levels=tuple(LEVELS))
+    two = written_run(tmp_path / "two", less, final=1.0, seed=1, levels=tuple(LEVELS))
+    bad = written_run(tmp_path / "bad", [[0, 0]] * 200, method="shared", levels=tuple(LEVELS), width=16)
+    babyai.main({"plot": [bad, one, two], "figure": str(tmp_path / "figure")})
+    rows = [re.split(r" {2,}", line) for line in capsys.readouterr().out.splitlines()]
+    assert rows[0][:7] == ["level", "run", "seeds", "> 0.99", "at", "success", "final"]
+    assert rows[1] == ["GoToObj", "skilled width=8", "2", "100 / -", "120", "70.0 +- 42.4", "75.0 +- 35.4"]
+    assert rows[2] == ["GoToObj", "shared width=16", "1", "-", "120", "0.0", "-"]
+    assert rows[3] == ["GoToRedBallGrey", "skilled width=8", "2", "- / -", "-", "-", "75.0 +- 35.4"]
+    assert rows[17][7:] == ["1,000", "8,000", "1,000", "2,218,226"] and rows[18][7:] == [
+        "-",
+        "8,000",
+        "1,000",
+        "3,544,294",
+    ]
+
+
+def test_names_say_in_what_runs_differ():
+    """Seeds and frames share a name; a setting that differs is named where the method uses it."""
+    runs = [tiny(), tiny(seed=1, frames=999), tiny(lr_z=0.1), tiny(method="shared"), tiny(method="mhr", heads=2)]
+    names = ["skilled lr_z=0.01", "skilled lr_z=0.01", "skilled lr_z=0.1", "shared", "mhr heads=2 lr_z=0.01"]
+    assert babyai.names_of(runs) == names and babyai.names_of(runs[:2]) == ["skilled"] * 2
 
 
 @pytest.mark.parametrize(
@@ -383,7 +639,7 @@ def test_plot_writes_both_files_and_refuses_other_levels(tmp_path):
     [
         ({"rollout": 10}, "--recurrence 4"), ({"frames": 0}, "--frames"), ({"density": 2.0}, "--density"),
         ({"method": "mhr", "heads": 3}, "--heads 3"), ({"levels": ("GoTo", "GoTo")}, "--levels"),
-        ({"save_every": "x"}, "--save-every"), ({"lr": -1.0}, "--lr"),
+        ({"save_every": "x"}, "--save-every"), ({"lr": -1.0}, "--lr"), ({"seed": 2**63}, "--seed"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_fit_are_refused_by_name(flags, named, tmp_path):

@@ -798,6 +798,17 @@ def test_backbones_run_no_code(tmp_path, backbones):
     assert not sign.exists()
 
 
+def test_too_little_memory_is_no_fault_of_the_backbone(backbones, monkeypatch):
+    """What the device says when the weights do not fit comes through as it is, for `resume.advice_on_memory`."""
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(nn.Module, "to", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_backbone(backbones[0], "cpu")
+
+
 @pytest.mark.parametrize(
     "change",
     [dict(d_model="wide"), dict(num_layers=4), dict(d_model=17), dict(model_type="nothing"), dict(vocab_size=None)],
@@ -1240,6 +1251,11 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
         (TRAIN + "--weight-decay -1", "--weight-decay"),
         (TRAIN + "--rank 0", "--rank must be above 0"),
         (TRAIN + "--skills 0", "--skills must be above 0"),
+        (TRAIN + f"--rank {10**20}", "--rank must be below 2.31"),
+        (TRAIN + f"--skills {2**31}", "--skills must be below 2.31"),
+        (TRAIN + f"--steps {2**31}", "--steps must be below 2.31"),
+        (TRAIN + f"--seed {2**63}", "--seed must not be negative or huge"),
+        (TRAIN + f"--rank {2**31 - 1} --skills {2**31 - 1}", "not enough memory"),
         (TRAIN + "--heads 0", "--heads must be above 0"),
         (TRAIN + "--max-output 0", "--max-output must be above 0"),
         (TRAIN + "--log-every 0", "--log-every must be above 0"),
@@ -1385,6 +1401,27 @@ def test_adapt_tells_mistakes(places, tmp_path, capsys, argv, named):
 def test_evaluate_tells_mistakes(places, capsys, argv, named):
     said = command("evaluate", [word.format(**places) for word in argv.split()], capsys)
     assert re.search(named, said), said
+
+
+@pytest.mark.parametrize("odd", [dict(rank=10**20), dict(skills=2**31), dict(rank=0), dict(heads=-1)], ids=str)
+def test_numbers_in_a_run_are_checked(runs, tmp_path, odd):
+    """A config.json with a number that no flag may have is refused before anything is loaded."""
+    shutil.copytree(runs("mhr"), tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    path.write_text(json.dumps(read(path) | odd))
+    with pytest.raises(UserError, match=f"--{next(iter(odd))} must be"):
+        adapt.main(dict(checkpoint=str(tmp_path / "run"), output_dir=str(tmp_path / "few")))
+    assert not (tmp_path / "few").exists()
+
+
+def test_the_names_of_skills_are_counted(runs, tmp_path):
+    """expert: a tasks.json with more or fewer skills than the run has is refused; one alone would fit any table."""
+    shutil.copytree(runs("expert"), tmp_path / "run")
+    path = tmp_path / "run" / "tasks.json"
+    for skills in ([], ["sort"], [*read(path)["skills"], "more"]):
+        path.write_text(json.dumps(read(path) | {"skills": skills}))
+        with pytest.raises(UserError, match=f"tasks.json names {len(skills)} skills, the run has"):
+            adapt.main(dict(checkpoint=str(tmp_path / "run"), output_dir=str(tmp_path / "few"), tasks="sort+double"))
 
 
 def test_a_folder_in_use_is_left_as_it_is(runs, adapted, places, capsys):

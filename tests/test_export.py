@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import shutil
 import sys
 
@@ -403,6 +404,44 @@ def test_runs_that_pefts_poly_cannot_hold(name, settings, says, folders, tmp_pat
     path = tmp_path / "run" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     assert says in refused(tmp_path / "run", tmp_path / "out", format="peft-poly")
+
+
+@pytest.mark.parametrize(
+    "names, says",
+    [
+        ([*"abcde", "mu2"], "names 6 tasks, its routers have another number of them"),
+        (["mu2"], "names 1 tasks, its routers have another number of them"),
+        ([1, "mu2", None], "1 is no name of a task"),
+        ([["mu2"] * 99, "mu2"], "is no name of a task"),
+    ],
+    ids=str,
+)
+def test_names_of_tasks_that_are_none(names, says, folders, tmp_path):
+    """More or fewer names than the routers have tasks, or what is no name: one sentence that names tasks.json."""
+    make_run(folders, tmp_path / "run", "t5", "poly", "lora")
+    write_json(tmp_path / "run" / "tasks.json", {"tasks": names, "skills": []})
+    said = refused(tmp_path / "run", tmp_path / "out", task="mu2")
+    assert f"{tmp_path / 'run' / 'tasks.json'}" in said and says in said and "\n" not in said
+
+
+@pytest.mark.parametrize("format", ["merged", "peft", "peft-poly", "run"])
+def test_a_limit_on_the_size_of_files(format, folders, tmp_path):
+    """As on a full disk: one error that names the folder, which stays empty, and the same command then works."""
+    make_run(folders, tmp_path / "run", "t5", "poly", "lora")
+    source, out = tmp_path / "run", tmp_path / "out"
+    if format == "run":
+        source = run_export(source, tmp_path / "poly", "peft-poly")
+    flags = dict(format=format, task="" if format in ("peft-poly", "run") else "mu")
+    before, kept = resource.getrlimit(resource.RLIMIT_FSIZE), sorted(p.name for p in tmp_path.iterdir())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, before[1]))
+    try:
+        with pytest.raises(OSError, match="cannot be written") as failed:
+            run_export(source, out, **flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert failed.value.filename == str(out) and not list(out.iterdir())
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*kept, "out"])
+    assert list(run_export(source, out, **flags).iterdir())
 
 
 def test_full_runs_and_missing_peft(folders, tmp_path, monkeypatch):

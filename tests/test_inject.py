@@ -527,6 +527,17 @@ def test_another_backbone_is_refused(name, tmp_path):
         load_adapters(backbone(name), path)  # the right one, but nothing was injected
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5000, "{", "5", "[]", '{"sha256": 1}'])
+def test_odd_metadata_is_refused(tmp_path, text):
+    """Nested too deep, a number of too many digits, no JSON, no object: one sentence, the model is as before."""
+    model, path = two("poly"), str(tmp_path / "adapter.safetensors")
+    before = snapshot(model)
+    inject_module.save_file(adapter_parameters(model), path, metadata={"saved": text})
+    with pytest.raises(ValueError, match="adapter.safetensors is (no whole safetensors file|damaged)"):
+        load_adapters(model, path)
+    assert_same_state(model, before)
+
+
 def test_overwriting_is_atomic(tmp_path, monkeypatch):
     path = tmp_path / "adapter.safetensors"
     first, second = two("poly"), two("poly")

@@ -1,21 +1,27 @@
 """Runs that are cut off: killed, stopped, out of disk or memory. What goes on is what was never cut off, to the bit."""
 
+import dataclasses
 import json
 import math
 import multiprocessing
 import os
+import pty
 import random
+import re
+import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import adapt
 import config
+import data
 import inject
 import resume
 import train
@@ -133,9 +139,9 @@ def test_killed_at_fifty_random_moments(child, flags, reference, tmp_path):
     same(folder, reference)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_stopped_by_a_signal(child, flags, reference, tmp_path, number, code):
-    """SIGTERM and Ctrl-C end the step, save, and end with their exit codes; the run then goes on."""
+    """SIGTERM, Ctrl-C and SIGHUP end the step, save, and end with their exit codes; the run then goes on."""
     folder = tmp_path / "run"
     now = flags | dict(output_dir=str(folder), save_every="100000")
     process = child(config.exit_on_user_error, train.main, now)
@@ -312,7 +318,6 @@ def test_a_mistake_leaves_no_folder(flags, tmp_path, wrong):
 def test_damaged_checkpoints_are_refused(cut_off, reference, flags):
     path = cut_off / resume.CHECKPOINT
     whole = path.read_bytes()
-    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     damaged = {
         "empty": b"", "cut": whole[: len(whole) // 2], "a pickle": b"\x80\x04}q\x00.",
         "an adapter": (reference / "adapter.safetensors").read_bytes(),
@@ -323,14 +328,180 @@ def test_damaged_checkpoints_are_refused(cut_off, reference, flags):
         with pytest.raises(UserError, match=r"checkpoint.safetensors is no whole checkpoint .*delete it"):
             train.main(dict(output_dir=str(cut_off), resume=True))
         assert path.read_bytes() == content
-    state = json.dumps({"step": 3, "seconds": 1.0, "recent": [], "loss": 1.0, "numbers": {}})
-    other = {k: v[..., :1].contiguous() if k.startswith("model.") else v for k, v in tensors.items()}
-    inject.write_tensors(other, path, state=state)
-    with pytest.raises(UserError, match="of a run with other settings"):
-        train.main(dict(output_dir=str(cut_off), resume=True))
     path.unlink()  # as the message says
     train.main(dict(output_dir=str(cut_off), resume=True))
     same(cut_off, reference)
+
+
+NAN = math.nan
+NEST = "[" * 100_000 + "]" * 100_000
+SPOILT = {  # functions that change the tensors and the state of a checkpoint, which is then signed again
+    "no random state": lambda x, state: x.pop("random"),
+    "a random state of floats": lambda x, state: x.update(random=x["random"].float()),
+    "a random state of zeros": lambda x, state: x.update(random=torch.zeros_like(x["random"])),
+    "a short random state": lambda x, state: x.update(random=x["random"][:9].clone()),
+    "an unknown parameter": lambda x, state: x.update({"optimizer.99.step": torch.ones(())}),
+    "an unknown name": lambda x, state: x.update({"optimizer.a.b": torch.ones(())}),
+    "a name without parts": lambda x, state: x.update({"optimizer.": torch.ones(())}),
+    "a missing weight": lambda x, state: x.pop(next(n for n in x if n.startswith("model."))),
+    "a weight that is not finite": lambda x, state: next(p for n, p in x.items() if "inventory" in n)[0, 0].fill_(NAN),
+    "a state that is not finite": lambda x, state: next(p for n, p in x.items() if "_sq" in n)[:1].fill_(math.inf),
+    "a weight of another shape": lambda x, state: x.update({n: p[:1].clone() for n, p in x.items() if "router.Z" in n}),
+    "a weight of another type": lambda x, state: x.update({n: p.double() for n, p in x.items() if n[:5] == "model"}),
+    "half a state": lambda x, state: x.pop(next(n for n in x if "_sq" in n)),
+    "no state of a parameter": lambda x, state: [x.pop(n) for n in list(x) if n.startswith("optimizer.1.")],
+    "a state of another shape": lambda x, state: x.update({n: torch.cat([p, p]) for n, p in x.items() if "_sq" in n}),
+    "a step in words": lambda x, state: state.update(step="x"),
+    "no step": lambda x, state: state.pop("step"),
+    "a step below 1": lambda x, state: state.update(step=0),
+    "a huge step": lambda x, state: state.update(step=10**30),
+    "losses in words": lambda x, state: state.update(recent=["x"]),
+    "a loss that is not finite": lambda x, state: state.update(recent=[math.inf]),
+    "seconds with too many digits": lambda x, state: state.update(seconds=10**400),
+    "no numbers": lambda x, state: state.pop("numbers"),
+    "numbers in a list": lambda x, state: state.update(numbers=[1]),
+    "a number in the place of a tensor": lambda x, state: state["numbers"].update({n: 1.0 for n in x if "_sq" in n}),
+    "a list of lists": lambda x, state: state.update(trained=[[1]]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_checkpoints_of_odd_content_change_nothing(monkeypatch, flags, tmp_path, optimizer):
+    """Signed, but with missing, unknown or impossible entries: one sentence; model, optimiser and random numbers are as
+    before. The one that nobody changed is then loaded."""
+    path, (model, own) = tmp_path / resume.CHECKPOINT, made(flags | dict(optimizer=optimizer))
+    monkeypatch.setattr(os, "fsync", lambda number: None)  # it would be most of the time
+    for p in resume.run_tensors(model).values():
+        p.grad = torch.ones_like(p)
+    own.step()
+    resume.save_checkpoint(path, model, own, resume.Progress(1, 1.0, (2.0,)))
+    tensors, metadata = inject.read_tensors(path)
+    texts = {
+        "no JSON": "{", "nested too deep": NEST, "no object": "5", "an empty list": "[]", "too many digits": "9" * 5000,
+    }  # fmt: skip
+    before, random = everything(model, own), torch.get_rng_state()
+    for name, spoil in (SPOILT | texts).items():
+        odd, state = {n: x.clone() for n, x in tensors.items()}, json.loads(metadata["state"])
+        if callable(spoil):
+            spoil(odd, state)
+        inject.write_tensors(odd, path, state=json.dumps(state) if callable(spoil) else spoil)
+        with pytest.raises(UserError, match="delete it to begin the run again") as refused:
+            resume.load_checkpoint(path, model, own)
+        assert "\n" not in str(refused.value), name
+        assert everything(model, own) == before and torch.equal(torch.get_rng_state(), random), name
+    inject.write_tensors(tensors, path, state=metadata["state"])
+    assert resume.load_checkpoint(path, model, own)[:3] == (1, 1.0, (2.0,))
+    assert everything(model, own) == before
+
+
+def everything(model, optimizer) -> dict:
+    """What a run changes, as plain numbers: adapters, routers and the optimiser's state."""
+    states = {f"{k} {n}": v for k, own in optimizer.state_dict()["state"].items() for n, v in own.items()}
+    both = resume.run_tensors(model) | states
+    return {name: v.tolist() if isinstance(v, torch.Tensor) else v for name, v in both.items()}
+
+
+@pytest.mark.parametrize("method", ["mhr", "full"])
+def test_another_backbone_or_data_set_is_refused(monkeypatch, flags, backbone, tmp_path, method):
+    """--resume after the files of the backbone, or the examples, were replaced: one sentence, and the run goes on when
+    they are back."""
+    mine, now = tmp_path / "backbone", flags | dict(method=method, output_dir=str(tmp_path / "cut"), steps=4)
+    shutil.copytree(backbone, mine)
+    cut_at(monkeypatch, 4)
+    with pytest.raises(PowerCut):
+        train.main(now | dict(backbone=str(mine)))
+    monkeypatch.undo()
+    go_on = dict(output_dir=str(tmp_path / "cut"), resume=True)
+    weights, file = load_file(mine / "model.safetensors"), mine / "model.safetensors"
+    whole, name = file.read_bytes(), next(n for n in weights if n.endswith("wo.weight"))
+    save_file(weights | {name: weights[name] + 1}, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="checkpoint.safetensors was made with another backbone than there is now"):
+        train.main(go_on)
+    file.write_bytes(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "load_tasks", lambda *args: one_example_less(*args))
+        with pytest.raises(UserError, match="checkpoint.safetensors was made with another data set than there is now"):
+            train.main(go_on)
+    assert train.main(go_on)["steps"] == 4
+
+
+def one_example_less(cfg, split, parts, real=train.load_tasks):
+    found = real(cfg, split, parts)
+    less = dataclasses.replace(found.train[0], train=found.train[0].train[:-1])
+    return dataclasses.replace(found, train=[less, *found.train[1:]])
+
+
+def test_the_mark_of_tasks():
+    """Another name, number of examples, first or last example makes another one; the same tasks make the same."""
+    examples = [data.Example(letter, (letter,)) for letter in "abc"]
+    task = data.Task("one", "exact", examples, examples, [])
+    others = [
+        dataclasses.replace(task, name="two"), dataclasses.replace(task, train=examples[:2]),
+        dataclasses.replace(task, dev=examples[1:]), dataclasses.replace(task, test=examples),
+        dataclasses.replace(task, train=[*examples[:2], data.Example("x", ("x",))]),
+    ]  # fmt: skip
+    marks = [resume.marks_of_tasks(tasks) for tasks in ([task], [], [task, task], *([other] for other in others))]
+    assert len(set(marks)) == 8 and resume.marks_of_tasks([dataclasses.replace(task)]) == marks[0]
+
+
+def test_a_task_from_another_pretraining_is_refused(monkeypatch, reference, tmp_path):
+    """`adapt.py --resume` after the checkpoint was trained anew: what is saved of the old one is not mixed with it."""
+    run, now = tmp_path / "run", FEW | dict(output_dir=str(tmp_path / "few"), tasks="sort+double,drop+swap")
+    shutil.copytree(reference, run)
+    real = adapt.adapt_task
+
+    def cut(model, tokenizer, task, *args):
+        if task.name == "drop+swap":
+            raise PowerCut
+        return real(model, tokenizer, task, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        patch.setattr(adapt, "adapt_task", cut)
+        adapt.main(now | dict(checkpoint=str(run)))
+    tensors, metadata = inject.read_tensors(run / "adapter.safetensors")
+    inject.write_tensors(
+        {n: x + 1 for n, x in tensors.items()}, run / "adapter.safetensors", backbone=metadata["backbone"]
+    )
+    with pytest.raises(UserError, match=r"sort\+double.json was made with another checkpoint than there is now"):
+        adapt.main(dict(output_dir=now["output_dir"], resume=True))
+
+
+@pytest.mark.parametrize("main", [train.main, adapt.main])
+def test_the_log_is_on_the_disk_before_what_follows_it(monkeypatch, flags, reference, tmp_path, main):
+    """Whenever a checkpoint, or a task's scores, get their name, all lines of the log are synced."""
+    folder, synced, seen = tmp_path / "run", {}, []
+    fsync, replace = os.fsync, os.replace
+
+    def watched_fsync(number):
+        synced[os.readlink(f"/proc/self/fd/{number}")] = os.fstat(number).st_size
+        fsync(number)
+
+    def watched_replace(old, new):
+        if Path(new).name in (resume.CHECKPOINT, "sort+double.json", "drop+swap.json"):
+            seen.append((synced.get(str(folder / "log.jsonl"), 0), (folder / "log.jsonl").stat().st_size))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    main(dict(output_dir=str(folder)) | (flags if main == train.main else FEW | dict(checkpoint=str(reference))))
+    assert all(done == size for done, size in seen) and len({size for _, size in seen}) > 1
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [b'{"step": 1', b'{"step": 1x}', b'\xff{"step": 1}', b'{"loss": 1}', b'{"step": "1"}', b"[1]", b"[" * 10**5 + b"}"],
+)
+def test_damaged_lines_of_a_log(tmp_path, damaged):
+    """A line in the middle is named; the last one, if it is not whole, is dropped with those that come again."""
+    log, good = tmp_path / "log.jsonl", [b'{"step": %d}' % k for k in range(1, 5)]
+    log.write_bytes(b"\n".join([good[0], damaged, good[1], b""]))
+    before = log.read_bytes()
+    with pytest.raises(UserError, match=r"log.jsonl:2 is damaged: delete this line") as refused:
+        resume.cut_log(log, lambda line: line["step"] <= 2)
+    assert "\n" not in str(refused.value) and log.read_bytes() == before
+    log.write_bytes(b"\n".join([*good, damaged]))
+    resume.cut_log(log, lambda line: line["step"] <= 2)
+    assert log.read_bytes() == good[0] + b"\n" + good[1] + b"\n"
 
 
 def test_a_second_run_in_the_same_folder_is_refused(cut_off, reference):
@@ -383,7 +554,7 @@ def test_full_disk(monkeypatch, capsys, cut_off, reference, error):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nonfinite_loss_stops_the_run(monkeypatch, cut_off, reference, value):
-    """Before it changes anything: the last good checkpoint stays, and the message names the step and the tasks."""
+    """Before it changes anything: the last good checkpoint stays, and the message names the step and each example."""
     real, calls = train.token_loss, []
 
     def broken(model, batch):
@@ -391,8 +562,13 @@ def test_nonfinite_loss_stops_the_run(monkeypatch, cut_off, reference, value):
         return real(model, batch) * (value if len(calls) == 3 else 1)
 
     monkeypatch.setattr(train, "token_loss", broken)
-    with pytest.raises(RunError, match=r"step 6, tasks [\w+, ]+: the loss is (nan|inf)"):
+    with pytest.raises(RunError, match=r"step 6, training examples .*: the loss is (nan|inf)") as failed:
         train.main(dict(output_dir=str(cut_off), resume=True))
+    tasks = train.load_tasks(train.Config(), "0", ("train",)).train
+    batch = next(data.batches(tasks, FLAGS["batch_size"], FLAGS["seed"], start=5))
+    by_name = {task.name: task.train for task in tasks}
+    named = [by_name[name][int(k)] for name, k in re.findall(r"([\w+]+)\[(\d+)\]", str(failed.value))]
+    assert named == [item.example for item in batch]
     monkeypatch.undo()
     train.main(dict(output_dir=str(cut_off), resume=True))
     same(cut_off, reference)
@@ -462,6 +638,40 @@ def test_a_launcher_repeats_sigterm_a_person_ctrl_c():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
+
+
+def test_nohup_is_respected(monkeypatch):
+    """SIGHUP that is ignored stays ignored, in the loop and around it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with resume.Signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+        config.exit_on_user_error(lambda: os.kill(os.getpid(), signal.SIGHUP))
+        assert not signals.caught and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+HUNG_UP = """
+import sys, time; sys.path.insert(0, ROOT); import config
+def main():
+    try: print("ready", flush=True); time.sleep(60)
+    finally: print("how to go on", file=sys.stdout, flush=True)
+config.exit_on_user_error(main)
+"""
+
+
+def test_the_terminal_is_closed(tmp_path):
+    """A real one, at whose other end nobody is any more: what is printed then is no error, and the exit code is 129."""
+    child, ours = pty.fork()
+    if not child:
+        program = HUNG_UP.replace("ROOT", repr(str(Path(config.__file__).parent)))
+        os.execv(sys.executable, [sys.executable, "-c", program])
+    assert b"ready" in os.read(ours, 100)
+    os.close(ours)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 129
 
 
 @pytest.mark.parametrize("steps, lines", [(1500, 10), (1234, 13), (40, 1), (60, 2)])

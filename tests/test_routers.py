@@ -200,6 +200,19 @@ def test_task_moe_against_a_loop(skills, k, seed):
         assert w == pytest.approx([p[s] / total if s in kept else 0.0 for s in range(skills)], abs=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_task_moe_of_infinite_logits(dtype):
+    """Rows of all -inf or all +inf give two even weights; one +inf takes all; in every row they sum to 1, and gradients
+    are finite."""
+    inf, router = torch.inf, TaskMoERouter(4, 4, k=2).to(dtype)
+    router.Z.data = torch.tensor([[-inf] * 4, [inf] * 4, [0, inf, 1, -inf], [0, -inf, -inf, -inf]], dtype=dtype)
+    w = router(torch.arange(4))
+    assert [sorted(row) for row in w[:2].tolist()] == [[0, 0, 0.5, 0.5]] * 2
+    assert w[2:].tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
+    w.square().sum().backward()
+    assert bool(router.Z.grad.isfinite().all())
+
+
 def test_task_moe_trains_the_kept_logits_only():
     router = TaskMoERouter(2, 4, k=2)
     router.Z.data = torch.tensor([[4.0, 3.0, 2.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
