@@ -1008,7 +1008,7 @@ def test_zero_shot(runs, folder, capsys, monkeypatch, name):
     save = folder / f"zero-shot-{name}.json"
     cfg = evaluate.Config(checkpoint=str(runs(name)), zero_shot=True, save=str(save))
     one, again = evaluate.evaluate(cfg), evaluate.evaluate(dataclasses.replace(cfg, save=""))
-    assert read(save)["mean"] == sum(one.values()) / len(one)
+    assert read(save)["mean"] == pytest.approx(sum(one.values()) / len(one))
     assert {task: next(iter(scores.values())) for task, scores in read(save)["tasks"].items()} == one
     assert list(one) == HELD_OUT
     assert contents(runs(name)) == before
@@ -1255,7 +1255,6 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
         (TRAIN + f"--skills {2**31}", "--skills must be below 2.31"),
         (TRAIN + f"--steps {2**31}", "--steps must be below 2.31"),
         (TRAIN + f"--seed {2**63}", "--seed must not be negative or huge"),
-        (TRAIN + f"--rank {2**31 - 1} --skills {2**31 - 1}", "not enough memory"),
         (TRAIN + "--heads 0", "--heads must be above 0"),
         (TRAIN + "--max-output 0", "--max-output must be above 0"),
         (TRAIN + "--log-every 0", "--log-every must be above 0"),

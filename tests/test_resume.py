@@ -626,6 +626,8 @@ def test_out_of_memory_is_one_sentence_with_advice(monkeypatch, flags, reference
     monkeypatch.setattr(adapt, "all_scores", full)
     with pytest.raises(RunError, match="not enough memory: try .*--eval-batch"):
         adapt.main(FEW | dict(checkpoint=str(reference), output_dir=str(tmp_path / "few")))
+    with pytest.raises(RunError, match="not enough memory"), resume.advice_on_memory(""):
+        torch.empty(2**31 - 1, 128, 2**31 - 1)  # the largest --rank and --skills: more bytes than an int64 counts
     with pytest.raises(RuntimeError, match="^another$"), resume.advice_on_memory(""):
         raise RuntimeError("another")
 
