@@ -298,7 +298,8 @@ def adapt(cfg: Config) -> dict:
         make_deterministic()
     parallel.join(pick_device(cfg.device))
     folder = Path(cfg.output_dir)
-    with hold(folder), advice_on_memory("a smaller --micro-batch (the same batch in parts) or --eval-batch"):
+    advice = "a smaller --micro-batch (the same batch in parts) or --eval-batch"
+    with hold(folder, "python adapt.py"), advice_on_memory(advice):
         return finished(folder, cfg.resume) or run(cfg, folder)
 
 
@@ -323,15 +324,11 @@ def run(cfg: Config, folder: Path) -> dict:
     counts, number = train.count_parameters(model), len(next(iter(splits.values())))
     print(f"{number} tasks in {len(splits)} splits; trainable for each:", *(f"{k} {n:,}" for k, n in counts.items()))
     results, seconds = {}, 0.0
-    try:
-        with open(folder / "log.jsonl", "a") as log:
-            for split, tasks in splits.items():
-                what = (tasks, begin, split, base, cfg, folder, log, made_with)
-                results[split], spent = adapt_split(model, tokenizer, *what)
-                seconds += spent
-    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
-        print(f"\nstopped; to go on with the tasks that are not done: python adapt.py --resume --output-dir {folder}")
-        raise
+    with open(folder / "log.jsonl", "a") as log:
+        for split, tasks in splits.items():
+            what = (tasks, begin, split, base, cfg, folder, log, made_with)
+            results[split], spent = adapt_split(model, tokenizer, *what)
+            seconds += spent
     metrics = {task.name: task.metric for tasks in splits.values() for task in tasks}
     result = over_splits(results) | {"seconds": round(seconds, 1), "parameters": counts, "metrics": metrics}
     if parallel.first():

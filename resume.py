@@ -288,9 +288,10 @@ class Signals:
 
 
 @contextmanager
-def hold(folder: Path):
+def hold(folder: Path, command: str):
     """Make a run's folder and hold it while in this context, or until the process ends, however it ends. Of several
-    processes the first one holds it. A folder in which no run was begun is removed again.
+    processes the first one holds it. A folder in which no run was begun is removed again; one whose run is stopped by a
+    signal says how to go on with it, by the same command ("python train.py").
 
     Raises UserError if another process holds it, or it cannot be made; RunError if it was removed meanwhile.
     """
@@ -310,6 +311,10 @@ def hold(folder: Path):
     parallel.wait()
     try:
         yield
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM, SIGHUP
+        if (folder / "config.json").exists():
+            tell(f"\nto go on: {command} --resume --output-dir {folder}")
+        raise
     except OSError:
         if folder.is_dir():
             raise

@@ -208,7 +208,7 @@ def train(cfg: Config) -> dict:
     parallel.join(cfg.device)
     folder = Path(cfg.output_dir)
     advice = "a smaller --micro-batch (the same batch in parts) or --checkpointing"
-    with hold(folder), advice_on_memory(advice):
+    with hold(folder, "python train.py"), advice_on_memory(advice):
         return finished(folder, cfg.resume) or run(cfg, folder)
 
 
@@ -350,7 +350,7 @@ def train_steps(model, tokenizer, tasks: list[data.Task], steps: int, cfg: Confi
                 sync(log)
                 save_checkpoint(checkpoint, model, optimizer, now, made_with)
             if stop:
-                print(f"stopped after step {step}; to go on: python train.py --resume --output-dir {folder}")
+                print(f"stopped after step {step}")
                 parallel.wait()  # until it is saved: launchers kill the others when one ends
                 sys.exit(128 + (signals.caught or signal.SIGTERM))
     return now

@@ -581,7 +581,7 @@ def train(cfg: Config) -> dict:
     check(cfg)
     folder = Path(cfg.output_dir)
     advice = "fewer --slots or a smaller --width in a new folder, or a machine that has more"
-    with hold(folder), advice_on_memory(advice):
+    with hold(folder, "python -m experiments.babyai"), advice_on_memory(advice):
         if not cfg.resume:
             refuse_used(cfg.output_dir)
         elif (folder / "result.json").exists():
@@ -636,7 +636,6 @@ def run(cfg: Config, folder: Path) -> dict:
                 os.fsync(log.fileno())  # first: --resume takes the episodes before a checkpoint from the log
                 save(folder / CHECKPOINT, agent, optimizer, now, **slots.state(), memory=memory, first=first)
             if signals.caught:
-                print(f"stopped; to go on: python -m experiments.babyai --resume --output-dir {folder}")
                 sys.exit(128 + signals.caught)
     return finish(cfg, folder, agent, now, np.array(episodes).reshape(-1, 2))
 

@@ -247,15 +247,33 @@ def test_a_run_that_went_on_from_another_goes_on(monkeypatch, reference, tmp_pat
     same(tmp_path / "cut", tmp_path / "whole")
 
 
-def test_adaptation_says_how_to_go_on(monkeypatch, capsys, reference, tmp_path):
-    def interrupt(*args):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    "script, what, begun",
+    [
+        ("train", "starting_point", False), ("train", "train_steps", True), ("train", "evaluate_tasks", True),
+        ("adapt", "load_run", False), ("adapt", "evaluate_tasks", True), ("adapt", "adapt_task", True),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("stop, code", [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])
+def test_a_stopped_run_says_how_to_go_on(
+    monkeypatch, capsys, flags, reference, tmp_path, script, what, begun, stop, code
+):
+    """Wherever it is stopped: loading, training, scoring. There is nothing to go on with before it has begun."""
 
-    monkeypatch.setattr(adapt, "adapt_task", interrupt)
+    def interrupt(*args, **more):
+        raise stop
+
+    monkeypatch.setattr({"train": train, "adapt": adapt}[script], what, interrupt)
+    now = flags if script == "train" else FEW | dict(checkpoint=str(reference))
+    main = {"train": train.main, "adapt": adapt.main}[script]
     with pytest.raises(SystemExit) as stopped:
-        config.exit_on_user_error(adapt.main, FEW | dict(checkpoint=str(reference), output_dir=str(tmp_path / "few")))
-    assert stopped.value.code == 130
-    assert f"python adapt.py --resume --output-dir {tmp_path / 'few'}" in capsys.readouterr().out
+        config.exit_on_user_error(main, now | dict(output_dir=str(tmp_path / "cut")))
+    assert stopped.value.code == code and (tmp_path / "cut").exists() == begun
+    command = f"python {script}.py --resume --output-dir {tmp_path / 'cut'}"
+    assert (command in capsys.readouterr().out) == begun
+    if begun:
+        monkeypatch.undo()
+        assert main(dict(output_dir=str(tmp_path / "cut"), resume=True))["tasks"]
 
 
 # --- What --resume refuses, and what it does not need -----------------------------------------------------------------
@@ -505,7 +523,7 @@ def test_damaged_lines_of_a_log(tmp_path, damaged):
 
 
 def test_a_second_run_in_the_same_folder_is_refused(cut_off, reference):
-    with resume.hold(cut_off):
+    with resume.hold(cut_off, "python train.py"):
         for main, extra in ((train.main, {}), (adapt.main, dict(checkpoint=str(reference)))):
             with pytest.raises(UserError, match="another process is at work in .*cut"):
                 main(extra | dict(output_dir=str(cut_off), resume=not extra))
