@@ -27,7 +27,7 @@ VARIANTS = {"all": METHODS, "z": LEARNED, "mu": ROUTED, "lora": ("full",)}  # wh
 
 # A run's defaults: what its data set says, then what its (data set, method) says. Sources (benchmarks/README.md): the
 # MHR authors' configuration files (t0: after T-Few), Polytropon's appendix A.2; "strings" is ours, tuned on its dev
-# compositions (results/strings.md). Warm-up is a share of the steps, here 1,500 of SuperNI's 25,000.
+# compositions (results/methods.md). Warm-up is a share of the steps, here 1,500 of SuperNI's 25,000.
 # Full fine-tuning holds its weights in fp32: in bfloat16 most updates at such rates round to nothing.
 PRETRAINING = {
     "strings": dict(
@@ -55,7 +55,8 @@ PRETRAINING = {
         steps=0, epochs=30, batch_size=32, optimizer="adamw", lr=1e-3, lr_z=1e-2, weight_decay=0.0, warmup=0.06,
         clip=1.0, max_input=512, max_output=64, precision="fp32", eval_examples=0,
     ),
-    ("strings", "full"): dict(lr=1e-3),
+    ("strings", "full"): dict(lr=3.3e-4),
+    **{("strings", method): dict(lr=1.5e-2) for method in ("poly", "mhr")},
     ("t0", "full"): dict(lr=1e-4, precision="fp32"),
     ("superni", "full"): dict(lr=5e-5, precision="fp32"),
     ("crossfit", "full"): dict(lr=3e-5),
@@ -78,7 +79,7 @@ FEW_SHOT = {
         lr_z=1e-2, weight_decay=0.01, warmup=0.1, clip=1.0, choice_losses=False, keep="loss", eval_every=100,
         patience=3,
     ),
-    ("strings", "full"): dict(lr=3e-4),
+    ("strings", "full"): dict(lr=1.1e-4),
     ("t0", "full"): dict(lr=1e-4),
     ("superni", "full"): dict(lr=5e-5),
     ("crossfit", "full"): dict(lr=3e-5),

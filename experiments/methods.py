@@ -40,19 +40,19 @@ METHODS = {  # a name for the table: (flags of train.py, variants of adapt.py, t
     "MHR": ("--method mhr --heads 8", ("all", "z", "mu")),
 }
 RATES = {  # what --tune found: flags of train.py, then of adapt.py for each variant
-    "Full": ("--lr=0.001", {"all": "--lr=0.00033", "lora": "--lr=0.009"}),
-    "LoRA (Shared)": ("--lr=0.005", {"all": "--lr=0.009"}),
-    "LoRA-big": ("--lr=0.0017", {"all": "--lr=0.009"}),
-    "(IA)^3": ("--lr=0.015", {"all": "--lr=0.009"}),
-    "Private": ("--lr=0.0017", {"mu": "--lr=0.009", "all": "--lr=0.009"}),
-    "Expert": ("--lr=0.015", {"all": "--lr=0.001"}),
-    "Random by example": ("--lr=0.015", {"mu": "--lr=0.003"}),
-    "Random by task": ("--lr=0.005", {"mu": "--lr=0.003"}),
-    "HyperFormer": ("--lr=0.005 --lr-z=0.01", {"all": "--lr=0.003"}),
-    "Task-MoE": ("--lr=0.015", {"all": "--lr=0.001"}),
+    "Full": ("--lr=0.00033", {"all": "--lr=0.00011", "lora": "--lr=0.003"}),
+    "LoRA (Shared)": ("--lr=0.005", {"all": "--lr=0.027"}),
+    "LoRA-big": ("--lr=0.0017", {"all": "--lr=0.003"}),
+    "(IA)^3": ("--lr=0.045", {"all": "--lr=0.027"}),
+    "Private": ("--lr=0.005", {"mu": "--lr=0.009", "all": "--lr=0.009"}),
+    "Expert": ("--lr=0.015", {"all": "--lr=0.003"}),
+    "Random by example": ("--lr=0.005", {"mu": "--lr=0.003"}),
+    "Random by task": ("--lr=0.015", {"mu": "--lr=0.003"}),
+    "HyperFormer": ("--lr=0.0017 --lr-z=0.01", {"all": "--lr=0.003"}),
+    "Task-MoE": ("--lr=0.015", {"all": "--lr=0.003"}),
     "AdapterSoup": ("--lr=0.0017", {"all": "--lr=0.009"}),
-    "Poly": ("--lr=0.015", {"all": "--lr=0.003", "z": "--lr-z=0.5", "mu": "--lr=0.003"}),
-    "MHR": ("--lr=0.0017", {"all": "--lr=0.003", "z": "--lr-z=0.5", "mu": "--lr=0.003"}),
+    "Poly": ("--lr=0.015", {"all": "--lr=0.001", "z": "--lr-z=0.5", "mu": "--lr=0.003"}),
+    "MHR": ("--lr=0.015", {"all": "--lr=0.003", "z": "--lr-z=0.5", "mu": "--lr=0.003"}),
 }
 
 
