@@ -231,8 +231,11 @@ Made by `python -m experiments.reproduce --claim all`, which begins with the rul
 with its flags and the commit of its training, are in `claims.jsonl`. Data: `strings`. Rates: see `methods.md`.
 Seeds {seeds}, which also draw the training and few-shot examples; the tasks and their test examples are the same for
 all. "~" and "<=" mean within {margin:g} points; the intervals below are two-sided, so "~" is decided by a narrower one.
+Five seeds are few: where their differences have a standard deviation of 4 points, a true difference of 5 points is
+found in 56 % of cases, of 8 in 91 %, and true equality in 53 %.
 The rule was fixed before these runs; held-out scores of earlier settings, seeds 0 to 2, had been seen by then
-(`LOG.md`). {hours:.1f} hours of one core for training and adaptation, at commit {commits}.
+(`LOG.md`). Training and adaptation took {hours:.1f} hours of one core, at commit {commits}; the hours of a claim are
+those of all that it asks for, of which claims share much.
 
 | claim | verdict | the papers |
 |---|---|---|
@@ -247,6 +250,7 @@ def section(name: str, claim: Claim, found: dict[str, Found], parts: list[Verdic
         f"## {name}",
         "",
         f"{claim.says} ({claim.place}.) **{verdict(parts).capitalize()}.** {claim.note}".rstrip(),
+        f"({hours([line for of in found.values() for line in of.lines]):.1f} hours of one core.)",
         "",
     ]
     text += ["| comparison | difference | 95 % interval | |", "|---|---:|---:|---|"]

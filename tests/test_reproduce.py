@@ -75,6 +75,15 @@ def test_noise_leaves_it_undecided():
     assert {reproduce.judge(noisy, r, np.zeros(5)).says for r in (">", "<=", "~")} == {"undecided"}
 
 
+@pytest.mark.parametrize("relation, difference, share", [(">", 5, 0.56), (">", 8, 0.91), ("~", 0, 0.53)])
+def test_what_five_seeds_can_tell(relation, difference, share):
+    """The shares that the page names, at a standard deviation of 4 points."""
+    noise = np.random.default_rng(0).normal(difference, 4, (2000, 5))
+    found = np.mean([reproduce.judge(d, relation, np.zeros(5)).says == "holds" for d in noise])
+    assert found == pytest.approx(share, abs=0.03)
+    assert f"{share:.0%}".replace("%", " %") in reproduce.PAGE
+
+
 def test_values_without_spread_are_decided():
     """Where all seeds agree to the bit there is no division by zero."""
     a, b = np.full(5, 3.0), np.full(5, 1.0)
