@@ -426,7 +426,7 @@ def make_config(**flags) -> Config:
     if start.resume and start.output_dir and (path := Path(start.output_dir) / "config.json").exists():
         return resumed(Config, path, flags)
     base = train_config(start)
-    method = "lora" if start.variant == "lora" else base.method
+    method = "" if start.variant == "lora" else base.method  # full's own rates are not those of a LoRA after it
     cfg = Config(**recipe(FEW_SHOT, base.dataset, method) | flags)
     if base.dataset == "t0" and cfg.shots:
         raise UserError("--shots does not fit t0, whose few-shot files fix the examples: leave it out")

@@ -21,7 +21,7 @@ from transformers import (
 from baselines.fixed import FixedRouter, RandomRouter, half_of_skills
 from baselines.hyperformer import HyperRouter
 from baselines.task_moe import TaskMoERouter
-from config import GIVEN, ONE_ADAPTER, UserError
+from config import GIVEN, ONE_ADAPTER, UserError, sync_names
 from data import reach_hub
 from ia3 import IA3, IA3Linear
 from inject import IA3_INPUT_SIDE, LAYER_SETS, adapted_layers, freeze, inject, load_adapters, named_layers, sharing_key
@@ -129,6 +129,7 @@ def whole_folder(folder: Path):
                 os.fsync(file.fileno())
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
+        sync_names(folder.parent)
     except (OSError, SafetensorError) as error:  # SafetensorError: how safetensors calls a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)

@@ -26,8 +26,9 @@ METHODS = ("full", *ONE_ADAPTER, *ROUTED)
 VARIANTS = {"all": METHODS, "z": LEARNED, "mu": ROUTED, "lora": ("full",)}  # what `adapt.py` can train, and after which
 
 # A run's defaults: what its data set says, then what its (data set, method) says. Sources (benchmarks/README.md): the
-# MHR authors' configuration files (t0: after T-Few), Polytropon's appendix A.2; "strings" is ours, tuned on its dev
-# compositions (results/methods.md). Warm-up is a share of the steps, here 1,500 of SuperNI's 25,000.
+# MHR authors' configuration files (t0: after T-Few), Polytropon's appendix A.2; "strings" is ours, its rates for each
+# method those that a search on dev compositions found (results/methods.md; some variants and sizes have others, which
+# `experiments/methods.py` gives as flags). Warm-up is a share of the steps, here 1,500 of SuperNI's 25,000.
 # Full fine-tuning holds its weights in fp32: in bfloat16 most updates at such rates round to nothing.
 PRETRAINING = {
     "strings": dict(
@@ -56,7 +57,9 @@ PRETRAINING = {
         clip=1.0, max_input=512, max_output=64, precision="fp32", eval_examples=0,
     ),
     ("strings", "full"): dict(lr=3.3e-4),
-    **{("strings", method): dict(lr=1.5e-2) for method in ("poly", "mhr")},
+    **{("strings", m): dict(lr=1.5e-2) for m in ("expert", "task-moe", "poly", "mhr")},
+    **{("strings", m): dict(lr=1.7e-3) for m in ("hyperformer", "adapter-soup")},
+    ("strings", "ia3"): dict(lr=4.5e-2),
     ("t0", "full"): dict(lr=1e-4, precision="fp32"),
     ("superni", "full"): dict(lr=5e-5, precision="fp32"),
     ("crossfit", "full"): dict(lr=3e-5),
@@ -80,6 +83,8 @@ FEW_SHOT = {
         patience=3,
     ),
     ("strings", "full"): dict(lr=1.1e-4),
+    **{("strings", m): dict(lr=2.7e-2) for m in ("lora", "shared", "ia3")},
+    **{("strings", m): dict(lr=9e-3) for m in ("private", "adapter-soup")},
     ("t0", "full"): dict(lr=1e-4),
     ("superni", "full"): dict(lr=5e-5),
     ("crossfit", "full"): dict(lr=3e-5),
@@ -121,11 +126,9 @@ def explicit_flags(Config: type, recipes: dict, argv: list[str] | None = None) -
         sys.stderr.isatty = lambda: False  # errors yes, progress bars no
     parser = _Parser(description=(Config.__doc__ or "").strip(), allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(Config):
-        by_dataset = [
-            f"{r[field.name]} ({d if isinstance(d, str) else ', '.join(d)})"
-            for d, r in recipes.items()
-            if field.name in r
-        ]
+        having = {key: r[field.name] for key, r in recipes.items() if field.name in r}
+        by_dataset = [f"{value} ({key})" for key, value in having.items() if isinstance(key, str)]
+        by_dataset += ["some methods have their own"] if len(by_dataset) < len(having) else []
         default = ", ".join(by_dataset) or (field.default if field.default != "" else "none")
         options = dict(help=f"{field.metadata['help']} [default: {default}]".replace("%", "%%"))
         if field.type is bool:
@@ -235,10 +238,16 @@ def tell(text: str):
 # --- Run folders ------------------------------------------------------------------------------------------------------
 
 
+BEFORE_A_RUN = {".lock", "tasks.json", "tasks.json.tmp", "config.json.tmp"}  # what is there before its config.json
+
+
 def refuse_used(path: str):
-    """Raise UserError if a folder already holds a run: nothing is ever overwritten."""
-    if (Path(path) / "config.json").exists():
+    """Raise UserError if a folder already holds a run or anything else: nothing is ever overwritten."""
+    folder = Path(path)
+    if (folder / "config.json").exists():
         raise UserError(f"--output-dir {path} already holds a run: choose another folder or delete this one")
+    if folder.is_dir() and (there := sorted({p.name for p in folder.iterdir()} - BEFORE_A_RUN)):
+        raise UserError(f"--output-dir {path} is not empty, it holds {there[0]}: choose another folder")
 
 
 def new_run_folder(path: str) -> Path:
@@ -262,10 +271,21 @@ def whole_file(path: Path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_names(path.parent)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise OSError(error.errno, f"cannot be written: {error.strerror or error}", str(path)) from None
+
+
+def sync_names(folder: Path):
+    """Have the names of a folder's files on the disk: else a power cut may undo a renaming, but not what came after."""
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def write_json(path: Path, content: dict):
@@ -300,16 +320,31 @@ def _is(value, kind: type) -> bool:
     return type(value) is kind or (kind is float and type(value) is int)
 
 
+def check_numbers(path: Path, **entries):
+    """Raise UserError unless each of a JSON file's entries is a number below 10^15, or a dict of at least one such.
+
+    No score, count or time of a run is larger; NaN, infinity, and numbers that are too large for a float are no such.
+    """
+    for name, entry in entries.items():
+        values = list(entry.values()) if isinstance(entry, dict) else [entry]
+        if not values or not all(_is(value, float) and abs(value) < 1e15 for value in values):
+            raise UserError(f"{path}: {name!r} is {entry!r:.60}, not one or more numbers: it was changed by hand")
+
+
 def read_config(Config: type, path: Path):
-    """Rebuild a script's Config from a run's config.json. Raises UserError if its fields or their types are not the
-    Config's."""
-    content, fields = read_json(path), {field.name: field.type for field in dataclasses.fields(Config)}
+    """Rebuild a script's Config from a run's config.json. Raises UserError if its fields, their types or values are
+    none that the Config's flags can have; numbers are for `check_ranges`."""
+    content, fields = read_json(path), {field.name: field for field in dataclasses.fields(Config)}
     if odd := fields.keys() ^ content.keys():
         raise UserError(f"{path}: field {sorted(odd)[0]!r} is missing or unknown: this run is of another version")
-    for name, kind in fields.items():
+    for name, field in fields.items():
+        kind, choices = field.type, field.metadata["choices"]
         value = tuple(content[name]) if kind is tuple and isinstance(content[name], list) else content[name]
-        if not _is(value, kind):
+        words = value if isinstance(value, tuple) else [value] if kind is str else []
+        if not _is(value, kind) or not all(isinstance(word, str) for word in words):
             raise UserError(f"{path}: field {name!r} is {value!r}, which is no {kind.__name__}: it was changed by hand")
+        if choices and (odd := [word for word in words if word not in choices]):
+            raise UserError(f"{path}: field {name!r} is {odd[0]!r:.60}, which is none of {', '.join(choices)}")
         content[name] = value
     return Config(**content)
 

@@ -366,6 +366,12 @@ def write_tensors(tensors: dict[str, Tensor], path: str, **metadata: str):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        if os.name == "posix":  # the new name too: else a power cut may undo the renaming, but not what came after
+            number = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+            try:
+                os.fsync(number)
+            finally:
+                os.close(number)
     except (OSError, SafetensorError) as error:  # SafetensorError: how safetensors calls a full disk
         with suppress(OSError):
             os.remove(temporary)

@@ -38,6 +38,9 @@ from inject import adapter_parameters, digest, fingerprint, read_tensors, write_
 
 CHECKPOINT = "checkpoint.safetensors"  # in the run folder, until the run is done
 LOCK = ".lock"  # in the run folder, while a process is at work there
+LOWER_RATE = (
+    "Try a lower --lr or --precision fp32 in a new folder: to go on from the checkpoint would be the same again"
+)
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -93,7 +96,8 @@ def sync(log):
 
 
 def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, made_with=None):
-    """Write a checkpoint in the place of the one before. Raises OSError if that fails; the one before is then whole.
+    """Write a checkpoint in the place of the one before. Raises OSError if that fails, RunError if a value is no longer
+    finite; the one before is then whole.
 
     made_with: {"backbone": hash, ...}, for `load_checkpoint` to compare.
     """
@@ -102,6 +106,8 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     for k, state in states.items():
         for name, value in state.items():
             (tensors if isinstance(value, Tensor) else numbers)[f"optimizer.{k}.{name}"] = value
+    if broken := [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]:
+        raise RunError(f"{broken[0]} is not finite after step {progress.step}: nothing of it was saved. {LOWER_RATE}")
     tensors["random"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
@@ -233,8 +239,12 @@ def write_line(log, bar: tqdm, now: Progress, norm: float, lr: float, every: int
 
 def tidy(folder: Path):
     """Remove what a finished run needs no more: checkpoint, and files that a killed process left half written."""
-    for path in (folder / CHECKPOINT, *folder.rglob("*.tmp")):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    for path in folder.rglob("*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.stem.endswith((".safetensors", ".json", ".jsonl")):  # not what somebody else has put there
+            path.unlink()
 
 
 class Every:
@@ -329,12 +339,13 @@ def hold(folder: Path, command: str):
 
 def finished(folder: Path, resume: bool) -> dict | None:
     """The result of a run that --resume finds finished; None if there is something to do. Raises UserError if the
-    folder holds a run and --resume was not given."""
-    if resume and (folder / "result.json").exists():
+    folder holds a run and --resume was not given, or something that is no run."""
+    begun = resume and (folder / "config.json").exists()
+    if begun and (folder / "result.json").exists():
         print(f"{folder} is finished: nothing to go on with")
         tidy(folder)
         return read_json(folder / "result.json")
-    if parallel.first() and not resume:
+    if parallel.first() and not begun:
         refuse_used(str(folder))
     return None
 
@@ -352,8 +363,7 @@ def refuse_nonfinite(loss: float, norm: float, step: int, batch: list, tasks: li
         examples = ", ".join(f"{tasks[i.task].name}[{tasks[i.task].train.index(i.example)}]" for i in batch)
         raise RunError(
             f"step {step}, training examples {examples}: the loss is {loss}, the norm of its gradients {norm}; nothing "
-            "of it was kept. Try a lower --lr or --precision fp32 in a new folder: to go on from the checkpoint would "
-            "be the same again"
+            f"of it was kept. {LOWER_RATE}"
         )
 
 

@@ -582,7 +582,7 @@ def train(cfg: Config) -> dict:
     folder = Path(cfg.output_dir)
     advice = "fewer --slots or a smaller --width in a new folder, or a machine that has more"
     with hold(folder, "python -m experiments.babyai"), advice_on_memory(advice):
-        if not cfg.resume:
+        if not (cfg.resume and (folder / "config.json").exists()):
             refuse_used(cfg.output_dir)
         elif (folder / "result.json").exists():
             result = read_json(folder / "result.json", frames=int)

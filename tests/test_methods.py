@@ -61,6 +61,27 @@ def test_every_variant_gets_a_rate_of_its_own(trials, tmp_path, name):
     assert all(line[3].startswith("--lr-z=" if line[2] == "z" else "--lr=") for line in best)
 
 
+OWN_RATES = ("LoRA-big", "Random by task")  # another size or form of a method: the recipe is that of the first
+
+
+@pytest.mark.parametrize("name", [name for name in methods.METHODS if name not in OWN_RATES])
+def test_the_recipes_have_the_rates_of_the_table(name):
+    """`train.py --dataset strings --method M` without --lr is the table's run; so is the first variant's adaptation,
+    but for Poly, whose variants differ: there it is that of mu."""
+    method = methods.METHODS[name][0].split()[1]
+    pretraining = dict(pair.lstrip("-").split("=") for pair in methods.RATES[name][0].split())
+    assert config.recipe(config.PRETRAINING, "strings", method)["lr"] == float(pretraining["lr"])
+    few = methods.RATES[name][1]["mu" if name == "Poly" else methods.METHODS[name][1][0]]
+    assert config.recipe(config.FEW_SHOT, "strings", method)["lr"] == float(few.removeprefix("--lr="))
+
+
+def test_flags_give_all_that_a_methods_own_recipe_sets():
+    """So that the name of RUNS, which holds the recipe of all methods, names the whole recipe."""
+    for recipes in (config.PRETRAINING, config.FEW_SHOT):
+        own = [values for key, values in recipes.items() if key[0] == "strings"]
+        assert own and all(set(values) == {"lr"} for values in own)
+
+
 def test_every_method_has_rates_for_its_variants():
     for name, (_, variants) in methods.METHODS.items():
         assert set(methods.RATES[name][1]) == set(variants) <= set(config.VARIANTS)
