@@ -21,7 +21,8 @@ from config import VARIANTS, UserError
 from data import reach_hub
 
 CONFIGS = Path(__file__).parent / "assets" / "configs"  # t5-xl, t5-xxl and bart-large, for use without the hub
-ROWS = {  # what the papers compare, by their names; "l-": the light layers, keys, values and one of the feed-forward
+ROWS = {  # what the papers compare, by their names; "l-": the light layers, keys, values and one of the feed-forward;
+    # "attention": queries, keys, values and outputs, from which some of the papers' l- figures follow
     "full": dict(method="full"),
     "(IA)^3": dict(method="ia3", adapter="ia3"),
     "LoRA": dict(method="lora"),
@@ -42,6 +43,9 @@ ROWS = {  # what the papers compare, by their names; "l-": the light layers, key
     "l-Poly": dict(method="poly", layers="light"),
     "l-MHR, 32 heads": dict(method="mhr", layers="light", heads=32),
     "l-MHR, 64 heads": dict(method="mhr", layers="light", heads=64),
+    "attention: LoRA-big": dict(method="lora", layers="attention", rank=16),
+    "attention: MHR, 32 heads": dict(method="mhr", layers="attention", heads=32),
+    "attention: MHR, 64 heads": dict(method="mhr", layers="attention", heads=64),
 }
 
 
@@ -62,7 +66,10 @@ def meta_backbone(name: str, device: str = "meta", dtype: torch.dtype = torch.fl
         raise UserError(f"--backbone {name}: no config can be read: {reason} (bundled: {known})") from None
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device(device):
-        model = auto.from_config(config, dtype=dtype, trust_remote_code=False)
+        try:
+            model = auto.from_config(config, dtype=dtype, trust_remote_code=False)
+        except ValueError:
+            raise UserError(f"--backbone {name}: a {config.model_type} model is no language model") from None
         if not getattr(config, "scale_decoder_outputs", True):
             # T5 v1.1 has an output layer of its own, which transformers 5 ties until it sees the weights
             model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
@@ -92,7 +99,10 @@ def count(backbone: str, tasks: int, **settings) -> dict[str, int]:
 
 
 def table(backbone: str, tasks: int) -> list[tuple[str, ...]]:
-    """The cells of a table over ROWS, its head first. A method whose heads do not divide a layer has no numbers."""
+    """The cells of a table over ROWS, its head first. A method whose heads do not divide a layer has no numbers.
+
+    Raises UserError for a backbone whose layers have no names here.
+    """
     columns = ("adapters", "Z", "all", "z", "mu", "lora")
     new = (f"a new task: {c}" for c in columns[2:])
     lines = [("method", "rank", "trained on all tasks", f"Z of {tasks} tasks", *new)]
@@ -100,6 +110,8 @@ def table(backbone: str, tasks: int) -> list[tuple[str, ...]]:
         try:
             found = count(backbone, tasks, **settings)
         except UserError:
+            if "heads" not in settings:
+                raise
             found = {}
         rank = str(settings.get("rank", 1)) if settings.get("adapter", "lora") == "lora" and name != "full" else ""
         lines.append((name, rank, *(f"{found[c]:,}" if found.get(c) else "-" for c in columns)))

@@ -8,7 +8,7 @@ weights over skills to mix by; k is the number of entries of the weight that an 
 The places are drawn at random, as Polytropon does: [1] selects them in a phase of its own, which was found to help
 little. What is trained and saved is the k values and, as integers that never train, their places. Memory is
 proportional to k, also between the forward and the backward pass (`Times`): a dense D exists for one example at a time,
-inside either pass.
+inside either pass. (Under Poly and MHR every example has a mixture of its own: there it is proportional to b s k.)
 
 Under Poly and MHR every skill has places of its own (a mask M (s, o i)), so mixing cannot add up values that stand side
 by side: the skills' values are scaled by their weights and put one after the other, places repeated or not, and D is

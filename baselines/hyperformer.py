@@ -10,7 +10,8 @@ Adapters are LoRA, as in Polytropon's comparison, which sets "the embedding size
 value". Here e = h = s: the last layer has exactly the size of s skills, and each router adds e^2 + e in its hidden
 layer. (Appendix A.2 counts 4l(2he + 2e)e, where h is the model's width; its 0.78 % for each dimension, as for each
 skill, comes out if the e in brackets is the rank, 16.) The last layer has no bias: with LoRA's zero B the adapted model
-starts as its backbone.
+starts as its backbone. A ReLU may leave a task without any unit, as it does at first in about one of 2^h layers: there
+it has no adapter and no gradient (with the 4 units of `strings`: one in 16).
 
 Deviation: with --granularity linear each linear layer has a hidden layer and task embeddings of its own, as it has a Z
 of its own under Poly. The original embeds a task once, and its HyperFormer++ shares the hyper-network over all layers.

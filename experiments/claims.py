@@ -35,6 +35,7 @@ ONE_SPEED = RATES["Poly"][0].split()[0].replace("--lr=", "--lr-z=")  # Z as slow
 RECOVERY = (("", "correlation"), (", by chance", "chance_95"), (", lower bound", "low"), (", upper bound", "high"))
 SHAPES = ("discreteness", "sparsity", "usage")
 ROUTED_OR_NOT = ("LoRA (Shared)", "Poly", "MHR")
+OTHER_SIZES = ("LoRA-big", "(IA)^3")
 
 MEASURES = {
     **{name: Measure(name) for name in METHODS if name not in ("Private", "Random by example", "Random by task")},
@@ -58,7 +59,7 @@ MEASURES = {
     "discreteness, one speed": Measure("Poly", "mean.discreteness", ONE_SPEED),
     **{f"recovery by {m}{what}": Measure(m, f"recovery.{key}") for m in ("Poly", "MHR") for what, key in RECOVERY},
     **{f"{name}, told, {k} steps": Measure(name, "zero-shot", TOLD, k) for name in ROUTED_OR_NOT for k in EXTRA},
-    **{f"{name}, told": Measure(name, "all", TOLD) for name in ("Full", "LoRA-big", "(IA)^3", *ROUTED_OR_NOT)},
+    **{f"{name}, told": Measure(name, "all", TOLD) for name in ("Full", "AdapterSoup", *OTHER_SIZES, *ROUTED_OR_NOT)},
     **{f"{name}-{variant}, told": Measure(name, variant, TOLD) for name in ("Poly", "MHR") for variant in ("z", "mu")},
     **{f"{name}-mu, told": Measure(name, "mu", TOLD) for name in ("Random by example", "Random by task")},
     "Full, then LoRA, told": Measure("Full", "lora", TOLD),
@@ -93,15 +94,16 @@ CLAIMS = {
         "MHR Fig. 2, Tab. 2; Polytropon Tab. 1",
         [("MHR", ">", "Poly"), *(("Poly", ">", other) for other in OTHERS)],
         also=("Full", "Full, then LoRA"),
-        note=BLIND.format("few-shot-told"),
+        note=BLIND.format("few-shot-told") + " AdapterSoup, which compares inputs, finds nothing to compare here.",
     ),
     "few-shot-told": Claim(
         "The same where the input says what to do: MHR is above Poly, and Poly above one shared adapter, also a larger "
-        "one, and (IA)^3.",
+        "one, (IA)^3, and AdapterSoup.",
         "MHR Fig. 2, Tab. 2",
         [
             ("MHR, told", ">", "Poly, told"), ("Poly, told", ">", "LoRA (Shared), told"),
             ("Poly, told", ">", "LoRA-big, told"), ("Poly, told", ">", "(IA)^3, told"),
+            ("Poly, told", ">", "AdapterSoup, told"),
         ],
     ),
     "z": Claim(

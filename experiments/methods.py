@@ -21,7 +21,7 @@ from evaluate import aligned, mean_std
 
 ROOT = Path(__file__).resolve().parents[1]
 KEEP = 300  # steps between the looks at training that `analyze.py` takes
-RECIPE = [PRETRAINING["strings"], FEW_SHOT["strings"], KEEP]  # what flags leave open; a run of another is another run
+RECIPE = [PRETRAINING["strings"], FEW_SHOT["strings"], KEEP]  # what flags leave open: a run of another is another run
 RUNS = ROOT / "runs" / f"methods-{zlib.crc32(json.dumps(RECIPE).encode()):08x}"
 
 METHODS = {  # a name for the table: (flags of train.py, variants of adapt.py, the first of which chooses its rates)
@@ -109,13 +109,14 @@ def one_seed(name: str, seed: int, root: Path) -> dict[str, tuple[dict, dict]]:
 
 def table(results: dict[str, list[dict]]) -> str:
     """results: {name: what `one_seed` returns for each seed}. One line a method and variant, scores over seeds."""
-    lines = [("method", "variant", "trained on all tasks", "for a new task", "seen tasks", "held-out tasks")]
+    lines = [("method", "variant", "trained on all tasks", "and Z", "for a new task", "seen tasks", "held-out tasks")]
     for name, seeds in results.items():
         for variant in METHODS[name][1]:
             pairs = [seed[variant] for seed in seeds]
-            counts = [f"{sum(pairs[0][k]['parameters'].values()):,}" for k in (0, 1)]
+            trained, adapted = (result["parameters"] for result in pairs[0])
+            counts = (trained["adapters"], trained["routing"], sum(adapted.values()))
             scores = [mean_std([pair[k]["mean"] for pair in pairs]) for k in (0, 1)]
-            lines.append((name, variant, *counts, *scores))
+            lines.append((name, variant, *(f"{n:,}" for n in counts), *scores))
     return aligned(lines)
 
 

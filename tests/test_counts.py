@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import transformers
 
 import counts
 import evaluate
@@ -26,6 +27,9 @@ XL = {  # T5-XL, 313 tasks: trained on all tasks, Z, and for one new task all, z
     "l-Poly": (7_471_104, 480_768, 7_471_104 + 1_536, 1_536, 933_888),
     "l-MHR, 32 heads": (7_471_104, 313 * 49_152, 7_471_104 + 49_152, 49_152, 933_888),
     "l-MHR, 64 heads": (7_471_104, 313 * 98_304, 7_471_104 + 98_304, 98_304, 933_888),
+    "attention: LoRA-big": (18_874_368, 0, 18_874_368, None, None),
+    "attention: MHR, 32 heads": (9_437_184, 313 * 73_728, 9_437_184 + 73_728, 73_728, 1_179_648),
+    "attention: MHR, 64 heads": (9_437_184, 313 * 147_456, 9_437_184 + 147_456, 147_456, 1_179_648),
 }
 
 
@@ -57,13 +61,49 @@ def test_full_fine_tuning_then_lora():
     assert counts.count("t5-xl", 1, method="full")["lora"] == 2_211_840
 
 
+def test_hyperformer_on_bart_large():
+    """The paper's 4l(2he + 2e)e, with rank 16 for the e in brackets, is 0.07 % more: its hidden layers are larger."""
+    found = counts.count("bart-large", 120, method="hyperformer", rank=16, layers="self-attention")
+    assert found["adapters"] == 8 * 3_145_728 + 96 * 72 == 25_172_736
+    assert 4 * 24 * (2 * 1024 * 16 + 2 * 16) * 8 == 25_190_400
+
+
+SHOWN = {  # a row of the README: its numbers, the papers' left out, in the order of its columns
+    "Full; LoRA after it": ["full 0", "full 2", 2_211_840],
+    "(IA)³": ["(IA)^3 0", "(IA)^3 2"],
+    "LoRA": ["LoRA 0", "LoRA 2"],
+    "LoRA-big, rank 16": ["LoRA-big 0", "LoRA-big 2"],
+    "Private, AdapterSoup": ["Private, AdapterSoup 0", "Private, AdapterSoup 2"],
+    "Random; Random-μ": ["Random 0", "Random 2", "Random 4"],
+    "Poly": ["Poly 0", "Poly 1", "Poly 2"],
+    "Poly-z, Poly-μ": ["Poly 3", "Poly 4"],
+    "Poly of (IA)³; -z, -μ": [f"Poly (IA)^3 {k}" for k in range(5)],
+    "MHR, 64 heads": [f"MHR, 64 heads {k}" for k in range(3)],
+    "MHR-z, MHR-μ": ["MHR, 64 heads 3", "MHR, 64 heads 4"],
+    "Task-MoE": [f"Task-MoE {k}" for k in range(3)],
+    "HyperFormer": [f"HyperFormer {k}" for k in range(3)],
+    "l-LoRA; rank 16": ["l-LoRA 0", "l-LoRA-big 0"],
+    "l-Poly": [f"l-Poly {k}" for k in range(3)],
+    "l-Poly-z": ["l-Poly 3"],
+    "l-MHR-z, 32 heads; 64": ["l-MHR, 32 heads 3", "l-MHR, 64 heads 3"],
+    "`--layers attention`: LoRA, rank 16; MHR-z, 32 heads; 64": [
+        "attention: LoRA-big 0", "attention: LoRA-big 2", "attention: MHR, 32 heads 3", "attention: MHR, 64 heads 3",
+    ],
+}  # fmt: skip
+
+
 def test_the_readmes_table():
-    """Every number of the README's table is one of those that the tests here count."""
+    """Every number of the README's table is the one that is counted for its row and column."""
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     section = readme.split("What is trained, exactly")[1].split("\n## ")[0]
-    counted = {f"{n:,}" for row in XL.values() for n in row if n} | {"1,081,344", "3,145,728"}
-    shown = re.findall(r"\d{1,3}(?:,\d{3})+", section)
-    assert len(shown) > 25 and set(shown) <= counted
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| ")][1:]
+    shown = {row[0].strip(): re.findall(r"\d{1,3}(?:,\d{3})+", "|".join(row[1:4])) for row in rows}
+    of = {f"{name} {k}": n for name, numbers in XL.items() for k, n in enumerate(numbers)}
+    assert shown == {row: [f"{of.get(cell, cell):,}" for cell in cells] for row, cells in SHOWN.items()}
+    below = section.split("\nT5-XXL")[1]
+    assert re.findall(r"\d{1,3}(?:,\d{3})+", below) == [
+        "1,081,344", "221,184", "3,145,728", "25,172,736", "25,190,400",
+    ]  # fmt: skip
 
 
 def test_the_table_shows_every_row(capsys, monkeypatch):
@@ -76,6 +116,15 @@ def test_the_table_shows_every_row(capsys, monkeypatch):
     monkeypatch.setattr(counts, "ROWS", {"MHR": dict(method="mhr", heads=7)})
     evaluate.main(dict(count_parameters=True, backbone="bart-large", training_tasks=10))
     assert capsys.readouterr().out.splitlines()[1].split()[2:] == ["-"] * 6  # 7 heads do not divide a layer
+
+
+@pytest.mark.parametrize("kind, says", [("opt", "--backbone .*opt"), ("vit", "a vit model is no language model")])
+def test_backbones_that_cannot_be_counted(tmp_path, kind, says):
+    """A language model whose layers have no names here, and a model of another kind: one sentence, not a table of -."""
+    transformers.AutoConfig.for_model(kind).save_pretrained(tmp_path / kind)
+    for flags in (dict(count_parameters=True), dict(memory=2)):
+        with pytest.raises(UserError, match=says):
+            evaluate.main(flags | dict(backbone=str(tmp_path / kind)))
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "t5-xxxl"])

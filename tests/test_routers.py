@@ -223,6 +223,18 @@ def test_task_moe_trains_the_kept_logits_only():
             TaskMoERouter(2, 4, k)
 
 
+@pytest.mark.parametrize("units", [2, 4])
+def test_hyperformer_starts_without_a_unit_in_one_of_2_to_the_h_layers(units):
+    """There a task has no weights, and no gradient reaches its embedding."""
+    torch.manual_seed(0)
+    routers = [HyperRouter(1, units) for _ in range(2000)]
+    weights = [router(torch.tensor([0])) for router in routers]
+    off = [k for k, w in enumerate(weights) if not w.any()]
+    assert len(off) / len(routers) == pytest.approx(2**-units, rel=0.2)
+    weights[off[0]].sum().backward()
+    assert not routers[off[0]].Z.grad.any()
+
+
 def test_hyperformer_is_a_two_layer_network_that_gives_the_adapter():
     """The weights of the last layer are the inventory: embedding -> ReLU -> A and B of the task's LoRA."""
     layer, x = layer_of("hyperformer"), torch.randn(4, 2, 8)
