@@ -98,8 +98,8 @@ def test_half_precision_is_within_its_roundings(kind, adapter, dtype):
 
 @pytest.mark.parametrize("adapter", ["lora", "ia3", "sft"])
 def test_a_whole_model_in_bf16(adapter):
-    """The tiny backbone under MHR: a mixed batch's loss within 1 % of fp32's, the gradients of adapters and Z in fp32 and
-    within 10 % of their norm."""
+    """The tiny backbone under MHR: a mixed batch's loss within 1 % of fp32's, the gradients of adapters and Z in fp32
+    and within 10 % of their norm."""
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
