@@ -29,7 +29,7 @@ and result.json.
 from dataclasses import dataclass
 
 from config import (
-    FEW_SHOT, VARIANTS, UserError, check_ranges, describe, exit_on_user_error, explicit_flags, flag,
+    FEW_SHOT, VARIANTS, UserError, check_numbers, check_ranges, describe, exit_on_user_error, explicit_flags, flag,
     read_config, read_json, recipe, resumed, write_json,
 )  # fmt: skip
 
@@ -145,14 +145,16 @@ def prepare(model: nn.Module, base: train.Config, cfg: Config) -> Callable[[data
 
 def begin_with_soup(model: nn.Module, base: train.Config, cfg: Config) -> Callable[[data.Task], None]:
     """AdapterSoup's begin(task): every layer gets the average of the adapters of the most similar training tasks."""
-    path = Path(cfg.checkpoint) / "embeddings.safetensors"
-    if not path.exists():
+    if not (path := Path(cfg.checkpoint) / "embeddings.safetensors").exists():
         raise UserError(f"{path} does not exist: its training has not finished")
     try:
-        embeddings, routed = read_tensors(path)[0]["embeddings"], adapted_layers(model)
+        embeddings, routed = read_tensors(path)[0].get("embeddings", torch.empty(0)), adapted_layers(model)
     except ValueError as error:
         raise UserError(str(error)) from None
     encoder = load_backbone(base.encoder or base.backbone, base.device, base.precision, encoder=bool(base.encoder))
+    s, d = next(iter(routed.values())).router.skills, encoder[0].config.hidden_size
+    if (embeddings.shape, embeddings.dtype) != ((s, d), torch.float32) or not bool(embeddings.isfinite().all()):
+        raise UserError(f"{path} holds no {s} finite embeddings of size {d}: it is not of this run or this encoder")
 
     @torch.no_grad()
     def begin(task: data.Task):
@@ -365,6 +367,7 @@ def adapt_split(model, tokenizer, tasks, begin, split, base, cfg, folder: Path, 
             sync(log)
             write_json(done, one | {"seconds": time.monotonic() - start, "made_with": made})
         one = found[task.name] = read_json(done, before=float, stops=dict, metrics=dict, seconds=float, made_with=dict)
+        check_numbers(done, one["metrics"], {"before": one["before"], "seconds": one["seconds"]})
         refuse_other(done, one["made_with"], made)
         then, now = one["before"], main_scores({task.name: one["metrics"]})[task.name]
         bar.set_postfix(task=task.name, before=f"{then:.1f}", after=f"{now:.1f}")

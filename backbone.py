@@ -6,6 +6,7 @@ all that a model depends on.
 
 import dataclasses
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import (
     AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, ByT5Tokenizer, T5Config,
     T5ForConditionalGeneration,
 )  # fmt: skip
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from baselines.fixed import FixedRouter, RandomRouter, half_of_skills
 from baselines.hyperformer import HyperRouter
@@ -71,6 +73,7 @@ def load_backbone(name: str, device: str, precision: str = "fp32", encoder: bool
     options["trust_remote_code"] = False  # loading a file never runs code
     try:
         config = AutoConfig.from_pretrained(source, **options)
+        refuse_endless(config.to_dict() | get_tokenizer_config(source))
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         loader = AutoModel if encoder else auto
         model, info = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
@@ -86,6 +89,14 @@ def load_backbone(name: str, device: str, precision: str = "fp32", encoder: bool
         flag = "--encoder" if encoder else "--backbone"
         raise UserError(f"{flag} {name} cannot be loaded: {reason} ({flag} tiny is bundled)") from None
     return model.to(device), tokenizer  # outside: too little memory there is no fault of the files
+
+
+def refuse_endless(settings: dict):
+    """Raise ValueError for a number of layers or extra tokens in a backbone's files that no model has: the loaders
+    would make one after the other until memory is full."""
+    for name, value in settings.items():
+        if re.search("layers?$|^extra_ids$", name) and isinstance(value, int | float) and value > 10_000:
+            raise ValueError(f"its {name} is more than 10,000")
 
 
 LARGE = {  # the recipes' backbones: parameters in billions

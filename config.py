@@ -117,8 +117,13 @@ def explicit_flags(Config: type, recipes: dict, argv: list[str] | None = None) -
 
     Standard output or error that was closed before the start (2>&-) becomes the null device: else a file that the run
     opens would get its number, and what libraries print there. Of several processes (`parallel.py`) only the first one
-    talks from here on.
+    talks from here on. argv None: the command line of this process, which from here on also ends quietly when it is
+    stopped, until `exit_on_user_error` says how.
     """
+    if argv is None:
+        for number in (signal.SIGINT, signal.SIGTERM, *hang_ups()):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as Ctrl-C is for a shell's background jobs
+                signal.signal(number, _end)
     for name in ("stdout", "stderr"):
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
     if os.environ.get("RANK", "0") != "0":
@@ -141,6 +146,11 @@ def explicit_flags(Config: type, recipes: dict, argv: list[str] | None = None) -
             options["choices"] = field.metadata["choices"]
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
     return vars(parser.parse_args(argv))
+
+
+def _end(number: int, frame):
+    """End the process at once: an exception would be swallowed or dressed up by the imports that it comes upon."""
+    os._exit(128 + number)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -201,6 +211,8 @@ def exit_on_user_error(main, *args):
     for number in hang_ups():
         signal.signal(number, _hang_up)
     try:
+        if signal.getsignal(signal.SIGINT) is _end:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         main(*args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -320,15 +332,15 @@ def _is(value, kind: type) -> bool:
     return type(value) is kind or (kind is float and type(value) is int)
 
 
-def check_numbers(path: Path, **entries):
-    """Raise UserError unless each of a JSON file's entries is a number below 10^15, or a dict of at least one such.
-
-    No score, count or time of a run is larger; NaN, infinity, and numbers that are too large for a float are no such.
-    """
-    for name, entry in entries.items():
-        values = list(entry.values()) if isinstance(entry, dict) else [entry]
-        if not values or not all(_is(value, float) and abs(value) < 1e15 for value in values):
-            raise UserError(f"{path}: {name!r} is {entry!r:.60}, not one or more numbers: it was changed by hand")
+def check_numbers(path: Path, *entries: dict):
+    """Raise UserError unless each of these, from a JSON file, is {name: number}, with at least one: scores, counts or
+    times of a run. None of those is NaN or infinite, or reaches 10^15 (JSON also has numbers too large for a float)."""
+    for entry in entries:
+        if not isinstance(entry, dict) or not entry:
+            raise UserError(f"{path}: there is {entry!r:.60} in place of named numbers: it was changed by hand")
+        for name, value in entry.items():
+            if not _is(value, float) or not abs(value) < 1e15:
+                raise UserError(f"{path}: {name!r} is {value!r:.60}, no number of a run: it was changed by hand")
 
 
 def read_config(Config: type, path: Path):
@@ -338,14 +350,15 @@ def read_config(Config: type, path: Path):
     if odd := fields.keys() ^ content.keys():
         raise UserError(f"{path}: field {sorted(odd)[0]!r} is missing or unknown: this run is of another version")
     for name, field in fields.items():
-        kind, choices = field.type, field.metadata["choices"]
-        value = tuple(content[name]) if kind is tuple and isinstance(content[name], list) else content[name]
-        words = value if isinstance(value, tuple) else [value] if kind is str else []
-        if not _is(value, kind) or not all(isinstance(word, str) for word in words):
-            raise UserError(f"{path}: field {name!r} is {value!r}, which is no {kind.__name__}: it was changed by hand")
-        if choices and (odd := [word for word in words if word not in choices]):
+        several, choices = field.type is tuple, field.metadata["choices"]
+        values = content[name] if several else [content[name]]
+        typed = isinstance(values, list) and all(_is(value, str if several else field.type) for value in values)
+        if not typed or field.default and not values:  # none at all only where that is the default
+            kind = "list of texts" if several else field.type.__name__
+            raise UserError(f"{path}: field {name!r} is {content[name]!r:.60}, no {kind}: it was changed by hand")
+        if choices and (odd := [value for value in values if value not in choices]):
             raise UserError(f"{path}: field {name!r} is {odd[0]!r:.60}, which is none of {', '.join(choices)}")
-        content[name] = value
+        content[name] = tuple(values) if several else values[0]
     return Config(**content)
 
 

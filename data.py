@@ -130,7 +130,7 @@ def table_of(read: Callable, files: list[Path], features: dict) -> datasets.Data
     read: a generator function; its rows are dicts with the keys of features, which gives each column's type ("string",
     "int64" or ["string"] for a list). "file" is the file's number in the list. The table is written once to the cache
     of `datasets` and found again as long as reader and files are the same (by name, size and time of last change).
-    Raises UserError as `read` does.
+    Raises UserError as `read` does, OSError if the cache cannot be written.
     """
     types = {name: datasets.List(datasets.Value(t[0])) if isinstance(t, list) else datasets.Value(t)
              for name, t in (features | {"file": "int32"}).items()}  # fmt: skip
@@ -145,16 +145,24 @@ def table_of(read: Callable, files: list[Path], features: dict) -> datasets.Data
             features=datasets.Features(types),
             gen_kwargs={"read": read, "stamps": stamps, "source": source},
         )
-    except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
+    except (datasets.exceptions.DatasetGenerationError, OSError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, UserError):
+            raise cause from None
+        if not isinstance(cause, OSError):
+            raise
+        reason = (cause.strerror or str(cause)).splitlines()[-1]  # datasets puts lines of its own before it
+        reason = f"the cache of datasets cannot be written ({reason}): make room, or set HF_DATASETS_CACHE to another"
+        raise OSError(cause.errno, reason, str(datasets.config.HF_DATASETS_CACHE)) from None
 
 
 def _rows_of_files(read: Callable, stamps: tuple, source: str) -> Iterator[dict]:
     for number, (path, *_) in enumerate(stamps):
-        for row in read(Path(path)):
-            yield row | {"file": number}
+        try:
+            for row in read(Path(path)):
+                yield row | {"file": number}
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def parts_of(table: datasets.Dataset, files: int) -> list[datasets.Dataset]:

@@ -12,8 +12,8 @@ python evaluate.py --memory 16 --backbone t5-xl         what training takes with
 from dataclasses import asdict, dataclass, replace
 
 from config import (
-    FEW_SHOT, GIVEN, PRETRAINING, UserError, check_ranges, exit_on_user_error, explicit_flags, flag, read_config,
-    read_json, recipe, write_json,
+    FEW_SHOT, GIVEN, PRETRAINING, UserError, check_numbers, check_ranges, exit_on_user_error, explicit_flags, flag,
+    read_config, read_json, recipe, write_json,
 )  # fmt: skip
 
 
@@ -54,6 +54,7 @@ from choices import choose
 from data import Example, Task, collate
 from inject import adapted_layers, merged, task_ids
 from metrics import score
+from resume import advice_on_memory
 
 # --- Predictions ------------------------------------------------------------------------------------------------------
 
@@ -189,7 +190,8 @@ def evaluate(cfg: Config) -> dict[str, float]:
         flag = "--zero-shot" if cfg.zero_shot else "--constant"
         raise UserError(f"{flag} needs a run folder of train.py, this one is of adapt.py")
     score_run = _score_adapted if adapted else _score_held_out if cfg.zero_shot or cfg.constant else _score_pretrained
-    scores, tasks = score_run(cfg, folder, adapt)
+    with advice_on_memory("a smaller --batch-size", then=""):
+        scores, tasks = score_run(cfg, folder, adapt)
     print_scores(scores, by_group(main_scores(scores), tasks))
     if cfg.save:
         write_json(Path(cfg.save), {"mean": mean(main_scores(scores)), "tasks": scores})
@@ -287,13 +289,9 @@ def compare(folders: tuple[str, ...]) -> str:
             continue
         try:
             label, dataset = name_of_run(folder)
-            result = read_json(folder / "result.json")
-            trained = sum(result["parameters"].values())
-            samples = _samples(result)
-            if not all(isinstance(value, int | float | None) for sample in samples for value in sample):
-                raise TypeError
+            samples, trained = _samples(folder / "result.json")
             groups[label, dataset, trained] += samples
-        except (KeyError, TypeError, AttributeError):
+        except (KeyError, TypeError, AttributeError, RecursionError):  # RecursionError: a run that goes on from itself
             raise UserError(f"--compare {folder} is no run folder of this version") from None
     lines = [("run", "data set", "trained", "runs", "before", "score", "seconds")]
     for (label, dataset, trained), runs in sorted(groups.items()):
@@ -303,12 +301,20 @@ def compare(folders: tuple[str, ...]) -> str:
     return aligned(lines) + (f"\nwithout result.json: {', '.join(unfinished)}" if unfinished else "")
 
 
-def _samples(result: dict) -> list[tuple]:
-    """(score before, score, seconds) of a pre-training run, or of each split of an adaptation."""
-    if "splits" not in result:
-        return [(None, result.get("mean"), result["seconds"])]
-    splits = result["splits"].values()
-    return [(mean(split["before"]), mean(split["tasks"]), result["seconds"] / len(splits)) for split in splits]
+def _samples(path: Path) -> tuple[list[tuple], int]:
+    """What a result.json says: (score before, score, seconds) of a pre-training run, or of each split of an adaptation,
+    and the number of trained parameters. Raises UserError for what is no number; KeyError, TypeError or AttributeError
+    where it is not even in its place."""
+    result = read_json(path)
+    scores, seconds = result.get("mean"), result["seconds"]
+    check_numbers(path, result["parameters"], {"seconds": seconds} | ({} if scores is None else {"mean": scores}))
+    samples = [] if "splits" in result else [(None, scores, seconds)]
+    for split in result.get("splits", {}).values():
+        check_numbers(path, split["before"], split["tasks"])
+        samples.append((mean(split["before"]), mean(split["tasks"]), seconds / len(result["splits"])))
+    if not samples:
+        raise KeyError("splits")
+    return samples, sum(result["parameters"].values())
 
 
 def name_of_run(folder: Path) -> tuple[str, str]:

@@ -67,6 +67,7 @@ from backbone import (
 )  # fmt: skip
 from inject import adapted_layers, merge, routers, save_adapters
 from lora import LoRA
+from resume import advice_on_memory
 from sft import SFT
 
 # --- One task -> one adapter ------------------------------------------------------------------------------------------
@@ -266,6 +267,8 @@ def read_peft_poly(folder: Path):
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / 'adapter_model.safetensors'} cannot be read: {error}") from None
     known = {"backbone": config.get("base_model_name_or_path") or "", "routing": "gumbel"}
+    if not isinstance(known["backbone"], str):
+        raise UserError(f"{folder / 'adapter_config.json'}: its base_model_name_or_path is no text: mend it")
     if (folder / "run.json").exists():
         known = dataclasses.asdict(read_config(train.Config, folder / "run.json"))
     return by_layer(state, "base_model.model.", PEFT_POLY, folder), known
@@ -413,7 +416,8 @@ def main(flags: dict):
     """Write what --format says. Raises UserError as `check`, or if the run is not what the format needs."""
     cfg = Config(**flags)
     check(cfg)
-    {"peft-poly": export_poly, "run": import_run}.get(cfg.format, export_task)(cfg)
+    with advice_on_memory("a machine that has more (the backbone is held in float32)", then=""):
+        {"peft-poly": export_poly, "run": import_run}.get(cfg.format, export_task)(cfg)
 
 
 if __name__ == "__main__":

@@ -367,17 +367,20 @@ def refuse_nonfinite(loss: float, norm: float, step: int, batch: list, tasks: li
         )
 
 
-NO_MEMORY = "can't allocate memory|Storage size calculation overflowed"  # in a RuntimeError of torch on a CPU
+NO_MEMORY = (  # in a RuntimeError of torch: two on a CPU, then on CUDA outside torch's own allocator
+    "can't allocate memory|Storage size calculation overflowed|CUDA error: out of memory|_STATUS_ALLOC_FAILED"
+)
 
 
 @contextmanager
-def advice_on_memory(advice: str):
-    """Turn running out of memory into a RunError that says what to try; also what --deterministic does not allow."""
+def advice_on_memory(advice: str, then: str = ", with --resume to go on"):
+    """Turn running out of memory into a RunError that says what to try (advice) and what comes after it (then); also
+    what --deterministic does not allow."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if "does not have a deterministic implementation" in str(error):
             raise RunError(f"--deterministic: {str(error).split()[0]} cannot be so, leave the flag out") from None
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(NO_MEMORY, str(error)):
-            raise RunError(f"there is not enough memory: try {advice}, with --resume to go on") from None
+            raise RunError(f"there is not enough memory: try {advice}{then}") from None
         raise

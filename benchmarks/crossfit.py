@@ -3,8 +3,9 @@
     <data-dir>/<task>/<task>_<k>_<split>_{train,dev,test}.tsv      splits 100 13 21 42 87
     <data-dir>/<partition>                                         which tasks are for training, dev and test
 
-One example a line, columns separated by tabs: input, output, other acceptable outputs. Classification tasks have
-k = 16 examples a label, the others k = 32 in all. The test file does not depend on the split.
+One example a line, also the last one with a line end; columns separated by tabs: input, output, other acceptable
+outputs. Classification tasks have k = 16 examples a label, the others k = 32 in all. The test file does not depend on
+the split.
 
 Use of the files, as in Polytropon section 4.1: a training task learns from the train and dev files of all five splits,
 one after the other, repeats included ("we concatenate"); a dev or test task is few-shot, with the train and dev file of
@@ -180,7 +181,8 @@ def read_tsv(path: Path, task: str, limit: int | None = None) -> list[Example]:
     """Examples of one file, or of its first `limit` lines.
 
     Lines end at "\n" alone: some inputs hold other characters that str.splitlines would break at.
-    Raises UserError as `example_of` does, and for a file that has no lines or cannot be read.
+    Raises UserError as `example_of` does, and for a file that has no lines or cannot be read. A file that was cut
+    between two lines looks whole: the format has no count of them.
     """
     try:
         with open(path, "rb") as lines:
@@ -196,8 +198,11 @@ def read_tsv(path: Path, task: str, limit: int | None = None) -> list[Example]:
 def example_of(line: bytes, task: str, where: str) -> Example:
     """One line as CrossFit's code writes it for the model: " [task] input" and " output", each with a space before.
 
-    where: "file:line", with which a UserError begins: the line is not UTF-8, has no output, or an empty one.
+    where: "file:line", with which a UserError begins: the line has no end, as every line of the official files has, is
+    not UTF-8, has no output, or an empty one.
     """
+    if not line.endswith(b"\n"):
+        raise UserError(f"{where}: the file ends within this line: restore it, or end the line if it is whole")
     try:
         source, *outputs = line.decode("utf-8").strip().split("\t")
     except UnicodeDecodeError as error:

@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -39,7 +40,7 @@ from baselines import adapter_soup
 from baselines.adapter_soup import embed
 from benchmarks import crossfit, strings
 from config import FEW_SHOT, PRETRAINING, UserError
-from inject import adapted_layers, adapter_parameters, merge, read_tensors, routers
+from inject import adapted_layers, adapter_parameters, merge, read_tensors, routers, write_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"train": (train, PRETRAINING), "adapt": (adapt, FEW_SHOT), "evaluate": (evaluate, {})}
@@ -232,11 +233,10 @@ def test_help_is_fast_and_complete(script):
         flag = "--" + field.name.replace("_", "-")
         (entry,) = [" ".join(e.split()) for e in entries if re.match(rf"{flag}[ ,\n]", e)]
         assert " ".join(field.metadata["help"].split()) in entry
-        names = {d: d if isinstance(d, str) else ", ".join(d) for d in recipes}
-        defaults = {names[d]: r[field.name] for d, r in recipes.items() if field.name in r}
-        shown = [f"{value} ({dataset})" for dataset, value in defaults.items()] or [
-            "none" if field.default == "" else str(field.default)
-        ]
+        defaults = {d: r[field.name] for d, r in recipes.items() if field.name in r}
+        shown = [f"{value} ({d})" for d, value in defaults.items() if isinstance(d, str)]
+        shown += ["some methods have their own"] if len(shown) < len(defaults) else []
+        shown = shown or ["none" if field.default == "" else str(field.default)]
         assert f"[default: {', '.join(shown)}]" in entry
         assert not field.metadata["choices"] or "{" + ",".join(field.metadata["choices"]) + "}" in entry
 
@@ -997,6 +997,39 @@ def test_scoring_an_adaptation_again_gives_its_scores(adapted, capsys, name, var
     assert [line.split()[0] for line in lines] == [*HELD_OUT[:2], "mean"]
 
 
+Z_OF_64 = 64 * 8  # of one layer
+OTHER_PAIRS = {  # (method, adapter): parameters in pre-training; what METHODS above does not have
+    ("private", "sft"): (64 * SFT_SIZE, 0),
+    ("expert", "ia3"): (8 * IA3_SIZE, 0),
+    ("random", "ia3"): (8 * IA3_SIZE, 0),
+    ("random", "sft"): (8 * SFT_SIZE, 0),
+    ("hyperformer", "ia3"): (8 * IA3_SIZE + 24 * (8 * 8 + 8), 24 * Z_OF_64),
+    ("hyperformer", "sft"): (8 * SFT_SIZE + LAYERS * (8 * 8 + 8), LAYERS * Z_OF_64),
+    ("task-moe", "ia3"): (8 * IA3_SIZE, 24 * Z_OF_64),
+    ("task-moe", "sft"): (8 * SFT_SIZE, LAYERS * Z_OF_64),
+    ("adapter-soup", "ia3"): (64 * IA3_SIZE, 0),
+}
+
+
+def test_every_adapter_is_in_the_tests_under_every_routed_method():
+    tested = {(METHOD[name], ADAPTER[name]) for name in METHODS} | OTHER_PAIRS.keys()
+    assert {(method, adapter) for method in config.ROUTED for adapter in ("lora", "ia3", "sft")} <= tested
+
+
+@pytest.mark.parametrize("method, adapter", OTHER_PAIRS)
+def test_the_other_pairs_of_method_and_adapter(backbones, tmp_path, method, adapter):
+    """They train, adapt in each of their variants, and what is saved scores as it did."""
+    flags = {k: v for k, v in SMALL.items() if k != "skills" or method not in config.GIVEN} | dict(eval_examples=0)
+    flags |= dict(method=method, adapter=adapter, density=0.01, backbone=backbones[0], output_dir=str(tmp_path / "run"))
+    counts = train.main(flags)["parameters"]
+    assert (counts["adapters"], counts["routing"]) == OTHER_PAIRS[method, adapter]
+    for variant in [variant for variant, fits in config.VARIANTS.items() if method in fits]:
+        few = FEW | dict(checkpoint=str(tmp_path / "run"), variant=variant, tasks=HELD_OUT[0], steps=2)
+        result = adapt.main(few | dict(output_dir=str(tmp_path / variant)))
+        assert result["splits"]["0"]["stops"][HELD_OUT[0]]["stopped"] == 2
+        assert evaluate.evaluate(evaluate.Config(checkpoint=str(tmp_path / variant))) == result["tasks"]
+
+
 @pytest.mark.parametrize("name", ["mhr", "expert", "private", "adapter-soup", "soup-sft", "hyperformer", "task-moe"])
 def test_zero_shot(runs, folder, capsys, monkeypatch, name):
     whole = strings.strings()  # kept for all tests: change a copy
@@ -1472,3 +1505,161 @@ def test_the_tiny_architecture_is_what_the_counts_say():
     model = tiny_from_scratch()
     assert sum(p.numel() for p in model.parameters()) == FULL_SIZE
     assert not any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+
+
+# --- Files of a run that were changed by hand -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["train", "adapt"])
+def test_a_run_has_no_value_that_its_flags_cannot_have(script, tmp_path):
+    """What the command line refuses, read_config refuses too, naming file, field and value; what it takes is read."""
+    Config, path = SCRIPTS[script][0].Config, tmp_path / "config.json"
+    for field in dataclasses.fields(Config):
+        for value in field.metadata["choices"]:
+            cfg = Config(**{field.name: value})
+            config.write_json(path, dataclasses.asdict(cfg))
+            assert config.read_config(Config, path) == cfg
+        for odd in ["nonsense"] * bool(field.metadata["choices"]) + [[], [5], [{}]] * (field.type is tuple):
+            path.write_text(json.dumps(dataclasses.asdict(Config()) | {field.name: odd}))
+            with pytest.raises(UserError, match=rf"config\.json: field '{field.name}' is") as refused:
+                config.read_config(Config, path)
+            assert repr(odd) in str(refused.value)
+
+
+def test_levels_of_an_agent_are_checked_one_by_one(tmp_path):
+    """experiments/babyai.py, whose flag --levels takes several of its choices."""
+    from experiments import babyai
+
+    cfg, path = babyai.Config(levels=tuple(babyai.LEVELS)[1:3]), tmp_path / "config.json"
+    config.write_json(path, dataclasses.asdict(cfg))
+    assert config.read_config(babyai.Config, path) == cfg
+    config.write_json(path, dataclasses.asdict(cfg) | {"levels": [tuple(babyai.LEVELS)[0], "nonsense"]})
+    with pytest.raises(UserError, match="field 'levels' is 'nonsense', which is none of"):
+        config.read_config(babyai.Config, path)
+
+
+@pytest.mark.parametrize(
+    "odd", [dict(method="nonsense"), dict(method="lora", adapter="nonsense"), dict(device="mars")], ids=str
+)
+def test_a_run_of_nonsense_is_not_adapted(runs, tmp_path, odd):
+    shutil.copytree(runs("mhr"), tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    path.write_text(json.dumps(read(path) | odd))
+    with pytest.raises(UserError, match=f"field '{list(odd)[-1]}' is '{list(odd.values())[-1]}'"):
+        adapt.main(dict(checkpoint=str(tmp_path / "run"), output_dir=str(tmp_path / "few")))
+    assert not (tmp_path / "few").exists()
+
+
+def test_embeddings_that_are_none(runs, tmp_path):
+    """adapter-soup: what is not one finite embedding for each adapter is refused before a task begins."""
+    shutil.copytree(runs("adapter-soup"), tmp_path / "run")
+    path, task = tmp_path / "run" / "embeddings.safetensors", strings.strings().test[0]
+    good = read_tensors(path)[0]["embeddings"]
+    broken = good.clone()
+    broken[3, 5] = torch.nan
+    for tensors in (
+        {"embeddings": broken},
+        {"embeddings": good[1:]},  # one too few
+        {"embeddings": good[:, 1:].contiguous()},
+        {"embeddings": good[0]},
+        {"embeddings": good.double()},
+        {"others": good},
+        read_tensors(tmp_path / "run" / "adapter.safetensors")[0],
+    ):
+        write_tensors(tensors, path)
+        with pytest.raises(UserError, match=r"embeddings\.safetensors holds no 64 finite embeddings of size 128"):
+            begun(tmp_path / "run", task)
+    write_tensors({"embeddings": good}, path)
+    begun(tmp_path / "run", task)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        dict(metrics={}), dict(metrics={"EM": "many"}), dict(metrics={"EM": None}), dict(metrics={"EM": {}}),
+        dict(metrics={"EM": math.nan}), dict(metrics={"EM": 10**400}), dict(metrics=[5]), dict(before=math.inf),
+        dict(seconds=-math.inf), dict(seconds=True),
+    ],
+    ids=lambda odd: f"{odd!s:.30}",
+)  # fmt: skip
+def test_scores_of_a_task_that_are_none(adapted, tmp_path, odd):
+    """What is not the scores of a task that is done is refused: it would be the run's result. Nothing is changed."""
+    shutil.copytree(adapted("mhr", "mu"), few := tmp_path / "few")
+    (few / "result.json").unlink()
+    path = few / "0" / f"{HELD_OUT[0]}.json"
+    path.write_text(json.dumps(read(path) | odd))
+    before = contents(few)
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: "):
+        adapt.main(dict(resume=True, output_dir=str(few)))
+    assert contents(few) == before
+
+
+# --- Signals ----------------------------------------------------------------------------------------------------------
+
+STARTING = """
+import sys, time
+sys.path.insert(0, {root!r})
+from dataclasses import dataclass
+import config
+
+@dataclass
+class Config:
+    "A script."
+    seed: int = config.flag(0, "seed")
+
+FLAGS = config.explicit_flags(Config, {{}})
+print("importing", flush=True)
+{slow}
+def main(flags):
+    print("at work", flush=True)
+    time.sleep(20)
+config.exit_on_user_error(main, FLAGS)
+"""
+SWALLOWS = "try:\n    time.sleep(20)\nexcept BaseException:\n    time.sleep(20)"  # as some libraries' imports do
+
+
+@pytest.mark.parametrize("slow", [SWALLOWS, "pass"], ids=["import", "main"])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_at_the_start(number, code, slow):
+    """A real process that is stopped during its imports, or at work: at once, without a traceback, with the code that
+    shells have for this signal."""
+    program = STARTING.format(root=str(ROOT), slow=slow)
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=-1, stderr=-1, text=True)
+    assert child.stdout.readline() == "importing\n"
+    if slow == "pass":
+        assert child.stdout.readline() == "at work\n"
+    child.send_signal(number)
+    out, err = child.communicate(timeout=20)
+    assert (child.returncode, err) == (code, "")
+
+
+def test_a_script_is_stopped_before_torch_is_there():
+    """train.py itself, by Ctrl-C after 0.3 s, which is before its imports end and after config.py is read."""
+    child = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "train.py"], cwd=ROOT, stdout=-1, stderr=-1, text=True
+    )
+    for line in child.stderr:
+        if line.split("|")[-1].strip() == "config":
+            break
+    time.sleep(0.3)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=30)
+    assert child.returncode == 130 and "Traceback" not in err and out == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_an_ignored_signal_stays_so_during_imports(number):
+    """nohup, and a shell's background jobs, which ignore Ctrl-C."""
+    program = STARTING.format(root=str(ROOT), slow="time.sleep(0.2)\nsys.exit(5)")
+    ignoring = f"import signal; signal.signal({int(number)}, signal.SIG_IGN)\n"
+    child = subprocess.Popen([sys.executable, "-c", ignoring + program], stdout=-1, stderr=-1, text=True)
+    assert child.stdout.readline() == "importing\n"
+    child.send_signal(number)
+    assert child.communicate(timeout=20) == ("", "") and child.returncode == 5
+
+
+def test_flags_of_somebody_else_change_no_handler():
+    """Only a script that reads its own command line handles signals; fuzzing and tests call the reader too."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    config.explicit_flags(train.Config, PRETRAINING, [])
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before

@@ -80,7 +80,7 @@ def test_absent_held_out_tasks_are_left_out_and_named(gym, capsys):
 
 def test_only_the_parts_asked_for_are_read(gym, capsys):
     for path in [*gym.glob("taste/*"), *gym.glob("size/*")]:
-        path.write_bytes(b"\xff")  # would be refused
+        path.write_bytes(b"\xff\n")  # would be refused
     benchmark = load(gym, parts=("train",))
     assert len(benchmark.train) == 3 and benchmark.dev == benchmark.test == []
     for part, name in (("dev", "size"), ("test", "taste")):
@@ -136,9 +136,9 @@ def test_only_a_line_feed_ends_a_line(tmp_path):
     assert read_tsv(path, "t") == [Example(f" [t] {odd}", (" x",)), Example(" [t] q", (" y z", " w"))]
 
 
-def test_windows_line_ends_and_a_missing_last_line_end(tmp_path):
+def test_windows_line_ends(tmp_path):
     path = tmp_path / "t.tsv"
-    path.write_bytes(b"a\tx\r\nb\ty")
+    path.write_bytes(b"a\tx\r\nb\ty\r\n")
     assert read_tsv(path, "t") == [Example(" [t] a", (" x",)), Example(" [t] b", (" y",))]
 
 
@@ -542,3 +542,29 @@ def test_real_few_shot_splits_differ_and_the_test_does_not(real):
     for a, b in zip(real.dev + real.test, other.dev + other.test, strict=True):
         assert a.name == b.name and a.test == b.test
         assert a.train != b.train and a.dev != b.dev
+
+
+# --- Files that were cut ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"a\tb\nc\t", b"a\tb\nc\tgre", b"a\tb\nc\tgreen", b"a\tb\nc\tgreen\r", b"a\tb\nc"])
+def test_a_file_that_was_cut_within_a_line_is_refused(gym, content):
+    """Every official line ends in a line feed. Without it "gre" would be taken for the whole answer "green"."""
+    path = gym / "taste" / "taste_4_100_train.tsv"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}:2: "):
+        load(gym)
+
+
+def test_a_cut_beyond_the_lines_that_are_scored_is_not_read(tmp_path):
+    path = tmp_path / "t.tsv"
+    path.write_bytes(b"a\tx\nb\ty\nc\tz")
+    assert len(read_tsv(path, "t", 2)) == 2
+    with pytest.raises(UserError, match=r"t\.tsv:3: the file ends within this line"):
+        read_tsv(path, "t", 3)
+
+
+@needs_crossfit
+def test_every_real_file_ends_in_a_line_feed():
+    files = list(CROSSFIT.glob("*/*.tsv"))
+    assert len(files) == 555 and all(path.read_bytes().endswith(b"\n") for path in files)

@@ -3,12 +3,15 @@
 import itertools
 import random
 import re
+import resource
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
+import config
 import data
 from config import UserError
 from benchmarks import strings
@@ -384,3 +387,56 @@ def test_padding_does_not_change_what_is_generated(tokenizer, encoder_decoder):
     alone = [outputs([text])[0] for text in inputs]
     assert len(set(map(tuple, alone))) == len(inputs)  # the model does look at its input
     assert outputs(inputs) == alone
+
+
+# --- A cache that cannot be written -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "dataset, count", [("t0", lambda b: sum(len(t.train) for t in b.test)), ("superni", lambda b: len(b.test))]
+)
+@pytest.mark.parametrize("limit", [100, 3000])
+def test_a_cache_that_cannot_be_written(dataset, count, limit, tmp_path, monkeypatch, capsys):
+    """As on a full disk: one sentence that names the cache of `datasets`, exit code 1; with room, all is read."""
+    monkeypatch.setattr(data.datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    sample = Path(__file__).resolve().parents[1] / "assets" / "samples" / dataset
+    split = {"t0": "42", "superni": "13"}[dataset]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(SystemExit) as ended:
+            config.exit_on_user_error(data.load, dataset, str(sample), split, ("test",))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and said.count("\n") == 1
+    assert said.startswith(f"error: {tmp_path}: ") and "large" in said and "HF_DATASETS_CACHE" in said
+    assert count(data.load(dataset, str(sample), split, ("test",))) > 0
+
+
+def test_an_error_of_a_reader_stays_what_it_is(tmp_path, monkeypatch):
+    """A UserError comes out of the cache's machinery as it is; neither a file that cannot be read nor a mistake in a
+    reader is called a full disk."""
+    monkeypatch.setattr(data.datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="^a file$"):
+        data.table_of(_refusing, [tmp_path / "file"], {"text": "string"})
+    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / 'file'))} cannot be read: Input/output error"):
+        data.table_of(_unreadable, [tmp_path / "file"], {"text": "string"})
+    with pytest.raises(data.datasets.exceptions.DatasetGenerationError):
+        data.table_of(_mistaken, [tmp_path / "file"], {"text": "string"})
+
+
+def _refusing(path):
+    yield {"text": "a"}
+    raise UserError("a file")
+
+
+def _unreadable(path):
+    yield {"text": "a"}
+    raise OSError(5, "Input/output error")
+
+
+def _mistaken(path):
+    yield {"text": "a"}
+    raise KeyError("a")

@@ -23,7 +23,7 @@ import adapt
 import data
 import evaluate
 import train
-from config import FEW_SHOT, UserError
+from config import FEW_SHOT, RunError, UserError
 from data import Example, Task
 from evaluate import (
     all_scores, by_group, compare, constant_scores, evaluate_tasks, main_scores, mean, predict, print_scores,
@@ -32,6 +32,7 @@ from metrics import METRICS, score
 from inject import LORA_LAYERS, adapter_parameters, inject, routers, task_ids
 from lora import LoRA
 from mhr import MHRLinear, MHRRouter
+from resume import advice_on_memory
 
 
 def examples(*references) -> list[Example]:
@@ -593,7 +594,7 @@ def splits_of(*scores: float, before: float = 1.0) -> dict:
 def test_compare_shows_the_deviation_over_splits(tmp_path):
     base = run_folder(tmp_path / "base", TRAIN)
     run = run_folder(
-        tmp_path / "z", ADAPT | {"checkpoint": base, "split": [0, 1, 2]}, splits=splits_of(50.0, 60.0, 64.0)
+        tmp_path / "z", ADAPT | {"checkpoint": base, "split": ["0", "1", "2"]}, splits=splits_of(50.0, 60.0, 64.0)
     )
     (line,) = body(compare((run,)))
     assert re.split(r"  +", line)[3:] == ["3", "1.0 +- 0.0", "58.0 +- 7.2", "4"]
@@ -623,7 +624,8 @@ def test_compare_takes_seeds_together(tmp_path):
 
 
 def test_compare_of_one_run_has_no_deviation(tmp_path):
-    (line,) = body(compare((run_folder(tmp_path / "r", TRAIN | {"method": "lora"}, mean=51.26),)))
+    recipe = dataclasses.asdict(train.make_config(method="lora", dataset="strings", output_dir="x"))
+    (line,) = body(compare((run_folder(tmp_path / "r", recipe, mean=51.26),)))
     assert line.split() == ["lora", R, "strings", "1,000", "1", "51.3", "12"]
 
 
@@ -720,3 +722,60 @@ def test_compare_of_an_adaptation_whose_checkpoint_is_gone(tmp_path):
 def test_command_without_arguments_says_what_to_give():
     with pytest.raises(UserError, match="--checkpoint .*--compare"):
         evaluate.main({})
+
+
+HUGE = 10**400  # JSON knows no largest number
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        dict(seconds=None), dict(seconds=HUGE), dict(seconds=math.nan), dict(seconds="12"), dict(mean=math.inf),
+        dict(mean=[50.0]), dict(parameters={}), dict(parameters=[1]), dict(parameters={"adapters": HUGE}),
+        dict(parameters={"adapters": "1"}), dict(splits={}), dict(splits=None), dict(splits={"0": {}}),
+        dict(splits={"0": []}), dict(splits={"0": {"before": {"a": 1.0}, "tasks": {}}}),
+        dict(splits={"0": {"before": {"a": None}, "tasks": {"a": 1.0}}}),
+        dict(splits={"0": {"before": {"a": 1.0, "b": 1e308, "c": 1e308}, "tasks": {"a": 1.0}}}),
+        dict(splits={"0": {"before": 5, "tasks": 5}}),
+    ],
+    ids=lambda odd: f"{odd!s:.60}",
+)  # fmt: skip
+def test_compare_names_a_result_that_is_none(tmp_path, odd):
+    """Whatever a result.json holds in place of a run's numbers: one sentence that names the folder."""
+    good, bad = run_folder(tmp_path / "good", TRAIN, mean=10.0), run_folder(tmp_path / "bad", TRAIN, **odd)
+    with pytest.raises(UserError, match=re.escape(bad)) as refused:
+        compare((good, bad))
+    assert "\n" not in str(refused.value)
+
+
+def test_compare_of_a_run_that_goes_on_from_itself(tmp_path):
+    folder = run_folder(tmp_path / "r", TRAIN | {"from_run": str(tmp_path / "r")}, mean=10.0)
+    with pytest.raises(UserError, match=re.escape(folder)):
+        compare((folder,))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError("[..] can't allocate memory: 9"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=lambda error: f"{error!s:.40}",
+)  # fmt: skip
+def test_scoring_without_memory_is_one_sentence_with_advice(monkeypatch, tmp_path, error):
+    """However torch says it; there is nothing to --resume."""
+
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(adapt, "load_run", full)
+    folder = run_folder(tmp_path / "r", TRAIN)
+    with pytest.raises(RunError, match="^there is not enough memory: try a smaller --batch-size") as failed:
+        evaluate.main(dict(checkpoint=folder))
+    assert "--resume" not in str(failed.value) and "\n" not in str(failed.value)
+
+
+def test_another_error_of_cuda_is_not_called_a_lack_of_memory():
+    with pytest.raises(RuntimeError, match="^CUDA error: device-side assert"), advice_on_memory(""):
+        raise RuntimeError("CUDA error: device-side assert triggered")

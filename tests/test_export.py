@@ -541,3 +541,31 @@ def test_pretraining_and_adaptation(tmp_path):
     y = logits(model.eval(), batch, [0] * 4)
     assert difference(plain_logits(theirs, batch), y) < NEAR
     assert difference(plain_logits(backbones.load_backbone("tiny", "cpu")[0], batch), y) > 0.01
+
+
+# --- Files that are not what they seem --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [5, {}, {"a": 1}, ["tiny"], True, "a\0b", None, ""], ids=repr)
+def test_a_backbone_that_is_no_name(name, folders, tmp_path):
+    """PEFT's Poly whose config names as its backbone what no backbone is called: one sentence, nothing is written."""
+    make_run(folders, tmp_path / "run", "t5", "poly", "lora")
+    poly = run_export(tmp_path / "run", tmp_path / "poly", "peft-poly")
+    (poly / "run.json").unlink()
+    found = json.loads((poly / "adapter_config.json").read_text())
+    write_json(poly / "adapter_config.json", found | {"base_model_name_or_path": name})
+    said = refused(poly, tmp_path / "out", format="run", dataset="strings")
+    assert "base_model_name_or_path" in said or "--backbone" in said
+
+
+def test_an_export_without_memory_is_one_sentence(folders, tmp_path, monkeypatch):
+    """What torch says on a CPU that is full; there is nothing to --resume, and no folder is left."""
+
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    make_run(folders, tmp_path / "run", "t5", "poly", "lora")
+    monkeypatch.setattr(export, "load_run", full)
+    with pytest.raises(config.RunError, match="^there is not enough memory: try a machine that has more") as failed:
+        run_export(tmp_path / "run", tmp_path / "out", task="mu")
+    assert "--resume" not in str(failed.value) and not (tmp_path / "out").exists()
