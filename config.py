@@ -215,17 +215,20 @@ def exit_on_user_error(main, *args):
             signal.signal(signal.SIGINT, signal.default_int_handler)
         main(*args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error), 2)
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _fail(str(error), 1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error} (what was saved before is whole)", file=sys.stderr)
-        sys.exit(1)
+        _fail(f"{where}{error.strerror or error} (what was saved before is whole)", 1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _fail(text: str, code: int):
+    """End the program with one line, also where a file name in it has line ends."""
+    print(f"error: {' '.join(text.splitlines())}", file=sys.stderr)
+    sys.exit(code)
 
 
 def hang_ups() -> list[int]:

@@ -302,11 +302,14 @@ def read_authors(path: Path):
     for name, plain in PLAIN.items():
         if hyper.get(name, plain[0]) not in plain:
             raise UserError(f"{path}: its {name} is {hyper[name]}, which is not done here")
+    alpha = hyper.get("lora_alpha") or 1.0
+    if not abs(alpha) < 1e6:
+        raise UserError(f"{path}: its lora_alpha is no scale: the file was changed")
     layers = by_layer(state, "model.", AUTHORS, path)
     for name, layer in layers.items():
         if list(layer["A"].shape[:2]) != [hyper.get("n_splits", 1), hyper.get("n_skills")]:  # later versions turn them
             raise UserError(f"{path}: {name}.lora_a does not begin with its n_splits and n_skills")
-        layer["B"] *= float(hyper.get("lora_alpha") or 1.0)  # ours is 1
+        layer["B"] *= alpha  # ours is 1
     relaxed = "gumbel" if hyper.get("module_logits_relaxed_bernoulli", True) else "sigmoid"
     known = {
         "routing": "straight-through" if hyper.get("module_logits_straight_through") else relaxed,

@@ -357,11 +357,13 @@ def save_adapters(model: nn.Module, path: str):
 def write_tensors(tensors: dict[str, Tensor], path: str, **metadata: str):
     """Write a safetensors file whole or not at all: under another name, synced to the disk, then renamed.
 
-    A digest of its content goes with it. Raises OSError if it cannot be written; an older file of that name stays.
+    A digest of the tensors, and of the metadata's `state`, goes with it. Raises OSError if it cannot be written; an
+    older file of that name stays.
     """
     temporary = f"{path}.tmp"
     try:
-        one = json.dumps(metadata | {"sha256": digest(tensors)})  # one entry: safetensors writes several in any order
+        sha = digest(tensors, metadata.get("state", ""))
+        one = json.dumps(metadata | {"sha256": sha})  # one entry: safetensors writes several in any order
         save_file(tensors, temporary, metadata={"saved": one})
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -387,14 +389,15 @@ def read_tensors(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # not the file's own pages
     except (OSError, SafetensorError, ValueError, RecursionError) as error:  # JSON: no JSON, or nested too deep
         raise ValueError(f"{path} is no whole safetensors file: {error}") from None
-    if not isinstance(metadata, dict) or metadata.get("sha256") != digest(tensors):
+    whole = isinstance(metadata, dict) and metadata.get("sha256") == digest(tensors, str(metadata.get("state", "")))
+    if not whole:
         raise ValueError(f"{path} is damaged: its content is not what was saved")
     return tensors, metadata
 
 
-def digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and bytes."""
-    found = hashlib.sha256()
+def digest(tensors: dict[str, Tensor], state: str = "") -> str:
+    """SHA-256 of names, types, shapes and bytes, and of a text that is saved with them."""
+    found = hashlib.sha256(state.encode())
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {_kind(tensor)}".encode())
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -1,23 +1,30 @@
-"""A long run: does the memory of the process, the number of its open files or its log grow with the steps?
+"""Long runs: does the memory of the process, the number of its open files or its log grow with the steps?
 
-    python -m experiments.longrun --steps 20000          some 20 minutes on one core; the table is for the results
+    python -m experiments.longrun --steps 20000          both runs; the tables are for the results
 
-Trains Poly on `strings` with the tiny backbone and batches of 4, as `train.py` does, in this process, and looks every
-1,000 steps at the memory that the process has in use (resident), at its open files and at log.jsonl. The first looks
-see pools that fill up; growth is therefore counted from a tenth of the steps on. The exit code is 1 if memory grew by
-more than --allowed-mb, or any file stayed open.
+Trains Poly with the tiny backbone and batches of 4, as `train.py` does, each run in a process of its own: on `strings`,
+which is in memory, and a quarter of the steps on the bundled sample of t0, which is memory-mapped. Every 10 steps it
+looks at the memory that the process has in use (resident). What counts of --every steps is the least of it, for what is
+above that is given back. The first half of a run sees pools that fill up. In the second half memory may grow by
+--allowed bytes a step (the median of the slopes between any two rows) and no file may stay open. The log may have LINE
+bytes for each of its lines, one every --log-every steps. The exit code is 1 if anything grows.
 
 Linux only: memory and files are read from /proc.
 """
 
 import argparse
+import itertools
+import multiprocessing
 import os
+import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 PROC = Path("/proc/self")
+SAMPLE = Path(__file__).resolve().parents[1] / "assets" / "samples" / "t0"
+LINE = 200  # bytes
 
 
 def resident() -> int:
@@ -29,11 +36,12 @@ def open_files() -> int:
     return len(os.listdir(PROC / "fd"))
 
 
-def sampled(flags: dict, every: int) -> list[tuple[int, int, int, int, float]]:
-    """Run train.main(flags); after each `every` steps (step, resident bytes, open files, bytes of log, seconds)."""
+def sampled(flags: dict, every: int, look_every: int = 10) -> list[tuple[int, int, int, int, float]]:
+    """Run train.main(flags); after each `every` steps (step, least resident bytes since the row before, open files,
+    bytes of log, seconds). A row is printed as soon as it is there."""
     import train
 
-    log, begin, rows = Path(flags["output_dir"]) / "log.jsonl", time.monotonic(), []
+    log, begin, rows, seen = Path(flags["output_dir"]) / "log.jsonl", time.monotonic(), [], []
     real, step = train.refuse_nonfinite, 0
 
     def look(*args):
@@ -41,8 +49,12 @@ def sampled(flags: dict, every: int) -> list[tuple[int, int, int, int, float]]:
         nonlocal step
         real(*args)
         step += 1
+        if step % look_every == 0 or step % every == 0:
+            seen.append(resident())
         if step % every == 0:
-            rows.append((step, resident(), open_files(), log.stat().st_size, time.monotonic() - begin))
+            rows.append((step, min(seen), open_files(), log.stat().st_size, time.monotonic() - begin))
+            seen.clear()
+            print("step {:,}  {:,} bytes  {} files  log {:,}  {:.0f} s".format(*rows[-1]), flush=True)
 
     train.refuse_nonfinite = look
     try:
@@ -52,43 +64,79 @@ def sampled(flags: dict, every: int) -> list[tuple[int, int, int, int, float]]:
     return rows
 
 
-def verdict(rows: list[tuple], allowed: float) -> tuple[str, bool]:
-    """The line under the table, and whether all is well. allowed: MB of growth."""
-    first = next(row for row in rows if row[0] >= rows[-1][0] / 10)
-    last = rows[-1]
-    growth, files = (last[1] - first[1]) / 1e6, last[2] - first[2]
-    good = growth <= allowed and files <= 0
+def slope(rows: list[tuple]) -> float:
+    """Bytes of memory a step: the median over all pairs of rows, which one jump, up or down, does not move."""
+    return statistics.median((b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.combinations(rows, 2))
+
+
+def verdict(rows: list[tuple], allowed: float, log_every: int) -> tuple[str, bool]:
+    """The line under a table, and whether all is well. allowed: bytes of memory a step in the second half."""
+    half = [row for row in rows if row[0] >= rows[-1][0] / 2]
+    first, last = half[0], half[-1]
+    growth, files, line = slope(half), last[2] - first[2], last[3] / (last[0] // log_every or 1)
+    good = growth <= allowed and files <= 0 and line <= LINE
     text = (
-        f"steps {first[0]:,} to {last[0]:,}: memory {growth:+.1f} MB (allowed {allowed:g}), open files {files:+d}, "
-        f"log {1000 * last[3] / last[0]:,.0f} bytes per 1,000 steps: {'flat' if good else 'IT GROWS'}"
+        f"steps {first[0]:,} to {last[0]:,}: memory {growth:+,.0f} bytes a step (allowed {allowed:g}), in all "
+        f"{(last[1] - first[1]) / 1e6:+.1f} MB, open files {files:+d}; log {last[3] / last[0]:.1f} bytes a step, "
+        f"{line:.0f} a line (allowed {LINE}): {'flat' if good else 'IT GROWS'}"
     )
     return text, good
 
 
+def settings(dataset: str, steps: int, log_every: int) -> dict:
+    """The flags of a run."""
+    flags = dict(
+        method="poly", dataset=dataset, steps=steps, batch_size=4, eval_examples=0, device="cpu", backbone="tiny",
+        log_every=log_every, save_every="1m",
+    )  # fmt: skip
+    return flags | (dict(data_dir=str(SAMPLE), max_input=32, max_output=8) if dataset == "t0" else {})
+
+
+def run(flags: dict, every: int, rows):
+    """In a process of its own: `sampled`, the rows being sent."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"  # before datasets is imported
+        rows.send(sampled(flags | dict(output_dir=f"{folder}/run"), every))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=20_000)
-    parser.add_argument("--every", type=int, default=1000, help="steps between two looks")
+    parser.add_argument("--steps", type=int, default=20_000, help="on strings; on t0 a quarter")
+    parser.add_argument("--every", type=int, default=0, help="steps between two rows; 0: a twentieth of a run's steps")
     parser.add_argument("--log-every", type=int, default=50, help="as train.py")
-    parser.add_argument("--allowed-mb", type=float, default=20.0, help="growth of memory that is no fault")
+    parser.add_argument("--allowed", type=float, default=500.0, help="bytes of memory a step that are no fault")
     args = parser.parse_args()
     if not (PROC / "statm").exists():
         sys.exit("error: there is no /proc here to read the memory of a process from: run this on Linux")
-    if args.steps < args.every or args.every < 1:
-        sys.exit(f"error: --steps {args.steps} must be at least --every {args.every}, and that at least 1")
+    if args.steps < 80 or args.every < 0 or args.log_every < 1 or 4 * 4 * args.every > args.steps:
+        sys.exit("error: --steps must be at least 80, and a quarter of it at least four times --every")
+    context, good, texts = multiprocessing.get_context("spawn"), True, []
+    for dataset, steps in (("strings", args.steps), ("t0", args.steps // 4)):
+        ours, theirs = context.Pipe()
+        flags = settings(dataset, steps, args.log_every)
+        process = context.Process(target=run, args=(flags, args.every or steps // 20, theirs))
+        process.start()
+        theirs.close()
+        try:
+            rows = ours.recv()
+        except EOFError:
+            process.join()
+            sys.exit(f"error: the run on {dataset} ended with {process.exitcode}")
+        process.join()
+        texts.append(report(dataset, rows))
+        text, flat = verdict(rows, args.allowed, args.log_every)
+        texts.append(text)
+        good &= flat
+    print("", *texts, sep="\n")
+    sys.exit(not good)
+
+
+def report(dataset: str, rows: list[tuple]) -> str:
     from evaluate import aligned
 
-    with tempfile.TemporaryDirectory() as folder:
-        flags = dict(
-            method="poly", dataset="strings", steps=args.steps, batch_size=4, eval_examples=0, device="cpu",
-            log_every=args.log_every, save_every="1m", output_dir=str(Path(folder) / "run"),
-        )  # fmt: skip
-        rows = sampled(flags, args.every)
-    table = [("step", "memory, MB", "open files", "log, bytes", "seconds")]
+    table = [(dataset, "least memory, MB", "open files", "log, bytes", "seconds")]
     table += [(f"{s:,}", f"{m / 1e6:.1f}", str(f), f"{n:,}", f"{t:.0f}") for s, m, f, n, t in rows]
-    text, good = verdict(rows, args.allowed_mb)
-    print(aligned(table, left=0), text, sep="\n")
-    sys.exit(not good)
+    return aligned(table, left=0)
 
 
 if __name__ == "__main__":

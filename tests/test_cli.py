@@ -1484,6 +1484,20 @@ def test_interrupting_is_no_traceback(capsys):
     assert end.value.code == 130 and "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "error", [UserError("a\nb is\r\nwrong"), OSError(2, "is gone", "a\nb"), config.RunError("x\ny")]
+)
+def test_a_failure_is_one_line(capsys, error):
+    """Also where the name of a file in it has line ends."""
+
+    def fail():
+        raise error
+
+    with pytest.raises(SystemExit):
+        config.exit_on_user_error(fail)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "result.json"
     config.write_json(path, {"name": "é", "value": 1})

@@ -328,6 +328,8 @@ def test_no_code_of_a_file_is_run(folders, tmp_path, monkeypatch):
         ({"drop": "lora_b"}, "has no lora_b of 4 axes"),
         ({"rename": ("lora_a", "lora_c")}, "lora_c is no part of a Poly of LoRAs"),
         ({"drop": "hyper_parameters"}, "no state_dict and hyper_parameters"),
+        ({"lora_alpha": 10**400}, "its lora_alpha is no scale"),
+        ({"lora_alpha": float("nan")}, "its lora_alpha is no scale"),
         ({"shape": "k.lora_a"}, "A of layer encoder.block.0.layer.0.SelfAttention.k is (4, 3, 7, 2) and should be"),
     ],
 )

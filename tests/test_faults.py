@@ -7,10 +7,10 @@ import io
 import json
 import os
 import pty
+import random
 import re
 import resource
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -25,9 +25,12 @@ import tqdm
 
 import adapt
 import config
+import data
+import inject
 import resume
 import train
-from experiments import faults, longrun
+from backbone import load_backbone
+from experiments import faults, kills, longrun, targets
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 6
@@ -295,32 +298,179 @@ def test_an_operation_that_cannot_be_deterministic(deterministic, monkeypatch, c
     assert (code, said) == (1, "error: --deterministic: put_ cannot be so, leave the flag out")
 
 
-# --- Many mutated files, long runs ------------------------------------------------------------------------------------
+# --- Kills ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_few_kills():
+    """Runs of train.py and adapt.py, killed and gone on with to their end, are those that nobody killed."""
+    head, train_line, adapt_line, last = kills.kills(3, 0).splitlines()
+    assert last.startswith("3 kills; a run that nobody kills: train.py ")
+    fell = [[int(n) for n in line.split()[1:]] for line in (train_line, adapt_line)]
+    assert all(sum(row[:4]) == row[4] for row in fell) and sum(row[4] for row in fell) == 3
+    assert fell[1][6] > 0 and head.endswith("runs, all equal")
+
+
+def test_what_makes_two_runs_different(tmp_path):
+    """Not the seconds, the folder's name or the order of a set; but each value of the optimiser, the log, a score."""
+
+    def make(name: str, step=1.0, loss=2.0, score=3.0, trained=(0, 1)) -> Path:
+        folder, seconds = tmp_path / name, len(name)
+        folder.mkdir()
+        (folder / "log.jsonl").write_text(json.dumps({"loss": loss, "seconds": seconds}) + "\n")
+        (folder / "result.json").write_text(json.dumps({"mean": score, "seconds": seconds}))
+        (folder / "config.json").write_text(json.dumps({"output_dir": name}))
+        state = json.dumps({"seconds": seconds, "trained": trained})
+        inject.write_tensors({"optimizer.0.step": torch.tensor(step)}, str(tmp_path / (name + kills.LAST)), state=state)
+        return folder
+
+    reference = kills.contents(make("a"))
+    assert len(reference) == 5 and kills.differences(make("bb", trained=(1, 0)), reference) == []
+    assert kills.differences(make("c", step=1.5), reference) == ["checkpoint: optimizer.0.step"]
+    assert kills.differences(make("d", loss=2.5), reference) == ["log.jsonl"]
+    assert kills.differences(make("e", score=3.5), reference) == ["result.json"]
+    (tmp_path / f"a{kills.LAST}").unlink()
+    assert kills.differences(tmp_path / "a", reference) == ["checkpoint: optimizer.0.step", "checkpoint: state"]
+
+
+def test_a_step_that_is_saved_again_is_noticed():
+    seen = [0, 3, 0]
+    save = kills.counted(lambda *args: None, seen)
+    save("path", "model", "optimizer", resume.Progress(4), {})
+    assert seen == [0, 4, 0]
+    save("path", "model", "optimizer", resume.Progress(4), {})
+    assert seen == [0, 4, 1]
+
+
+# --- Many mutated files -----------------------------------------------------------------------------------------------
 
 
 def test_some_mutated_inputs(monkeypatch, tmp_path):
-    """Files of all benchmarks and of runs, the authors' files, command lines: read, or refused in one sentence."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    before = signal.getsignal(signal.SIGALRM)
-    table = faults.mutations(120, 1, tmp_path / "bad")
-    signal.signal(signal.SIGALRM, before)
-    assert table.endswith("120 mutations, 0 neither read nor refused in one sentence"), table
-    assert all(re.search(rf"^{name} .*[1-9]", table, re.M) for name in ("t0", "superni", "crossfit", "authors' file"))
+    """Files of all benchmarks and of runs, the authors' files, command lines: read, or refused in one sentence. What
+    `datasets` makes of them does not come into the user's cache."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
+    table = faults.mutations(150, 1, tmp_path / "bad")
+    assert table.endswith("\n150 mutations, 0 bad"), table
+    names = ("t0", "superni rows", "crossfit", "checkpoint", "TASK.json", "PEFT's Poly", "authors' file")
+    assert all(re.search(rf"^{name} .*[1-9]", table, re.M) for name in names), table
+    assert not (tmp_path / "home" / "datasets").exists()
 
 
-def test_a_long_run_is_looked_at(tmp_path):
-    """After every so many steps of a real run: memory, open files, the log so far."""
-    rows = longrun.sampled(FLAGS | dict(output_dir=str(tmp_path / "run")), 2)
+def test_what_watches_a_reader(monkeypatch, tmp_path):
+    """One that hangs, dies, raises what it should not, or talks in several lines is counted, told and replaced; the
+    others go on, each number once, and a number does the same again."""
+
+    def refuse(text):
+        raise config.UserError(text)
+
+    kinds = {
+        "fine": lambda chance: None, "refuses": lambda chance: refuse("no"), "talks": lambda chance: refuse("no\nno"),
+        "raises": lambda chance: [][0], "dies": lambda chance: os._exit(3), "hangs": lambda chance: time.sleep(60),
+    }  # fmt: skip
+    monkeypatch.setattr(faults, "targets", lambda root: {name: (1, one) for name, one in kinds.items()})
+    monkeypatch.setattr(faults, "LIMIT", 1)
+    fork = faults.multiprocessing.get_context("fork")  # a child with these targets
+    monkeypatch.setattr(faults.multiprocessing, "get_context", lambda name: fork)
+    found = {n: (name, outcome) for n, name, outcome, *_ in faults.outcomes(tmp_path, 0, 0, 14) if n >= 0}
+    wanted = dict(fine="read", refuses="refused", talks="refused in several lines", raises="IndexError", dies="died",
+                  hangs="hang")  # fmt: skip
+    assert sorted(found) == list(range(14)) and set(found.values()) == set(wanted.items())
+    bad = next(n for n, (name, _) in found.items() if name == "dies")
+    table = faults.mutations(1, 0, tmp_path / "keep", bad)
+    assert table.endswith("\n1 mutations, 1 bad") and re.search(r"^dies +0 +0 +1 ", table, re.M)
+    assert (tmp_path / "keep" / f"{bad}.txt").read_text() == "dies: died: exit code 3\n"
+
+
+def test_what_a_reader_writes_is_noticed(tmp_path):
+    """A new file, a changed one, one that is gone, also beside the one that is read; that one is put back."""
+    (tmp_path / "a").write_text("mine")
+    (tmp_path / "b").write_text("other")
+    for write in (
+        lambda: (tmp_path / "new").write_text(""), lambda: (tmp_path / "b").write_text("other"),
+        lambda: (tmp_path / "a").write_text("x"), lambda: (tmp_path / "a").unlink(), lambda: (tmp_path / "b").unlink(),
+    ):  # fmt: skip
+        with pytest.raises(AssertionError, match="a reader has written"):
+            with targets.replaced(tmp_path / "a", b"changed", tmp_path):
+                write()
+        assert (tmp_path / "a").read_text() == "mine"
+    with targets.replaced(tmp_path / "a", b"changed", tmp_path):
+        assert (tmp_path / "a").read_text() == "changed"
+
+
+def test_what_is_read_is_compared(tmp_path):
+    """Another number of examples than the file has, or other tensors than it holds."""
+    path, chance = tmp_path / "a.tsv", random.Random(0)
+    path.write_text("x\ty\n" * 5)
+    lines = lambda path, old, new: targets.examples_in(path, new)  # noqa: E731
+    for read, right in ((lambda: len(path.read_bytes().splitlines()), True), (lambda: 5, False)):
+        one = targets.files(tmp_path, [path], read, lambda old, chance: old + b"x\ty\n", lines)
+        with contextlib.nullcontext() if right else pytest.raises(AssertionError, match="read without a word: 5, and"):
+            one(chance)
+    inject.write_tensors({"a": torch.ones(2)}, str(tmp_path / "t"))
+    one = targets.signed(tmp_path, tmp_path / "t", lambda: None, lambda: {"a": torch.ones(2)})
+    with pytest.raises(AssertionError, match="what was read is not what the file holds"):
+        one(chance)
+
+
+def test_examples_are_counted_without_the_readers(tmp_path):
+    for name, content, count in (
+        ("a_16_100_train.tsv", b"x\ty\nx\ty\n", 2), ("a_16_100_train.tsv", b"x\ty\nx\t", 2), ("task1.json",
+        b'{"Instances": [1, 2, 3]}', 3), ("p3/ag_news_classify/validation.jsonl", b"{}\n{}\n", 4),
+        ("p3/ag_news_classify/train.jsonl", b"{}\n", 1), ("few_shot/copa/32_shot/42_seed.jsonl", b"{}\n", 0),
+        ("p3/super_glue_rte_should_assume/validation.jsonl", b"{}\n", 0),
+    ):  # fmt: skip
+        assert targets.examples_in(tmp_path / name, content) == count, name
+
+
+def test_what_comes_into_a_line_ends_none():
+    """Letters, quotes, NUL, CR, U+2028: other bytes, and the same number of lines."""
+    content, chance = b"a b\tc\nd\te\n", random.Random(0)
+    found = [targets.in_a_line(content, chance) for _ in range(200)]
+    assert {new.count(b"\n") for new in found} == {2} and {new.count(b"\t") for new in found} == {2}
+    assert all(any(odd in new for new in found) for odd in (b"\r", b"\0", b'"', "\u2028".encode()))
+
+
+@pytest.mark.parametrize(
+    "file, name", [("config.json", "num_layers"), ("config.json", "num_decoder_layers"),
+                   ("tokenizer_config.json", "extra_ids")],
+)  # fmt: skip
+def test_a_backbone_of_endless_layers_or_tokens(tmp_path, file, name):
+    """One sentence, before any of them is made."""
+    folder = Path(kills.small_backbone(tmp_path / "backbone"))
+    settings = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(settings | {name: 20_000}))
+    with pytest.raises(config.UserError, match=f"cannot be loaded: its {name} is more than 10,000"):
+        load_backbone(str(folder), "cpu")
+
+
+# --- Long runs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dataset", ["strings", "t0"])
+def test_a_long_run_is_looked_at(monkeypatch, tmp_path, dataset):
+    """After every so many steps of a real run, in memory and memory-mapped: memory, open files, the log so far."""
+    monkeypatch.setattr(data.datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    flags = longrun.settings(dataset, 6, 2) | dict(output_dir=str(tmp_path / "run"))
+    rows = longrun.sampled(flags, 2)
     assert [row[0] for row in rows] == [2, 4, 6] and all(row[1] > 10**7 and row[2] > 3 for row in rows)
     assert rows[0][3] == 0 < rows[1][3] < rows[2][3] < (tmp_path / "run" / "log.jsonl").stat().st_size
+    assert (tmp_path / "cache").exists() == (dataset == "t0")
 
 
 def test_what_is_said_of_a_long_run():
-    """Growth counts from a tenth of the steps on; a gigabyte more, or one more file, is no flat run."""
-    flat = [(k * 100, 10**8 + (k > 1) * 10**8 + k * 300_000, 8, k * 230, 0.0) for k in range(1, 21)]
-    text, good = longrun.verdict(flat, 20)
+    """What grows by a kilobyte a step, keeps one more file open, or logs too much, is no flat run; pools that fill up
+    in the first half, or one jump, are none of that."""
+
+    def rows(grows=lambda step: 0, files=lambda step: 8, line=100):
+        steps = range(1000, 20_001, 1000)
+        return [(s, 10**8 + grows(s), files(s), s // 50 * line, 0.0) for s in steps]
+
+    text, good = longrun.verdict(rows(lambda s: 10**8 * (s >= 5000) + 100 * s), 500, 50)
     assert good and text == (
-        "steps 200 to 2,000: memory +5.4 MB (allowed 20), open files +0, log 2,300 bytes per 1,000 steps: flat"
+        "steps 10,000 to 20,000: memory +100 bytes a step (allowed 500), in all +1.0 MB, open files +0; "
+        "log 2.0 bytes a step, 100 a line (allowed 200): flat"
     )
-    assert not longrun.verdict(flat[:-1] + [(2000, flat[0][1] + 10**9, 8, 4600, 0.0)], 20)[1]
-    assert not longrun.verdict(flat[:-1] + [(2000, flat[-1][1], 9, 4600, 0.0)], 20)[1]
+    assert longrun.verdict(rows(lambda s: 2_000_000 * (s > 12_000)), 500, 50)[1]
+    for wrong in (rows(lambda s: 1024 * s), rows(files=lambda s: 8 + (s > 15_000)), rows(line=300)):
+        text, good = longrun.verdict(wrong, 500, 50)
+        assert not good and text.endswith("IT GROWS")

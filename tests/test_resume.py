@@ -467,6 +467,12 @@ def test_checkpoints_of_odd_content_change_nothing(monkeypatch, flags, tmp_path,
         assert "\n" not in str(refused.value), name
         assert everything(model, own) == before and torch.equal(torch.get_rng_state(), random), name
     inject.write_tensors(tensors, path, state=metadata["state"])
+    whole = path.read_bytes()
+    path.write_bytes(re.sub(rb"(step\W+)1", rb"\g<1>8", whole, count=1))  # the JSON is under the digest too
+    assert path.read_bytes() != whole
+    with pytest.raises(UserError, match="is damaged: its content is not what was saved"):
+        resume.load_checkpoint(path, model, own)
+    path.write_bytes(whole)
     assert resume.load_checkpoint(path, model, own)[:3] == (1, 1.0, (2.0,))
     assert everything(model, own) == before
 
