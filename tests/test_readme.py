@@ -15,6 +15,7 @@ import evaluate
 import export
 import train
 from experiments.claims import CLAIMS
+from experiments.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -108,6 +109,20 @@ def test_the_method_table_is_whole():
     assert set(table) == set(config.METHODS)
     for method, variants in table.items():
         assert variants == {v for v, methods in fits.items() if method in methods}, method
+
+
+def test_the_table_of_results_is_that_of_the_results():
+    """The README's scores and parameters, line by line, are those that results/methods.md has as the command printed
+    them; the names are those of METHODS."""
+    printed = (ROOT / "results" / "methods.md").read_text().split("    method  ")[1].split("\n\n")[0].splitlines()[1:]
+    printed = [re.split(r"\s{2,}", line.strip()) for line in printed]
+    section = README.split("## All methods in one table")[1].split("\n## ")[0]
+    shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:2] == "| "]
+    assert len(shown) - 1 == len(printed) == sum(len(variants) for _, variants in METHODS.values())
+    for (name, variant, *cells), (plain, its, *values) in zip(shown[1:], printed, strict=True):
+        assert name.replace("³", "^3").split(",")[0] in plain and variant.replace("μ", "mu") == its
+        assert [cell or "0" for cell in cells] == [value.replace("+-", "±") for value in values]
+    assert [(name, variant) for name, variant, *_ in printed] == [(n, v) for n, (_, vs) in METHODS.items() for v in vs]
 
 
 def test_every_module_is_in_the_file_table():
