@@ -79,6 +79,8 @@ def load_backbone(name: str, device: str, precision: str = "fp32", encoder: bool
         model, info = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
         if missing := sorted(info["missing_keys"]) if not encoder else []:  # an encoder may lack its head
             raise ValueError(f"its file has no {missing[0]}, which would be random")
+        if unused := sorted(info.get("unexpected_keys", ())) if not encoder else []:
+            print(f"{name}: {len(unused)} of its weights are not used, as {unused[0]}: see that its config.json fits")
         if getattr(model, "hf_quantizer", None):  # of a GGUF file: its weights are plain now, also when saved again
             model.hf_quantizer.remove_quantization_config(model)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)

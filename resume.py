@@ -240,10 +240,10 @@ def write_line(log, bar: tqdm, now: Progress, norm: float, lr: float, every: int
 def tidy(folder: Path):
     """Remove what a finished run needs no more: checkpoint, and files that a killed process left half written."""
     (folder / CHECKPOINT).unlink(missing_ok=True)
-    for path in folder.rglob("*.tmp"):
-        if path.is_dir():
+    for path in list(folder.rglob("*.tmp*")):
+        if path.is_dir() and path.suffix == ".tmp":
             shutil.rmtree(path)
-        elif path.stem.endswith((".safetensors", ".json", ".jsonl")):  # not what somebody else has put there
+        elif re.fullmatch(r".+\.(safetensors|jsonl?)\.tmp|\.tmp\w{6}", path.name):  # ours; safetensors' own
             path.unlink()
 
 

@@ -73,7 +73,7 @@ def work(connection, folder: Path, seed: int, first: int, last: int):
                 every[name][1](chance)
                 outcome, said = "read", ""
             except (UserError, RunError, OSError) as error:  # for which `config.exit_on_user_error` has one line
-                outcome, said = "refused" if "\n" not in str(error) else "refused in several lines", str(error)
+                outcome, said = "refused", str(error)
             except Exception as error:  # what is counted here
                 outcome, said = type(error).__name__, str(error)
         connection.send((outcome, said))

