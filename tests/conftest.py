@@ -1,5 +1,6 @@
 """Tests import the files of the repository's root, which is no package: put the root on the path."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job and nohup ignore them, and so would
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # every child of the tests
 
 
 @pytest.fixture(autouse=True)
