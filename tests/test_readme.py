@@ -125,6 +125,25 @@ def test_the_table_of_results_is_that_of_the_results():
     assert [(name, variant) for name, variant, *_ in printed] == [(n, v) for n, (_, vs) in METHODS.items() for v in vs]
 
 
+def test_what_is_said_of_the_results():
+    """The differences that the README names below its table, and in which seeds they hold."""
+    page, says = (ROOT / "results" / "methods.md").read_text(), " ".join(README.split())
+    score = {tuple(re.split(r"\s{2,}", line.strip())[:2]): float(line.split()[-3])
+             for line in page.splitlines() if re.search(r"\+- [\d.]+$", line)}  # fmt: skip
+    poly, mhr = ({v: score[name, v] for v in ("all", "z", "mu")} for name in ("Poly", "MHR"))
+    lora = score["LoRA (Shared)", "all"]
+    assert f"(by {int(min(poly['all'], mhr['all']) - lora)} points)" in says
+    costs = f"costs MHR {mhr['all'] - mhr['z']:.0f} points, Poly {poly['all'] - poly['z']:.0f}"
+    assert costs in says
+    assert f"is {min(poly['mu'], mhr['mu']) - lora:.0f} points above LoRA" in says
+    assert f"μ is {mhr['all'] - mhr['mu']:.0f} to {poly['all'] - poly['mu']:.0f} points below the whole" in says
+    line = " ".join(page.split("Seed by seed")[1].split("\n\n")[0].split())
+    found = re.findall(r"([\w-]+) ((?:\d+\.\d ){2}\d+\.\d)", line)
+    seeds = {name: [float(x) for x in values.split()] for name, values in found}
+    assert sum(a > b for a, b in zip(seeds["MHR"], seeds["Poly"], strict=True)) == 1
+    assert all(a > b for a, b in zip(seeds["MHR-z"], seeds["Poly-z"], strict=True))
+
+
 def test_every_module_is_in_the_file_table():
     listed = {name for names in FILES for name in re.findall(r"`([^`]+)`", names)}
     assert {path.name for path in ROOT.glob("*.py")} <= listed
