@@ -56,6 +56,7 @@ from backbone import build_model, load_adapter_file
 from baselines.fixed import given_table, skill_names
 from inject import adapted_layers, routers, task_ids
 from measures import MEASURES, allocations, flat, hierarchy, measure, overlap, recovery, task_similarity
+from resume import advice_on_memory
 
 ALIGNMENT = "gradient alignment (mean cosine)"  # a label of figures
 
@@ -326,7 +327,8 @@ def main(flags: dict):
     if cfg.compare:
         compare(cfg)
     elif cfg.checkpoint:
-        analyze(cfg)
+        with advice_on_memory("--no-alignment, or fewer --tasks", then=""):
+            analyze(cfg)
     else:
         raise UserError("give --checkpoint RUN to look at a run, or --compare RUN RUN ... to compare runs")
 

@@ -151,9 +151,14 @@ def table_of(read: Callable, files: list[Path], features: dict) -> datasets.Data
             raise cause from None
         if not isinstance(cause, OSError):
             raise
-        reason = (cause.strerror or str(cause)).splitlines()[-1]  # datasets puts lines of its own before it
-        reason = f"the cache of datasets cannot be written ({reason}): make room, or set HF_DATASETS_CACHE to another"
-        raise OSError(cause.errno, reason, str(datasets.config.HF_DATASETS_CACHE)) from None
+        raise unwritten_cache(cause) from None
+
+
+def unwritten_cache(cause: OSError) -> OSError:
+    """What to raise if the cache of `datasets` cannot be written: the cause, with the folder and a way out."""
+    reason = (cause.strerror or str(cause)).splitlines()[-1]  # datasets puts lines of its own before it
+    reason = f"the cache of datasets cannot be written ({reason}): make room, or set HF_DATASETS_CACHE to another"
+    return OSError(cause.errno, reason, str(datasets.config.HF_DATASETS_CACHE))
 
 
 def _rows_of_files(read: Callable, stamps: tuple, source: str) -> Iterator[dict]:

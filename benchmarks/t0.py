@@ -15,6 +15,7 @@ papers report the best validation accuracy.
 
 import functools
 import json
+import errno
 import random
 import re
 from collections.abc import Iterator
@@ -30,11 +31,12 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from config import UserError
-from data import Benchmark, Example, Rows, Task, parts_of, reach_hub, say_once, table_of
+from data import Benchmark, Example, Rows, Task, parts_of, reach_hub, say_once, table_of, unwritten_cache
 
 REPOSITORY = "bigscience/P3"
 REVISION = "main"  # not changed since db48520 of March 2024, the first as parquet; a hash would have to be in full
 STREAM = pyarrow.dataset.ParquetFragmentScanOptions(use_buffered_stream=True, pre_buffer=False)  # whole files else
+UNWRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}  # of a file that cannot be written
 TEXTS = ("inputs_pretokenized", "targets_pretokenized")
 FEATURES = {TEXTS[0]: "string", TEXTS[1]: "string", "answer_choices": ["string"], "label": "int64", "idx": "int64"}
 
@@ -384,8 +386,11 @@ def _read_parquet(paths: list[Path], has_choices: bool) -> datasets.Dataset:
         return datasets.Dataset.from_parquet(
             [str(path) for path in paths], columns=columns, batch_size=1000, fragment_scan_options=STREAM
         )
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise UserError(f"{paths[0]} cannot be read to its end: {error.__cause__}") from None
+    except (datasets.exceptions.DatasetGenerationError, OSError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno in UNWRITTEN:
+            raise unwritten_cache(cause) from None
+        raise UserError(f"{paths[0]} cannot be read to its end: {cause}") from None
 
 
 def _type(kind: pyarrow.DataType) -> str:

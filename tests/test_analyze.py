@@ -25,7 +25,7 @@ import models
 import train
 from analyze import choose, gradient_alignment
 from backbone import build_model
-from config import UserError
+from config import RunError, UserError
 from data import Example, Item, Task
 from inject import adapted_layers, adapter_parameters, routers, task_ids
 from measures import (
@@ -632,3 +632,16 @@ def test_a_look_at_a_part_does_not_replace_the_whole(tmp_path, monkeypatch):
     for flags in ({}, {"step": 300}, {"tasks": "a,b,c"}, {"step": 300, "tasks": "a,b,c"}):
         analyze.analyze(analyze.Config(checkpoint=str(tmp_path), **flags))
     assert wrote[0] == "analysis" and len(set(wrote)) == 4
+
+
+def test_an_analysis_without_memory_is_one_sentence(tmp_path, monkeypatch):
+    """It says what takes less; there is nothing to --resume, and no folder is left."""
+
+    def full(cfg, folder):
+        raise MemoryError()
+
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(analyze, "_pretrained", full)
+    with pytest.raises(RunError, match="^there is not enough memory: try --no-alignment, or fewer --tasks$"):
+        analyze.main({"checkpoint": str(tmp_path)})
+    assert not (tmp_path / "analysis").exists()

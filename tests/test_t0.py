@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import resource
 import shutil
 import time
 import tracemalloc
@@ -283,6 +284,22 @@ def test_a_file_that_is_no_parquet(tmp_path):
     path.write_bytes(whole[:4] + bytes(60) + whole[64:])  # the schema is whole, the rows are not
     with pytest.raises(UserError, match=f"^{re.escape(str(path))} cannot be read to its end"):
         train_of(tmp_path, TOPIC)
+
+
+def test_a_full_disk_is_not_called_a_broken_parquet_file(tmp_path, monkeypatch):
+    """What cannot be written is the cache of `datasets`: it is named, as for the other formats; with room, all is
+    read."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write(tmp_path / "data", TOPIC, "train", [row(n) for n in range(100)], "parquet")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="the cache of datasets cannot be written.*too large") as failed:
+            train_of(tmp_path / "data", TOPIC)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert failed.value.filename == str(tmp_path / "cache")
+    assert len(train_of(tmp_path / "data", TOPIC).train) == 100
 
 
 @pytest.mark.parametrize(
