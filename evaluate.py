@@ -394,7 +394,8 @@ def main(flags: dict):
     elif cfg.memory:
         import memory  # here: as counts
 
-        print(aligned(memory.table(cfg.backbone, cfg.memory, (cfg.max_input, cfg.max_output)), left=1))
+        lengths = (cfg.max_input, cfg.max_output)
+        print(aligned(memory.table(cfg.backbone, cfg.memory, lengths, cfg.training_tasks), left=1))
     elif cfg.compare:
         print(compare(tuple(cfg.compare)))
     elif cfg.checkpoint:

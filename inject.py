@@ -175,10 +175,14 @@ def _give_task_ids(layer: nn.Module, args: tuple, kwargs: dict):
         return None  # called directly, with ids of its own
     if not _contexts:
         raise RuntimeError("a routed layer was called without task ids: wrap the call in `with task_ids(ids):`")
-    tasks, rows, largest, kept = _contexts[-1]
+    device, context = args[0].device, _contexts[-1]
+    if context.tasks.device != device:  # once a batch: a copy at every layer would let an accelerator wait each time
+        context = context._replace(tasks=context.tasks.to(device), rows=context.rows.to(device))
+        _contexts[-1] = context
+    tasks, rows, largest, kept = context
     if largest >= layer.router.tasks:
         raise IndexError(f"task id {largest} is out of range: this model knows tasks 0 .. {layer.router.tasks - 1}")
-    ids = {"tasks": tasks.to(args[0].device), "rows": rows.to(args[0].device)}
+    ids = {"tasks": tasks, "rows": rows}
     if kept is None:
         return args, kwargs | ids
     if layer not in kept:

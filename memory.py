@@ -62,18 +62,20 @@ def step_memory(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
 
 
 def training_memory(
-    backbone: str, batch_size: int, lengths: tuple[int, int], checkpointing: bool = False, **settings
+    backbone: str, batch_size: int, lengths: tuple[int, int], tasks: int, checkpointing: bool = False, **settings
 ) -> dict[str, int]:
-    """Bytes of a method's training: {"backbone", "adapters", "AdamW", "step"}. A batch of batch_size tasks.
+    """Bytes of a method's training on so many tasks: {"backbone", "adapters", "AdamW", "step"}. A batch is of as many
+    tasks as it may be.
 
     lengths: tokens of the inputs and outputs. settings: fields of `train.Config`; adapters, and AdamW's two averages of
     each gradient, are float32 whatever its precision.
     """
     cfg = train.Config(**settings)
-    with task_ids(range(batch_size)), FakeTensorMode(allow_non_fake_inputs=True):  # not meta: its attention is larger
+    ids = [k % tasks for k in range(batch_size)]
+    with task_ids(ids), FakeTensorMode(allow_non_fake_inputs=True):  # not meta: its attention is larger
         model = meta_backbone(backbone, "cpu", torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
         if cfg.method != "full":
-            add_adapters(model, cfg, batch_size)
+            add_adapters(model, cfg, tasks)
         if checkpointing:
             train.use_checkpointing(model)
         step = step_memory(model.train(), fake_batch(model.config.is_encoder_decoder, batch_size, *lengths))
@@ -91,7 +93,7 @@ def fake_batch(encoder_decoder: bool, size: int, max_input: int, max_output: int
     return {"input_ids": x, "attention_mask": torch.ones_like(x), "labels": labels}
 
 
-def table(backbone: str, batch_size: int, lengths: tuple[int, int]) -> list[tuple[str, ...]]:
+def table(backbone: str, batch_size: int, lengths: tuple[int, int], tasks: int) -> list[tuple[str, ...]]:
     """The cells of a table in GB (10^9 bytes), its head first: the backbone in bfloat16, under method full in float32.
 
     A method whose heads do not divide a layer has no numbers.
@@ -102,7 +104,7 @@ def table(backbone: str, batch_size: int, lengths: tuple[int, int]) -> list[tupl
         cells, settings = [], ROWS[name] | dict(precision="fp32" if name == "full" else "bf16")
         for checkpointing in (False, True):
             try:
-                found = training_memory(backbone, batch_size, lengths, checkpointing, **settings)
+                found = training_memory(backbone, batch_size, lengths, tasks, checkpointing, **settings)
             except UserError:
                 if "heads" not in settings:
                     raise

@@ -19,12 +19,23 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from config import UserError
+
 
 def join(device: str):
-    """Meet the other processes, if there are any. device: cpu or cuda."""
+    """Meet the other processes, if there are any. device: cpu or cuda. Raises UserError for settings of accelerate that
+    are not followed here, and without a GPU for this process."""
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            raise UserError(f"accelerate is set to {name}, but here every process holds the whole model: switch it off")
+    if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
+        raise UserError(f"accelerate is set to mixed precision {precision}, --precision says it here: give it no")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            if local >= gpus:
+                raise UserError(f"process {local} of this machine has no GPU: start {gpus} processes, or --device cpu")
+            torch.cuda.set_device(local)
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
 
 

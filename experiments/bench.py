@@ -6,20 +6,29 @@
 
 The backbone is a T5 v1.1 of the size of T5-small (d_model 512, d_ff 1024, 8 + 8 layers) with random weights. The floor
 of a training step is the frozen backbone's own forward pass and the gradient of its activations; of generation and
-scoring it is the bare backbone. All contestants of a line are timed in turn, round after round, so that what else the
-machine does meets all alike: the median over rounds, divided by the floor's, and in brackets half the distance between
-the quartiles of the rounds' ratios. PEFT's Poly cannot score choices, nor search with beams (it crashes).
+scoring it is the bare backbone. All contestants of a line are timed in turn, round after round, each round beginning
+with the next of them, so that what else the machine does meets all alike: the median over rounds, divided by the
+floor's, and in brackets half the distance between the quartiles of the rounds' ratios.
+
+PEFT's Poly has as many splits as MHR has heads: those two are alike, Poly has one head. The grid changes one number of
+its first point at a time. MHR generates for one task as `evaluate.py` does, merged once for all batches if the backbone
+is float32 ("merging": what that takes, and undoing it). PEFT's adapters are not merged; its Poly cannot score choices,
+nor search with beams (it crashes). On a GPU all backbones are bfloat16, also that of "full", and one layer alone is
+float32.
 """
 
 import argparse
 import copy
 import functools
-import resource
+import importlib.util
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -34,10 +43,13 @@ from memory import training_memory
 from mhr import MHRLinear, MHRRouter
 from poly import PolyLinear, PolyRouter
 
-TASKS, SKILLS, OUTPUT = 16, 8, 32
+TASKS, SKILLS, OUTPUT, LAYER_RUNS = 16, 8, 32, 20
 BASE = dict(batch=16, length=128, rank=1, heads=8)
 GRID = [{}, dict(batch=1), dict(batch=8), dict(batch=32), dict(length=16), dict(length=512), dict(rank=16),
         dict(heads=1), dict(heads=64)]  # fmt: skip
+GENERATIONS = [  # (change, one task, beams)
+    ({}, True, 1), (dict(batch=1), True, 1), ({}, True, 4), ({}, False, 1), (dict(heads=64), False, 1), ({}, False, 4),
+]  # fmt: skip
 LINEARS = ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]
 
 
@@ -84,7 +96,7 @@ def make(name: str, device: str, rank: int, heads: int) -> nn.Module:
 def batch_of(size: int, length: int, device: str) -> dict[str, torch.Tensor]:
     x = torch.randint(3, 32000, (size, length), device=device)
     labels = torch.randint(3, 32000, (size, OUTPUT), device=device)
-    return dict(input_ids=x, attention_mask=torch.ones_like(x), labels=labels)
+    return dict(input_ids=x, attention_mask=torch.ones_like(x), labels=labels, use_cache=False)
 
 
 # --- Timing -----------------------------------------------------------------------------------------------------------
@@ -92,11 +104,11 @@ def batch_of(size: int, length: int, device: str) -> dict[str, torch.Tensor]:
 
 def ratios(runs: dict, rounds: int, device: str) -> dict[str, tuple[float, float]]:
     """{name: (median seconds / the first one's median, half the interquartile range of the rounds' ratios)}."""
-    seconds = {name: [] for name in runs}
+    names, seconds = list(runs), {name: [] for name in runs}
     for k in range(rounds + 1):
-        for name, run in runs.items():
+        for name in names[k % len(names) :] + names[: k % len(names)]:
             begin = time.perf_counter()
-            run()
+            runs[name]()
             if device == "cuda":
                 torch.cuda.synchronize()
             if k:  # the first round warms up
@@ -114,7 +126,7 @@ def training(name: str, point: dict, device: str, ids: torch.Tensor):
     model = make(name, device, point["rank"], point["heads"]).train()
     batch = batch_of(point["batch"], point["length"], device)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3) if trained else None
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True) if trained else None
 
     def step():
         if name == "PEFT Poly":
@@ -136,21 +148,21 @@ def bench_train(point: dict, device: str, rounds: int, one_task: bool = False) -
 
 
 def generation(name: str, point: dict, device: str, ids: torch.Tensor, beams: int):
-    """A function that generates 24 tokens for a batch. MHR with one task is merged for it, and unmerged."""
+    """A function that generates 24 tokens for a batch. With one task MHR's adapters are merged beforehand."""
     model = make(name, device, point["rank"], point["heads"]).eval()
     batch = batch_of(len(ids), point["length"], device)
-    del batch["labels"]
+    del batch["labels"], batch["use_cache"]
+    if name == "MHR" and len(ids.unique()) == 1 and model.dtype == torch.float32:
+        merge(model, int(ids[0]))
     options = dict(max_new_tokens=24, min_new_tokens=24, num_beams=beams, do_sample=False)
 
     @torch.no_grad()
     def run():
-        layers = merge(model, int(ids[0])) if name == "MHR" and len(ids.unique()) == 1 else {}
         if name == "PEFT Poly":
             model.generate(**batch, **options, task_ids=ids)
         else:
             with task_ids(ids, keep=True):
                 model.generate(**batch, **options)
-        unmerge(model, layers)
 
     return run
 
@@ -158,18 +170,23 @@ def generation(name: str, point: dict, device: str, ids: torch.Tensor, beams: in
 def bench_generate(point: dict, device: str, rounds: int, one_task: bool, beams: int) -> dict:
     names = ["floor", "PEFT LoRA", "MHR"] + (["PEFT Poly"] if beams == 1 else [])
     ids = torch.zeros(point["batch"], dtype=torch.long) if one_task else torch.arange(point["batch"]) % TASKS
-    return ratios({n: generation(n, point, device, ids.to(device), beams) for n in names}, rounds, device)
+    runs = {name: generation(name, point, device, ids.to(device), beams) for name in names}
+    if one_task:
+        model = make("MHR", device, point["rank"], point["heads"])
+        runs["merging"] = lambda: unmerge(model, merge(model, 0))
+    return ratios(runs, rounds, device)
 
 
 def bench_choices(point: dict, device: str, rounds: int) -> dict:
     """Four choices of 8 tokens an example, the encoder run once (`choices.py`), a batch of mixed tasks."""
     ids = torch.arange(point["batch"], device=device) % TASKS
     batch = batch_of(point["batch"], point["length"], device)
-    del batch["labels"]
+    del batch["labels"], batch["use_cache"]
     tokens = torch.randint(3, 32000, (4 * point["batch"], 8), device=device)
     runs = {}
-    for name in ("floor", "MHR"):
+    for name in ("floor", "PEFT LoRA", "MHR"):
         model = make(name, device, point["rank"], point["heads"]).eval()
+        model = model.get_base_model() if name == "PEFT LoRA" else model  # with its adapters in it
         score = functools.partial(_encoder_decoder_logits, model, batch, tokens, 4)
         runs[name] = functools.partial(_within, ids, score)
     return ratios(runs, rounds, device)
@@ -184,6 +201,7 @@ def _within(ids: torch.Tensor, run):
 def bench_layer(device: str, rounds: int) -> dict:
     """One layer of 1024 x 1024, forward and backward, 32 examples of different tasks and 64 tokens, rank 16."""
     x, ids = torch.randn(32, 64, 1024, device=device, requires_grad=True), torch.arange(32, device=device)
+    gradient = torch.randn(32, 64, 1024, device=device)
     linear = nn.Linear(1024, 1024, device=device).requires_grad_(False)
     layers = {"floor": linear}
     for heads in (1, 8):
@@ -192,7 +210,9 @@ def bench_layer(device: str, rounds: int) -> dict:
 
     def run(name: str, layer: nn.Module):
         ids_for = {"floor": {}, "PEFT": {"task_ids": ids}}.get(name.split()[0], {"tasks": ids})
-        layer(x, **ids_for).sum().backward()
+        wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+        for _ in range(LAYER_RUNS):
+            torch.autograd.grad(layer(x, **ids_for), wanted, gradient)
 
     return ratios({name: functools.partial(run, name, layer) for name, layer in layers.items()}, rounds, device)
 
@@ -213,7 +233,10 @@ def bench_memory(device: str) -> list[tuple[str, ...]]:
     lines = [("", "MB", "computed", "seconds to the first step")]
     for name in ("floor", "LoRA", "PEFT LoRA", "Poly", "MHR", "PEFT Poly", "full"):
         command = [sys.executable, "-m", "experiments.bench", "--memory-of", name, "--device", device]
-        peak, first = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)  # what goes wrong there, it says itself
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)} ended with code {done.returncode}")
+        peak, first = done.stdout.split()
         computed = f"{computed_memory(name):.0f}" if name in COMPUTED and device == "cpu" else ""
         lines.append((name, f"{float(peak):.0f}", computed, f"{float(first):.1f}"))
     return lines
@@ -229,8 +252,15 @@ def computed_memory(name: str) -> float:
     """MB that `memory.training_memory` computes for a contestant."""
     with tempfile.TemporaryDirectory() as folder:
         bare("cpu").config.save_pretrained(folder)
-        found = training_memory(folder, BASE["batch"], (BASE["length"], OUTPUT), rank=BASE["rank"], **COMPUTED[name])
+        lengths = BASE["length"], OUTPUT
+        found = training_memory(folder, BASE["batch"], lengths, TASKS, rank=BASE["rank"], **COMPUTED[name])
     return sum(found.values()) / 2**20
+
+
+def peak_memory() -> float:
+    """MB that this process took at most so far (Linux). Not `getrusage`, where a process inherits its parent's."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def memory_of(name: str, device: str):
@@ -238,15 +268,16 @@ def memory_of(name: str, device: str):
     to the first."""
     if name.startswith("PEFT"):
         import peft  # noqa: F401  the others' imports are not timed either
-    imports, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, time.perf_counter()
+    imports, begin = peak_memory(), time.perf_counter()
     step = training(name, BASE, device, torch.arange(BASE["batch"]).to(device) % TASKS)
     bare.cache_clear()  # the copy that it was made from
     step()
+    if device == "cuda":
+        torch.cuda.synchronize()
     first = time.perf_counter() - begin
     step()
     step()
-    cuda = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else 0
-    print(cuda or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - imports, first)
+    print(torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else peak_memory() - imports, first)
 
 
 # --- The tables -------------------------------------------------------------------------------------------------------
@@ -267,6 +298,13 @@ def print_table(title: str, lines: dict[str, dict[str, tuple[float, float]]]):
     print(f"\n{title}\n\n{aligned(cells, left=1)}", flush=True)
 
 
+def about(device: str, rounds: int) -> str:
+    """What a reader must know of the machine."""
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
+    return f"{device}, {where}, {platform.machine()}, {versions}; {rounds} rounds"
+
+
 def main():
     parts = ("train", "adapt", "generate", "choices", "layer", "memory")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -277,11 +315,16 @@ def main():
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error("--rounds must be at least 2")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no GPU here")
+    if not importlib.util.find_spec("peft"):
+        parser.error("the comparison needs PEFT: pip install peft")
     logging.set_verbosity_error()
     if args.memory_of:
         memory_of(args.memory_of, args.device)
         return
     device, rounds = args.device, args.rounds
+    print(about(device, rounds))
     points = {shown(BASE | change): BASE | change for change in GRID}
     if "train" in args.only:
         lines = {label: bench_train(point, device, rounds) for label, point in points.items()}
@@ -290,12 +333,10 @@ def main():
         lines = {label: bench_train(point, device, rounds, one_task=True) for label, point in points.items()}
         print_table("Training step, one task: adaptation", lines)
     if "generate" in args.only:
-        lines = {
-            f"{shown(BASE)}, {'one task' if one else 'mixed'}, {beams} beams": bench_generate(
-                BASE, device, rounds, one, beams
-            )
-            for one in (True, False) for beams in (1, 4)
-        }  # fmt: skip
+        lines = {}
+        for change, one, beams in GENERATIONS:
+            label = f"{shown(BASE | change)}, {'one task' if one else 'mixed'}, {'beams' if beams > 1 else 'greedy'}"
+            lines[label] = bench_generate(BASE | change, device, rounds, one, beams)
         print_table("Generation of 24 tokens", lines)
     if "choices" in args.only:
         print_table("Scoring of four choices", {shown(BASE): bench_choices(BASE, device, rounds)})

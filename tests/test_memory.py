@@ -38,21 +38,21 @@ def test_fake_step_is_the_real_one(kind, settings, checkpointing, tmp_path):
     precision, dtype = ("fp32", torch.float32) if settings["method"] == "full" else ("bf16", torch.bfloat16)
     real = meta_backbone(str(tmp_path), "cpu", dtype)
     if settings["method"] != "full":
-        add_adapters(real, train.Config(**settings), size)
+        add_adapters(real, train.Config(**settings), 50)
     if checkpointing:
         train.use_checkpointing(real)
     batch = memory.fake_batch(real.config.is_encoder_decoder, size, *lengths)
     batch["attention_mask"][0, -1] = 0  # a mask of ones alone is left out, which a fake one cannot be
     with task_ids(range(size)):
         step = memory.step_memory(real.train(), batch)
-    found = memory.training_memory(str(tmp_path), size, lengths, checkpointing, precision=precision, **settings)
+    found = memory.training_memory(str(tmp_path), size, lengths, 50, checkpointing, precision=precision, **settings)
     assert found["step"] == pytest.approx(step, rel=0.01)
     assert found["backbone"] + found["adapters"] == sum(p.numel() * p.element_size() for p in real.parameters())
     assert found["AdamW"] == 8 * sum(p.numel() for p in real.parameters() if p.requires_grad)
 
 
 def test_checkpointing_saves_memory():
-    plain, saving = (memory.training_memory(str(TINY), 8, (64, 64), c, method="lora")["step"] for c in (False, True))
+    plain, saving = (memory.training_memory(str(TINY), 8, (64, 64), 8, c, method="lora")["step"] for c in (False, True))
     assert saving < plain / 2
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import parallel
+from config import UserError
 from inject import _contexts, task_ids
 from resume import CHECKPOINT
 
@@ -41,6 +42,33 @@ def launch(arguments: list) -> str:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+@pytest.mark.parametrize(
+    "name, value, says",
+    [
+        ("ACCELERATE_USE_FSDP", "true", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DEEPSPEED"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "mixed precision bf16"),
+    ],
+)
+def test_what_accelerate_would_do_and_this_does_not_is_refused(monkeypatch, name, value, says):
+    """It is never silently left out; what the launcher sets by default passes."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"^accelerate is set to {says}"):
+        parallel.join("cpu")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.delenv(name, raising=False)
+    parallel.join("cpu")
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="^process 2 of this machine has no GPU: start 2 processes, or --device cpu$"):
+        parallel.join("cuda")
 
 
 @pytest.fixture(scope="module")
