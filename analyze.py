@@ -287,7 +287,7 @@ def compare(cfg: Config):
         try:
             lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
             curves[label].append(columns(lines, "loss"))
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise UserError(f"{folder / 'log.jsonl'} was changed by hand: leave this run out") from None
         measured = folder / "analysis" / "analysis.json"
         if measured.exists() and (lines := read_json(measured).get("over_steps")):

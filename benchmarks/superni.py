@@ -256,7 +256,7 @@ def _hub_lines(path: Path) -> Iterator[dict]:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
-            except ValueError as error:  # not JSON, or not UTF-8
+            except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8; nested too deep
                 raise UserError(f"{path}:{number} is not valid JSON in UTF-8: {error}") from None
             keys = ("id", "definition", "inputs", "targets")
             if not isinstance(row, dict) or not all(_is_text(row.get(key)) for key in keys):

@@ -356,8 +356,8 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict]]:
                 row = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as error:
                 raise UserError(f"{path}:{number}: not UTF-8 at byte {error.start} of the line") from None
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not valid JSON: {error.msg}") from None
+            except (ValueError, RecursionError) as error:  # also a number of too many digits; nested too deep
+                raise UserError(f"{path}:{number}: not valid JSON: {error}") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{number}: expected a JSON object, one a line")
             yield f"{path}:{number}", row

@@ -445,6 +445,7 @@ def test_hub_files(hub, capsys):
     "line, expected",
     [
         ("{broken", ":2 is not valid JSON"),
+        ("[" * 100_000, ":2 is not valid JSON"),
         ("[]", ":2 must be an object with the strings id, definition, inputs, targets"),
         ('{"id": "a", "definition": "b", "inputs": "c"}', ":2 must be an object"),
         ('{"id": "a", "definition": "b", "inputs": "c", "targets": ["d"]}', ":2 must be an object"),

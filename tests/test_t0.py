@@ -165,6 +165,8 @@ def test_broken_rows(tmp_path, broken, message):
     [
         (b'{"inputs_pretokenized": "a"', "not valid JSON"),
         (b"", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON: maximum recursion depth"),
+        (b'{"idx": ' + b"1" * 5000 + b"}", "not valid JSON: Exceeds the limit"),
         (b'["a", "b"]', "expected a JSON object"),
         (b'{"inputs_pretokenized": "a"}', "targets_pretokenized must"),
         (b'{"inputs_pretokenized": "caf\xe9"}', "not UTF-8 at byte 28 of the line"),
