@@ -1,5 +1,7 @@
 """The memory of a training step: what is computed without weights is what a real step takes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -62,3 +64,11 @@ def test_command(capsys):
     assert lines[0].split()[:5] == ["GB", "backbone", "adapters", "AdamW", "step"]
     assert [line.split("  ")[0] for line in lines[1:]] == list(memory.SHOWN)
     assert all(cell == "0.0" for cell in lines[1].split()[1:])  # a small model
+
+
+def test_readme_has_what_is_computed(monkeypatch):
+    """One line of its table for T5-XL."""
+    monkeypatch.setattr(memory, "SHOWN", ["MHR, 64 heads"])
+    head, line = memory.table("t5-xl", 16, (256, 256), 313)
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert f"| {' | '.join(line)} |" in readme and f"| {' | '.join(head[:6])} | step with" in readme
