@@ -41,8 +41,8 @@ class AddLowRank(torch.autograd.Function):
 
     Autograd finds the same gradients from the expression itself. Written down by hand they need fewer passes over
     tensors as large as y, which are most of what a LoRA of low rank costs; and each product has its thin matrix, of r
-    rows, on the left, the faster order for a batch of matrices on a CPU. Second derivatives are an error: for those write
-    `y + scale * (x @ A @ B)`.
+    rows, on the left, the faster order for a batch of matrices on a CPU. Second derivatives are an error: for those
+    write `y + scale * (x @ A @ B)`.
     """
 
     @staticmethod

@@ -27,11 +27,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.utils import logging
 
@@ -283,6 +285,11 @@ def memory_of(name: str, device: str):
 # --- The tables -------------------------------------------------------------------------------------------------------
 
 
+def counted(lines, name: str) -> Iterable:
+    """The lines of a table with a progress bar."""
+    return tqdm(lines, desc=name, unit="line", disable=None, leave=False)
+
+
 def shown(point: dict) -> str:
     return f"b={point['batch']} l={point['length']} r={point['rank']} h={point['heads']}"
 
@@ -327,14 +334,15 @@ def main():
     print(about(device, rounds))
     points = {shown(BASE | change): BASE | change for change in GRID}
     if "train" in args.only:
-        lines = {label: bench_train(point, device, rounds) for label, point in points.items()}
+        lines = {label: bench_train(point, device, rounds) for label, point in counted(points.items(), "train")}
         print_table("Training step, a batch of mixed tasks", lines)
     if "adapt" in args.only:
-        lines = {label: bench_train(point, device, rounds, one_task=True) for label, point in points.items()}
+        each = counted(points.items(), "adapt")
+        lines = {label: bench_train(point, device, rounds, one_task=True) for label, point in each}
         print_table("Training step, one task: adaptation", lines)
     if "generate" in args.only:
         lines = {}
-        for change, one, beams in GENERATIONS:
+        for change, one, beams in counted(GENERATIONS, "generate"):
             label = f"{shown(BASE | change)}, {'one task' if one else 'mixed'}, {'beams' if beams > 1 else 'greedy'}"
             lines[label] = bench_generate(BASE | change, device, rounds, one, beams)
         print_table("Generation of 24 tokens", lines)
