@@ -3,8 +3,8 @@
     python evaluate.py --memory 16 --backbone t5-xl           a batch of 16, 256 + 256 tokens
 
 The step is the one that `train.py` takes, forward and backward, on fake tensors, which have a size and no content; what
-lives at once is added up. What this leaves out: memory that the allocator holds back in pieces (usually a few percent),
-libraries' own buffers, and on CUDA its context (about half a GB).
+lives at once is added up. What this leaves out: memory that the allocator holds back in pieces, libraries' own buffers
+(on a CPU 10 to 15 % more was measured: results/bench.md), and on CUDA its context (about half a GB).
 """
 
 import weakref
