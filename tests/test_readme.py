@@ -173,3 +173,19 @@ def test_the_gate_calls_the_test_line():
     lines = [line.strip() for line in README.splitlines() if re.match(r" *pip install .*pytest", line)]
     assert len(lines) == 1
     assert 'eval "$line"' in (ROOT / ".ci" / "run").read_text()  # .ci/run reads the line from the README itself
+
+
+def test_what_the_readme_says_of_the_cost():
+    """Its ranges are those of results/bench.md, of batches of more than one example and fewer than 512 tokens."""
+    page = (ROOT / "results" / "bench.md").read_text()
+    table = page.split("## A training step, a batch of mixed tasks")[1].split("##")[0].strip("\n").split("\n\n")[0]
+    head, *lines = [re.split(r" {2,}", line.strip()) for line in table.splitlines()]
+    ranges = {}
+    for name in ("LoRA", "MHR", "PEFT Poly"):
+        cells = [line[1 + head.index(name)] for line in lines if not re.search(r"b=1 |l=512", line[0])]
+        numbers = [cell.split()[0] for cell in cells]
+        ranges[name] = f"{min(numbers)} to {max(numbers)}"
+    assert len(lines) == 9
+    says = "LoRA {}, MHR {}, PEFT's Poly {}, training in full {}".format(*ranges.values(), lines[0][8 - 1].split()[0])
+    assert says in " ".join(README.split())
+    assert all(float(line[5].split()[0]) < float(line[6].split()[0]) for line in lines)  # MHR, PEFT's Poly
