@@ -29,7 +29,7 @@ def join(device: str):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
             raise UserError(f"accelerate is set to {name}, but here every process holds the whole model: switch it off")
     if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
-        raise UserError(f"accelerate is set to mixed precision {precision}, --precision says it here: give it no")
+        raise UserError(f"accelerate is set to mixed precision {precision}: set it to no, and use --precision")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if device == "cuda":
             local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
