@@ -300,24 +300,28 @@ def by_method(values: dict[str, list[float]], stem, xlabel: str, reference: str 
 
 @drawing
 def by_episodes(panels: dict[str, dict[str, list[np.ndarray]]], stem, first: int):
-    """Success by episodes, a panel a level (Polytropon figure 2), one thin line a seed. panels: {level: {method: for
-    each seed its success, of the first-th episode, the one after it, and so on}}."""
-    rows = -(-len(panels) // 3)
+    """Success by episodes, a panel a level (Polytropon figure 2), as far as all seeds of a method go: their mean, in a
+    band from the lowest to the highest. panels: {level: {method: for each seed its success over a window of `first`
+    episodes, the first window, the one that ends an episode later, and so on}}."""
+    columns = 2 if len(panels) in (2, 4) else 3
+    rows = -(-len(panels) // columns)
     fig = Figure(figsize=(1.5 * WIDTH, 1.9 * rows + 0.4))
-    axes = fig.subplots(rows, 3, squeeze=False).flat
+    axes = fig.subplots(rows, columns, squeeze=False).flat
     for ax, (level, methods) in zip(axes, panels.items(), strict=False):
         for method, style in styles(methods).items():
-            for k, rate in enumerate(methods[method]):
-                thin = slice(None, None, max(1, len(rate) // 1000))
-                line = style | dict(marker=None, linewidth=1, label="" if k else method)
-                ax.plot((np.arange(len(rate)) + first)[thin], rate[thin], **line)
+            shared = min(map(len, methods[method]))
+            kept = np.arange(0, shared, max(1, shared // 300))
+            rates, line = np.array([rate[kept] for rate in methods[method]]), style | dict(marker=None, linewidth=1.3)
+            ax.plot(kept + first, rates.mean(0), label=method, **line)
+            ax.fill_between(kept + first, rates.min(0), rates.max(0), color=style["color"], alpha=0.12, linewidth=0)
         ax.set(title=level, ylim=(0, 1.02))
         ax.grid(axis="y", color="0.9", linewidth=0.6)
         ax.xaxis.set_major_locator(MaxNLocator(4))
+        ax.xaxis.set_major_formatter("{x:,.0f}")
     handles, labels = axes[0].get_legend_handles_labels()
     for ax in axes[len(panels) :]:
         ax.remove()
     fig.supxlabel("episodes", fontsize=9)
-    fig.supylabel(f"success (moving average of {first})", fontsize=9)
-    fig.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)))
+    fig.supylabel(f"success (mean of {first:,} episodes)", fontsize=9)
+    fig.legend(handles, labels, loc="outside upper center", ncols=min(5, len(labels)))
     save(fig, stem)
