@@ -30,7 +30,7 @@ from dataclasses import dataclass
 
 from config import (
     FEW_SHOT, VARIANTS, UserError, check_numbers, check_ranges, describe, exit_on_user_error, explicit_flags, flag,
-    read_config, read_json, recipe, resumed, write_json,
+    read_config, read_json, recipe, resumed, unused, write_json,
 )  # fmt: skip
 
 
@@ -247,7 +247,7 @@ def adapt_task(model, tokenizer, task: data.Task, lengths, cfg, log, split: str 
                 break
     with torch.no_grad():
         for p, value in zip(trained, best, strict=True):
-            p.copy_(value)
+            p.copy_(value).grad = None  # of a step that was not taken
     return {"stopped": step, "best_step": best_step, key: sign * best_value}
 
 
@@ -265,7 +265,7 @@ def choose_tasks(benchmark: data.Benchmark, names: str) -> list[data.Task]:
     for name in names.split(","):
         if name not in known:
             raise UserError(f"--tasks {name} is no held-out task: choose all, dev, or from {', '.join(known)}")
-    return [known[name] for name in names.split(",")]
+    return [known[name] for name in dict.fromkeys(names.split(","))]
 
 
 def tasks_to_adapt(base: train.Config, split: str, cfg: Config) -> list[data.Task]:
@@ -386,11 +386,9 @@ def train_config(cfg: Config) -> train.Config:
         raise UserError("--checkpoint is missing: give a run folder of train.py")
     base = read_config(train.Config, Path(cfg.checkpoint) / "config.json")
     check_ranges(base)
-    fits = VARIANTS[cfg.variant]
-    if base.method not in fits:
-        raise UserError(
-            f"--variant {cfg.variant} needs a run of method {', '.join(fits)}, {cfg.checkpoint} is {base.method}"
-        )
+    if base.method not in (fits := VARIANTS[cfg.variant]):
+        needs = f"--variant {cfg.variant} needs a run of method {', '.join(fits)}"
+        raise UserError(f"{needs}, {cfg.checkpoint} is {base.method}")
     device = pick_device(cfg.device)
     precision = base.precision if device == "cuda" else "fp32"  # as in train.make_config
     return dataclasses.replace(base, data_dir=cfg.data_dir or base.data_dir, device=device, precision=precision)
@@ -435,6 +433,8 @@ def make_config(**flags) -> Config:
         raise UserError("--shots does not fit t0, whose few-shot files fix the examples: leave it out")
     if len(set(cfg.split)) < len(cfg.split):
         raise UserError(f"--split {' '.join(cfg.split)} names a split twice")
+    if ignored := unused(base, flags, cfg.variant):
+        print(f"changes nothing with --variant {cfg.variant} of a run of method {base.method}: {', '.join(ignored)}")
     if not cfg.output_dir:
         cfg.output_dir = f"{cfg.checkpoint.rstrip('/')}-{cfg.variant}"
         if cfg.resume:

@@ -14,7 +14,9 @@ Shape key, as in poly.py: t tasks, s skills, h heads.
 
 from dataclasses import dataclass
 
-from config import UserError, exit_on_user_error, explicit_flags, flag, read_config, read_json, write_json
+from config import (
+    UserError, check_numbers, exit_on_user_error, explicit_flags, flag, read_config, read_json, write_json,
+)  # fmt: skip
 
 
 @dataclass
@@ -56,9 +58,13 @@ from backbone import build_model, load_adapter_file
 from baselines.fixed import given_table, skill_names
 from inject import adapted_layers, routers, task_ids
 from measures import MEASURES, allocations, flat, hierarchy, measure, overlap, recovery, task_similarity
-from resume import advice_on_memory
+from resume import advice_on_memory, refuse_other_tasks
 
 ALIGNMENT = "gradient alignment (mean cosine)"  # a label of figures
+USES = {  # the other flags that a job looks at, by its own
+    "compare": ("output_dir",),
+    "checkpoint": ("step", "tasks", "examples", "alignment", "data_dir", "output_dir", "device"),
+}
 
 # --- Gradients --------------------------------------------------------------------------------------------------------
 
@@ -158,6 +164,7 @@ def _pretrained(cfg: Config, folder: Path):
         steps = ", ".join(map(str, sorted(kept))) or "none"
         raise UserError(f"{path} does not exist: give a --step that train.py --keep-every has kept ({steps})")
     all_tasks = train.load_tasks(base, base.split, ("train",)).train
+    refuse_other_tasks(folder, base.method, all_tasks)
     ids = choose(all_tasks, cfg.tasks)
     tasks, lengths = [all_tasks[t] for t in ids], (base.max_input, base.max_output)
     model, tokenizer = build_model(base, tasks=1)  # routers then take the file's number of tasks
@@ -282,16 +289,16 @@ def compare(cfg: Config):
     for folder, label in labels.items():
         result = read_json(folder / "result.json", parameters=dict)
         if "splits" in result:
+            check_numbers(folder / "result.json", {"mean": result.get("mean")})
             points[label].append((sum(result["parameters"].values()), result["mean"]))
             continue
-        try:
-            lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-            curves[label].append(columns(lines, "loss"))
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise UserError(f"{folder / 'log.jsonl'} was changed by hand: leave this run out") from None
+        curves[label].append(columns_of(folder / "log.jsonl", "loss"))
         measured = folder / "analysis" / "analysis.json"
-        if measured.exists() and (lines := read_json(measured).get("over_steps")):
-            alignment[label].append(columns(lines, "alignment"))
+        if measured.exists() and (found := columns_of(measured, "alignment"))[0]:
+            alignment[label].append(found)
+    for label, seeds in (*curves.items(), *alignment.items()):
+        if not set.intersection(*(set(steps) for steps, _ in seeds)):
+            raise UserError(f"--compare: the runs of {label} have no step in common to draw: give one of them")
     out.mkdir(parents=True, exist_ok=True)
     if curves:
         figures.over_steps(curves, out / "training", "training loss (nats per token)", log=True)
@@ -308,6 +315,22 @@ def columns(lines: list[dict], name: str) -> tuple[list, list]:
     return [line["step"] for line in lines], [line[name] for line in lines]
 
 
+def columns_of(path: Path, name: str) -> tuple[list, list]:
+    """`columns` of a log.jsonl, or of an analysis.json, which may have none. Raises UserError if it is damaged."""
+    try:
+        text, whole = path.read_text(encoding="utf-8"), path.suffix == ".json"
+        lines = json.loads(text).get("over_steps", []) if whole else [json.loads(line) for line in text.splitlines()]
+        if not lines and not whole:
+            raise ValueError  # a finished run has logged its last step
+        for line in lines:
+            check_numbers(path, {key: line[key] for key in ("step", name)})
+        return columns(lines, name)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}, leave this run out") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise UserError(f"{path} was changed by hand: leave this run out") from None
+
+
 def labels_of(folders: list[Path]) -> dict[Path, str]:
     """A short label for each finished run: `evaluate.compare`'s, without its settings (words with "=") where those are
     not needed to tell them apart. Raises UserError for runs of several data sets, or if none has finished."""
@@ -322,8 +345,9 @@ def labels_of(folders: list[Path]) -> dict[Path, str]:
 
 
 def main(flags: dict):
-    """Look at one run, or compare several. Raises UserError if nothing is asked for."""
+    """Look at one run, or compare several. Raises UserError if nothing is asked for, or both."""
     cfg = Config(**flags)
+    evaluate.one_job(cfg, flags, USES)
     if cfg.compare:
         compare(cfg)
     elif cfg.checkpoint:

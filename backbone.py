@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, ByT5Tokenizer, T5Config,
@@ -23,13 +23,14 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from baselines.fixed import FixedRouter, RandomRouter, half_of_skills
 from baselines.hyperformer import HyperRouter
 from baselines.task_moe import TaskMoERouter
-from config import GIVEN, ONE_ADAPTER, UserError, sync_names
+from config import GIVEN, ONE_ADAPTER, RunError, UserError, sync_names
 from data import reach_hub
 from ia3 import IA3, IA3Linear
 from inject import IA3_INPUT_SIDE, LAYER_SETS, adapted_layers, freeze, inject, load_adapters, named_layers, sharing_key
 from lora import LoRA, LoRALinear
 from mhr import MHRLinear, MHRRouter
 from poly import PolyLinear, PolyRouter
+from resume import out_of_memory
 from sft import SFT, SFTLinear
 
 TINY = Path(__file__).parent / "assets" / "tiny"
@@ -57,8 +58,9 @@ def load_backbone(name: str, device: str, precision: str = "fp32", encoder: bool
     """A model and its tokenizer: "tiny", "scratch", a hub name, or a folder with a model or one GGUF file.
 
     precision: fp32 or bf16, in which the weights are held. encoder: any model that makes hidden states will do (for
-    AdapterSoup); it may have no language-model head. Raises UserError if there is no such model, if it brings code of
-    its own to run, or if CUDA is asked for and absent.
+    AdapterSoup); it may have no language-model head. Raises UserError if there is no such model, if its weights are not
+    all there and finite, if it brings code of its own to run, or if CUDA is asked for and absent; RunError if it is
+    larger than memory.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA GPU here, use --device cpu")
@@ -79,18 +81,23 @@ def load_backbone(name: str, device: str, precision: str = "fp32", encoder: bool
         model, info = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
         if missing := sorted(info["missing_keys"]) if not encoder else []:  # an encoder may lack its head
             raise ValueError(f"its file has no {missing[0]}, which would be random")
+        if broken := [name for name, p in model.named_parameters() if not p.isfinite().all()]:
+            raise ValueError(f"its {broken[0]} has values that are not finite")
+        refuse_integers(Path(source))
         if unused := sorted(info.get("unexpected_keys", ())) if not encoder else []:
             print(f"{name}: {len(unused)} of its weights are not used, as {unused[0]}: see that its config.json fits")
         if getattr(model, "hf_quantizer", None):  # of a GGUF file: its weights are plain now, also when saved again
             model.hf_quantizer.remove_quantization_config(model)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        return model.to(device), tokenizer
     except Exception as error:  # a file can be broken in any way, and each loader then fails in its own
+        flag = "--encoder" if encoder else "--backbone"
+        if out_of_memory(error):
+            raise RunError(f"there is not enough memory to load {flag} {name}: use one that is smaller") from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "trust_remote_code" in str(error):
             reason = "it asks to run code of its own, which is never done here"
-        flag = "--encoder" if encoder else "--backbone"
         raise UserError(f"{flag} {name} cannot be loaded: {reason} ({flag} tiny is bundled)") from None
-    return model.to(device), tokenizer  # outside: too little memory there is no fault of the files
 
 
 def refuse_endless(settings: dict):
@@ -99,6 +106,15 @@ def refuse_endless(settings: dict):
     for name, value in settings.items():
         if re.search("layers?$|^extra_ids$", name) and isinstance(value, int | float) and value > 10_000:
             raise ValueError(f"its {name} is more than 10,000")
+
+
+def refuse_integers(folder: Path):
+    """Raise ValueError for weights that a folder's files store as integers: read as they are they mean nothing."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                if name.endswith(".weight") and (kind := file.get_slice(name).get_dtype())[0] in "IU":
+                    raise ValueError(f"its {name} is stored as {kind}, not as a float")
 
 
 LARGE = {  # the recipes' backbones: parameters in billions

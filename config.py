@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import sys
 from contextlib import contextmanager, suppress
@@ -145,7 +146,11 @@ def explicit_flags(Config: type, recipes: dict, argv: list[str] | None = None) -
         if field.metadata["choices"]:
             options["choices"] = field.metadata["choices"]
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
-    return vars(parser.parse_args(argv))
+    flags = vars(parser.parse_args(argv))
+    for name, value in flags.items():
+        if re.search("[\ud800-\udfff]", " ".join(value) if isinstance(value, list) else str(value)):  # bytes of no text
+            parser.error(f"argument --{name.replace('_', '-')}: it is not UTF-8")
+    return flags
 
 
 def _end(number: int, frame):
@@ -170,16 +175,21 @@ NOT_NEGATIVE = (
 USED_BY = {  # flags of some methods only
     "heads": ("mhr",), "routing": ("poly", "mhr"), "skills": ROUTED, "granularity": (*LEARNED, "random"),
     "lr_z": LEARNED, "top_k": ("task-moe",), "random_by": ("random",), "encoder": ("adapter-soup",),
+    "soup": ("adapter-soup",),
 }  # fmt: skip
+OF_ADAPTER = {"rank": "lora", "density": "sft"}
+OF_DATASET = {"split": ("strings", "strings-single", "crossfit"), "instructions": "strings", "partition": "crossfit"}
+NOT_OF_VARIANT = {"z": ("lr", "weight_decay"), "mu": ("lr_z", "soup"), "lora": ("lr_z",)}
 
 
-def unused(cfg, flags: dict) -> list[str]:
-    """The flags that were given and change nothing with this method and adapter."""
+def unused(cfg, flags: dict, variant: str = "") -> list[str]:
+    """The flags that were given and change nothing in training with the settings cfg (a `train.Config`), or, where a
+    variant is given, in adapting what was trained so."""
     names = [name for name in flags if cfg.method not in USED_BY.get(name, METHODS)]
-    names += [
-        name for name, adapter in (("rank", "lora"), ("density", "sft")) if name in flags and cfg.adapter != adapter
-    ]
-    return [f"--{name.replace('_', '-')}" for name in names]
+    names += [name for name in flags if cfg.adapter != OF_ADAPTER.get(name, cfg.adapter)]
+    names += [name for name in flags if not variant and cfg.dataset not in OF_DATASET.get(name, cfg.dataset)]
+    names += [name for name in flags if name in NOT_OF_VARIANT.get(variant, ())]
+    return [f"--{name.replace('_', '-')}" for name in dict.fromkeys(names)]
 
 
 def check_ranges(cfg):
@@ -346,12 +356,17 @@ def check_numbers(path: Path, *entries: dict):
                 raise UserError(f"{path}: {name!r} is {value!r:.60}, no number of a run: it was changed by hand")
 
 
+MADE_BY = {"variant": "adapt.py", "adapter": "train.py", "slots": "experiments/babyai.py"}  # by a field of each
+
+
 def read_config(Config: type, path: Path):
     """Rebuild a script's Config from a run's config.json. Raises UserError if its fields, their types or values are
     none that the Config's flags can have; numbers are for `check_ranges`."""
     content, fields = read_json(path), {field.name: field for field in dataclasses.fields(Config)}
     if odd := fields.keys() ^ content.keys():
-        raise UserError(f"{path}: field {sorted(odd)[0]!r} is missing or unknown: this run is of another version")
+        made, wanted = ([script for name, script in MADE_BY.items() if name in have] for have in (content, fields))
+        why = f"it is a run of {made[0]}, not of {wanted[0]}" if made != wanted and made else "it is of another version"
+        raise UserError(f"{path}: field {sorted(odd)[0]!r} is missing or unknown: {why}")
     for name, field in fields.items():
         several, choices = field.type is tuple, field.metadata["choices"]
         values = content[name] if several else [content[name]]

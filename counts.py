@@ -7,6 +7,7 @@ give it; `adapt.py`'s own preparation then says what a new task trains. So the t
 """
 
 import dataclasses
+import re
 from pathlib import Path
 
 import torch
@@ -16,9 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import adapt
 import train
-from backbone import add_adapters
+from backbone import add_adapters, refuse_endless
 from config import VARIANTS, UserError
 from data import reach_hub
+from inject import named_layers
 
 CONFIGS = Path(__file__).parent / "assets" / "configs"  # t5-xl, t5-xxl and bart-large, for use without the hub
 ROWS = {  # what the papers compare, by their names; "l-": the light layers, keys, values and one of the feed-forward;
@@ -53,27 +55,37 @@ def meta_backbone(name: str, device: str = "meta", dtype: torch.dtype = torch.fl
     """A model from its config: t5-xl, t5-xxl, bart-large (bundled), a hub name, a folder, or a config.json file. It
     has no weights, but on another device than meta.
 
-    Raises UserError if there is no such config.
+    Raises UserError if there is no such config, or none of a model whose layers have names here.
     """
     bundled = CONFIGS / f"{name}.json"
     if not bundled.exists() and not Path(name).exists():
         reach_hub()
     try:
         config = AutoConfig.from_pretrained(bundled if bundled.exists() else name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.json")))
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--backbone {name}: no config can be read: {reason} (bundled: {known})") from None
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with torch.device(device):
-        try:
+        refuse_endless(config.to_dict())
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        with torch.device(device):
             model = auto.from_config(config, dtype=dtype, trust_remote_code=False)
-        except ValueError:
-            raise UserError(f"--backbone {name}: a {config.model_type} model is no language model") from None
-        if not getattr(config, "scale_decoder_outputs", True):
-            # T5 v1.1 has an output layer of its own, which transformers 5 ties until it sees the weights
-            model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
+            if not getattr(config, "scale_decoder_outputs", True):
+                # T5 v1.1 has an output layer of its own, which transformers 5 ties until it sees the weights
+                model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
+    except Exception as error:  # a config can be broken in any way, and each model then fails in its own
+        known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.json")))
+        reason = reason_of(error)
+        if "Unrecognized configuration class" in reason:
+            reason = f"a {config.model_type} model is no language model"
+        raise UserError(f"--backbone {name}: no model can be built: {reason} (bundled: {known})") from None
+    try:
+        named_layers("lora", config.model_type)
+    except ValueError:
+        why = f"the layers of a {config.model_type} model have no names here"
+        raise UserError(f"--backbone {name}: {why}, give one like T5, BART, Llama or GPT-2") from None
     return model
+
+
+def reason_of(error: Exception) -> str:
+    """What a library's error says in its first line, and in the next where that ends with a colon."""
+    return (re.sub(r":\s+", ": ", str(error).strip()) or type(error).__name__).splitlines()[0]
 
 
 def count(backbone: str, tasks: int, **settings) -> dict[str, int]:
@@ -81,16 +93,17 @@ def count(backbone: str, tasks: int, **settings) -> dict[str, int]:
     {"all", "z", "mu", "lora"}, those of them that the method has. The size of an average of SFTs depends on how many of
     their random places coincide, and is left out.
 
-    settings: fields of `train.Config`; what is left open is 1 for the rank and 8 for the skills.
+    settings: fields of `train.Config`; what is left open is 1 for the rank and 8 for the skills. Made is the model of
+    one task: every task more has as many rows of Z, and where each has a skill of its own one more of those.
     """
-    cfg = train.Config(**settings)
+    cfg, skills = train.Config(backbone=backbone, **settings), 1
     if cfg.method in ("private", "adapter-soup"):  # the same sizes: a skill a task, and one adapter for a new task
-        cfg = dataclasses.replace(cfg, method="private", skills=tasks)
+        cfg, skills = dataclasses.replace(cfg, method="private", skills=1), tasks
     model = meta_backbone(backbone)
     if cfg.method != "full":
-        add_adapters(model, cfg, tasks)
+        add_adapters(model, cfg, tasks=1)
     numbers = train.count_parameters(model)
-    found = {"adapters": numbers["adapters"], "Z": numbers["routing"]}
+    found = {"adapters": skills * numbers["adapters"], "Z": tasks * numbers["routing"]}
     for variant, methods in VARIANTS.items():
         if cfg.method in methods and not (variant == "mu" and cfg.adapter == "sft"):
             adapt.prepare(model, dataclasses.replace(cfg, device="meta"), adapt.Config(variant=variant))

@@ -18,6 +18,7 @@ import importlib
 import inspect
 import itertools
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,14 @@ def load(
     reader = importlib.import_module(f"benchmarks.{READERS[dataset]}")  # here, for readers import this file
     options = {"strings": dict(instructions=instructions), "crossfit": dict(partition=partition)}
     return reader.load(dataset, data_dir, split, parts, **options.get(dataset, {}))
+
+
+def split_number(split: str, of: str) -> int:
+    """--split where it is a whole number. of: the data set, and what more to say. Raises UserError for anything else,
+    also for a second way to write a number, as 007."""
+    if not re.fullmatch("0|[1-9][0-9]{0,17}", split):
+        raise UserError(f"--split {split:.40} must be a whole number below 10^18 for {of}")
+    return int(split)
 
 
 # --- Large mixtures ---------------------------------------------------------------------------------------------------

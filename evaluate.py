@@ -44,6 +44,7 @@ if __name__ == "__main__":  # read the flags before the slow imports, so that --
     FLAGS = explicit_flags(Config, {})
 
 import statistics
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -55,6 +56,13 @@ from data import Example, Task, collate
 from inject import adapted_layers, merged, task_ids
 from metrics import score
 from resume import advice_on_memory
+
+OF_RUN, OF_MODEL = ("save", "data_dir", "test_examples"), ("batch_size", "beams", "device")
+USES = {  # the other flags that a job looks at, by its own
+    "count_parameters": ("backbone", "training_tasks"), "compare": (), "checkpoint": (*OF_RUN, *OF_MODEL),
+    "memory": ("backbone", "training_tasks", "max_input", "max_output"),
+    "zero_shot": ("checkpoint", "split", *OF_RUN, *OF_MODEL), "constant": ("checkpoint", "split", *OF_RUN),
+}  # fmt: skip
 
 # --- Predictions ------------------------------------------------------------------------------------------------------
 
@@ -184,6 +192,8 @@ def evaluate(cfg: Config) -> dict[str, float]:
     import adapt  # here: adapt.py and train.py import this file
 
     check_ranges(cfg)
+    if cfg.save:
+        refuse_save(Path(cfg.save))  # now, not after hours of scoring
     folder = Path(cfg.checkpoint)
     adapted = "checkpoint" in read_json(folder / "config.json")
     if adapted and (cfg.zero_shot or cfg.constant):
@@ -196,6 +206,17 @@ def evaluate(cfg: Config) -> dict[str, float]:
     if cfg.save:
         write_json(Path(cfg.save), {"mean": mean(main_scores(scores)), "tasks": scores})
     return main_scores(scores)
+
+
+def refuse_save(path: Path):
+    """Raise UserError if a file is there already, or none can be made there: nothing is ever overwritten."""
+    if path.exists():
+        raise UserError(f"--save {path} exists: choose another name or delete it")
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name):
+            pass
+    except OSError as error:
+        raise UserError(f"--save {path} cannot be written: {error.strerror}") from None
 
 
 def print_scores(scores: dict[str, dict[str, float]], groups: dict[str, float]):
@@ -220,6 +241,7 @@ def _score_pretrained(cfg: Config, folder: Path, adapt):
     """The training tasks under their own rows of Z: (scores, tasks)."""
     base = _run_config(cfg, folder, adapt)
     tasks = adapt.train.load_tasks(base, base.split, ("train",)).train
+    adapt.train.refuse_other_tasks(folder, base.method, tasks)
     ids = [t for t, task in enumerate(tasks) if task.test]
     if not ids:
         raise UserError(f"--checkpoint {folder}: its training tasks have no test examples")
@@ -281,9 +303,12 @@ def compare(folders: tuple[str, ...]) -> str:
     Columns: what ran, data set, trained parameters (per task, for an adaptation), runs (each split of an adaptation
     counts as one), score before adaptation and score (mean over tasks, then mean +- standard deviation over runs),
     seconds. What is not the recipe's is in the first column. Folders without result.json are named below the table.
+    Raises UserError if a folder does not exist, its files were changed, or none is of a finished run.
     """
     groups, unfinished = defaultdict(list), []
     for folder in map(Path, folders):
+        if not folder.exists():
+            raise UserError(f"--compare {folder} does not exist: give run folders")
         if not (folder / "result.json").is_file():
             unfinished.append(str(folder))
             continue
@@ -293,6 +318,8 @@ def compare(folders: tuple[str, ...]) -> str:
             groups[label, dataset, trained] += samples
         except (KeyError, TypeError, AttributeError, RecursionError):  # RecursionError: a run that goes on from itself
             raise UserError(f"--compare {folder} is no run folder of this version") from None
+    if not groups:
+        raise UserError(f"--compare: give a finished run, there is none that has finished: {', '.join(unfinished)}")
     lines = [("run", "data set", "trained", "runs", "before", "score", "seconds")]
     for (label, dataset, trained), runs in sorted(groups.items()):
         before, after, seconds = ([v for v in column if v is not None] for column in zip(*runs, strict=True))
@@ -383,10 +410,24 @@ def aligned(lines: list[tuple[str, ...]], left: int = 2) -> str:
     return "\n".join("  ".join(row).rstrip() for row in cells)
 
 
+def one_job(cfg, flags: dict, uses: dict[str, tuple[str, ...]]):
+    """Refuse two jobs at a time (UserError), and say which of the given flags change nothing with the one. uses: for
+    each flag that asks for a job the other flags that it looks at; one of those is no second job."""
+    asked = [name for name in uses if getattr(cfg, name)]
+    jobs = [name for name in asked if not any(name in uses[other] for other in asked)]
+    shown = lambda name: f"--{name.replace('_', '-')}"  # noqa: E731
+    if len(jobs) > 1:
+        raise UserError(f"{shown(jobs[0])} and {shown(jobs[1])} are two jobs: give one of them")
+    for job in jobs:
+        if ignored := [shown(name) for name in flags if name not in (job, *uses[job])]:
+            print(f"changes nothing with {shown(job)}: {', '.join(ignored)}")
+
+
 def main(flags: dict):
-    """Score one run, compare several, or count parameters. Raises UserError if nothing is asked for."""
+    """Score one run, compare several, or count parameters. Raises UserError if nothing is asked for, or two of them."""
     cfg = Config(**flags)
     check_ranges(cfg)
+    one_job(cfg, flags, USES)
     if cfg.count_parameters:
         from counts import table  # here: it imports train.py and adapt.py, which import this file
 

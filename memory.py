@@ -19,9 +19,10 @@ from tqdm import tqdm
 import train
 from backbone import add_adapters
 from config import UserError
-from counts import ROWS, meta_backbone
+from counts import ROWS, meta_backbone, reason_of
 from inject import adapter_parameters, task_ids
 
+MOST_TOKENS = 10_000_000  # of a batch: a thousand times what the papers train with, and the ids of its tasks are real
 SHOWN = ("full", "(IA)^3", "LoRA", "Poly", "MHR, 8 heads", "MHR, 64 heads")
 
 
@@ -70,7 +71,7 @@ def training_memory(
     lengths: tokens of the inputs and outputs. settings: fields of `train.Config`; adapters, and AdamW's two averages of
     each gradient, are float32 whatever its precision.
     """
-    cfg = train.Config(**settings)
+    cfg = train.Config(backbone=backbone, **settings)
     ids = [k % tasks for k in range(batch_size)]
     with task_ids(ids), FakeTensorMode(allow_non_fake_inputs=True):  # not meta: its attention is larger
         model = meta_backbone(backbone, "cpu", torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
@@ -78,7 +79,11 @@ def training_memory(
             add_adapters(model, cfg, tasks)
         if checkpointing:
             train.use_checkpointing(model)
-        step = step_memory(model.train(), fake_batch(model.config.is_encoder_decoder, batch_size, *lengths))
+        batch = fake_batch(model.config.is_encoder_decoder, batch_size, *lengths)
+        try:
+            step = step_memory(model.train(), batch)
+        except Exception as error:  # a model of a config that no one trained can fail in any way
+            raise UserError(f"--backbone {backbone}: it takes no training step: {reason_of(error)}") from None
     adapters = sum(p.numel() * p.element_size() for p in adapter_parameters(model).values())
     in_all = sum(p.numel() * p.element_size() for p in model.parameters())
     averages = sum(2 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -96,8 +101,11 @@ def fake_batch(encoder_decoder: bool, size: int, max_input: int, max_output: int
 def table(backbone: str, batch_size: int, lengths: tuple[int, int], tasks: int) -> list[tuple[str, ...]]:
     """The cells of a table in GB (10^9 bytes), its head first: the backbone in bfloat16, under method full in float32.
 
-    A method whose heads do not divide a layer has no numbers.
+    A method whose heads do not divide a layer has no numbers. Raises UserError for a batch of more than MOST_TOKENS.
     """
+    if (tokens := batch_size * sum(lengths)) > MOST_TOKENS:
+        given = f"--memory {batch_size} --max-input {lengths[0]} --max-output {lengths[1]}"
+        raise UserError(f"{given} is a batch of {tokens:,} tokens, which fits nowhere: {MOST_TOKENS:,} at most")
     head = ("GB", "backbone", "adapters", "AdamW", "step", "in all", "step with --checkpointing", "in all")
     lines = [head]
     for name in tqdm(SHOWN, desc="memory", unit="method", disable=None, leave=False):

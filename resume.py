@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import parallel
-from config import RunError, UserError, hang_ups, read_json, refuse_used, tell, whole_file
+from config import ROUTED, RunError, UserError, hang_ups, read_json, refuse_used, tell, whole_file
 from inject import adapter_parameters, digest, fingerprint, read_tensors, write_tensors
 
 CHECKPOINT = "checkpoint.safetensors"  # in the run folder, until the run is done
@@ -89,6 +90,21 @@ def refuse_other(path: Path, saved, now: dict[str, str]):
             raise UserError(f"{path} was made with another {what} than there is now: {advice}")
 
 
+def refuse_other_tasks(folder: Path, method: str, tasks: list):
+    """Raise UserError unless the training tasks (`data.Task`) are those of the run in a folder, in its order: under a
+    routed method row t of Z is task t. Of a run that `export.py` took from elsewhere, which calls them 0, 1, 2, ...,
+    only the number can be compared."""
+    if method not in ROUTED:
+        return
+    made, names = read_json(folder / "tasks.json", tasks=list)["tasks"], [task.name for task in tasks]
+    if made == [str(t) for t in range(len(made))]:
+        names = [str(t) for t in range(len(names))]
+    for t, (then, now) in enumerate(zip_longest(made, names)):
+        if then != now:
+            there = f"{folder}: its training task {t} is {then!r:.60}, that of the data {now!r:.60}"
+            raise UserError(f"{there}: give the --data-dir that it was trained on")
+
+
 def sync(log):
     """Have all that was written to an open file on the disk: what is saved after it is then never there without it."""
     log.flush()
@@ -132,8 +148,8 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     if not torch.cuda.is_available():
         saved.pop("random.cuda", None)  # of a run that goes on without its GPU
     own = {f"model.{name}": p for name, p in run_tensors(model).items()}
-    _check(path, saved, own | _flat_state(optimizer, trained) | {"random": None})
-    state = _by_parameter(saved)
+    check_tensors(path, saved, own | flat_state(optimizer, trained) | {"random": None})
+    state = by_parameter(saved)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for k, entries in state.items():  # once more: load_state_dict rounds them to the parameter's type
@@ -147,7 +163,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     return progress
 
 
-def _check(path: Path, saved: dict, expected: dict):
+def check_tensors(path: Path, saved: dict, expected: dict):
     """Raise UserError unless the names of a checkpoint are the expected ones, and each value fits."""
     for name in sorted(saved.keys() | expected.keys()):
         if name not in saved or not _fits(name, saved[name], expected.get(name)):
@@ -166,7 +182,7 @@ def _progress(state: dict) -> Progress:
     return now
 
 
-def _flat_state(optimizer: torch.optim.Optimizer, trained: set) -> dict:
+def flat_state(optimizer: torch.optim.Optimizer, trained: set) -> dict:
     """{"optimizer.K.NAME": value} of the parameters with these numbers, as the first step makes it: a step of the same
     optimiser on parameters without memory ("meta")."""
     groups = []
@@ -197,7 +213,7 @@ def _fits(name: str, value, like) -> bool:
     return not value.is_floating_point() or bool(value.isfinite().all())
 
 
-def _by_parameter(flat: dict) -> dict[int, dict]:
+def by_parameter(flat: dict) -> dict[int, dict]:
     """{"optimizer.K.NAME": value} to {K: {NAME: value}}."""
     state = {}
     for key, value in flat.items():
@@ -372,6 +388,11 @@ NO_MEMORY = (  # in a RuntimeError of torch: two on a CPU, then on CUDA outside 
 )
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether this is what running out of memory looks like."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(re.search(NO_MEMORY, str(error)))
+
+
 @contextmanager
 def advice_on_memory(advice: str, then: str = ", with --resume to go on"):
     """Turn running out of memory into a RunError that says what to try (advice) and what comes after it (then); also
@@ -381,6 +402,6 @@ def advice_on_memory(advice: str, then: str = ", with --resume to go on"):
     except (RuntimeError, MemoryError) as error:
         if "does not have a deterministic implementation" in str(error):
             raise RunError(f"--deterministic: {str(error).split()[0]} cannot be so, leave the flag out") from None
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(NO_MEMORY, str(error)):
+        if out_of_memory(error):
             raise RunError(f"there is not enough memory: try {advice}{then}") from None
         raise

@@ -54,7 +54,7 @@ class Config:
     encoder: str = flag("", "adapter-soup: name or folder of the model that embeds tasks; none: the backbone")
     # Optimisation
     steps: int = flag(0, "optimiser steps; 0: by --epochs")
-    epochs: int = flag(0, "passes over the training examples, if --steps is 0")
+    epochs: int = flag(0, "passes over the training examples, in place of --steps")
     batch_size: int = flag(64, "examples per step")
     micro_batch: int = flag(0, "examples at a time, to save memory: gradients of a step add up; 0: all")
     optimizer: str = flag("adamw", "adamw, or adafactor with these learning rates as they are", ("adamw", "adafactor"))
@@ -107,7 +107,7 @@ from backbone import (
 )  # fmt: skip
 from resume import (
     CHECKPOINT, Every, Progress, Signals, advice_on_memory, cut_log, finished, hold, load_checkpoint, marks_of_tasks,
-    refuse_nonfinite, save_checkpoint, sync, tidy, write_line,
+    refuse_nonfinite, refuse_other_tasks, save_checkpoint, sync, tidy, write_line,
 )  # fmt: skip
 
 # --- Optimisation -----------------------------------------------------------------------------------------------------
@@ -221,6 +221,8 @@ def run(cfg: Config, folder: Path) -> dict:
     torch.manual_seed(cfg.seed)
     skills = names_of_skills(cfg, tasks)
     cfg.skills = len(skills) or cfg.skills
+    if (folder / "tasks.json").exists() and (folder / "config.json").exists():  # a run to go on with
+        refuse_other_tasks(folder, cfg.method, tasks)
     model, tokenizer = starting_point(cfg, tasks, skills)
     if cfg.checkpointing:
         use_checkpointing(model)
@@ -296,6 +298,7 @@ def starting_point(cfg: Config, tasks: list[data.Task], skills: list[str]):
     if not cfg.from_run:
         return build_model(cfg, len(tasks), given_table(cfg.method, tasks, skills) if skills else None)
     base = read_config(Config, Path(cfg.from_run) / "config.json")
+    refuse_other_tasks(Path(cfg.from_run), cfg.method, tasks)
     model, tokenizer = load_run(Path(cfg.from_run), dataclasses.replace(cfg, method=base.method))
     if cfg.method == "mu":
         average_skills(model, cfg.adapter)
@@ -379,12 +382,15 @@ def make_config(**flags) -> Config:
         cfg = resumed(Config, path, flags)
         cfg.device = pick_device(cfg.device)
         return cfg
+    if start.steps and start.epochs:
+        raise UserError(f"--steps {start.steps} and --epochs {start.epochs}: give one of them")
+    duration = {"epochs": 0} if start.steps else {"steps": 0} if start.epochs else {}  # it replaces the recipe's
     if start.from_run:
         cfg = _config_from_run(start, flags)
     else:
         if start.method == "mu":
             raise UserError("--method mu averages the skills of a finished run: give it by --from-run")
-        cfg = Config(**recipe(PRETRAINING, start.dataset, start.method) | flags)
+        cfg = Config(**recipe(PRETRAINING, start.dataset, start.method) | duration | flags)
         if cfg.method in ("lora", "ia3"):
             if flags.get("adapter", cfg.method) != cfg.method:
                 raise UserError(f"--adapter {cfg.adapter} does not fit --method {cfg.method}: leave --adapter out")
@@ -398,7 +404,8 @@ def make_config(**flags) -> Config:
         if cfg.adapter == "ia3" and "layers" not in flags:
             cfg.layers = ""  # the recipes' layers are LoRA's
     if ignored := unused(cfg, flags):
-        print(f"changes nothing with --method {cfg.method} --adapter {cfg.adapter}: {', '.join(ignored)}")
+        given = f"--method {cfg.method} --adapter {cfg.adapter} --dataset {cfg.dataset}"
+        print(f"changes nothing with {given}: {', '.join(ignored)}")
     cfg.device = pick_device(cfg.device)
     if cfg.device == "cpu" and "precision" not in flags:
         cfg.precision = "fp32"  # bfloat16 saves a GPU's memory; on a CPU it only costs time
@@ -430,7 +437,7 @@ def _config_from_run(start: Config, flags: dict) -> Config:
         raise UserError(
             f"--method {method} cannot go on from a run of method {base.method}: mu goes on from a routed method"
         )
-    own = {"method": method, "output_dir": start.output_dir, "device": start.device}  # not that of the run's machine
+    own = {"method": method, "output_dir": start.output_dir, "device": start.device, "epochs": 0}  # device: of here
     return dataclasses.replace(base, **flags | own)
 
 

@@ -12,7 +12,7 @@ import itertools
 import random
 
 from config import UserError
-from data import Benchmark, Example, Task
+from data import Benchmark, Example, Task, split_number
 
 LETTERS = "abcdefghij"
 PARTITION = 176  # the first number for which each operation is in >= 3 held-out tasks and >= 2 dev tasks
@@ -33,11 +33,10 @@ def load(dataset: str, data_dir: str, split: str, parts, instructions: bool = Fa
 
     Raises UserError for another split, or for a data_dir: there is nothing to read.
     """
-    if not split.isdecimal():
-        raise UserError(f"--split {split} must be a whole number for strings")
+    number = split_number(split, dataset)
     if data_dir:
         raise UserError(f"--data-dir {data_dir}: {dataset} is embedded and reads no files, leave the flag out")
-    return strings_single(int(split)) if dataset == "strings-single" else strings(int(split), instructions)
+    return strings_single(number) if dataset == "strings-single" else strings(number, instructions)
 
 
 def compose(skills: tuple[str, ...], text: str) -> str:

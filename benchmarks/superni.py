@@ -22,7 +22,7 @@ import datasets
 import huggingface_hub
 
 from config import UserError, read_json
-from data import Benchmark, Example, Rows, Task, parts_of, reach_hub, say_once, table_of
+from data import Benchmark, Example, Rows, Task, parts_of, reach_hub, say_once, split_number, table_of
 
 REPOSITORY = "Muennighoff/natural-instructions"  # made from the official tasks folder at commit 6174af6 of Dec 2022
 REVISION = "a29a9757125f4bb1c26445ad0d2ef7d9b2cc9c4c"
@@ -46,13 +46,12 @@ def load(dataset: str, data_dir: str, split: str, parts) -> Benchmark:
     fewer. A task without a file is left out. A task of exactly 100 instances (task393) has a test set only.
     Raises UserError for a missing or broken file, and where the hub does not answer.
     """
-    if not split.isdecimal():
-        raise UserError(f"--split {split} must be a whole number for superni: the papers' are 13, 42 and 58")
+    number = split_number(split, "superni: the papers' are 13, 42 and 58")
     files = {part: _files(part, data_dir) for part in ("train", "test") if part in parts}
     if both := sorted(files.get("train", {}).keys() & files.get("test", {}).keys()):
         raise UserError(f"--data-dir {data_dir}: {both[0]} is listed for train and for test: take it from one list")
     train = [_train_task(*item) for item in _tables(_train_rows, files.get("train", {}))]
-    test = [_test_task(*item, int(split)) for item in _tables(_rows, files.get("test", {})) if item[1] is not None]
+    test = [_test_task(*item, number) for item in _tables(_rows, files.get("test", {})) if item[1] is not None]
     return Benchmark(train, [], test)
 
 

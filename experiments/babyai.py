@@ -57,8 +57,8 @@ Shape key: t frames in time, n slots, m rows of frames, s skills, k entries of a
 from dataclasses import dataclass
 
 from config import (
-    RunError, UserError, check_ranges, describe, exit_on_user_error, explicit_flags, flag, read_config, read_json,
-    refuse_used, resumed, whole_file, write_json,
+    RunError, UserError, check_numbers, check_ranges, describe, exit_on_user_error, explicit_flags, flag, read_config,
+    read_json, refuse_used, resumed, whole_file, write_json,
 )  # fmt: skip
 
 LEVELS = {  # table 2 of [1], its numbers: room, distracting boxes, distractors, go to, put, pick up, location, maze
@@ -133,13 +133,16 @@ from baselines.fixed import FixedRouter
 from inject import read_tensors, write_tensors
 from mhr import MHRRouter
 from poly import PolyRouter
-from resume import CHECKPOINT, Every, Signals, advice_on_memory, cut_log, hold
+from resume import (
+    CHECKPOINT, Every, Signals, advice_on_memory, by_parameter, check_tensors, cut_log, flat_state, hold,
+)  # fmt: skip
 from sft import SFT, dense
 
 GAMMA, LAMBDA, EPOCHS, CLIP, ENTROPY, VALUE, NORM, REWARD = 0.99, 0.99, 4, 0.2, 0.01, 0.5, 0.5, 20.0
 TRIALS = 500  # episodes of each level that score the finished agent
 WINDOWS = (100, 1000)  # episodes that a success rate is the mean of
 UNSEEN = 2**31  # seeds of training's episodes are below, those of trials begin here
+LARGEST, MOST_SLOTS, MOST_FRAMES = 10**8, 10**4, 10**6  # parameters of all skills; slots; frames of an update
 
 # --- Environments -----------------------------------------------------------------------------------------------------
 
@@ -226,7 +229,8 @@ class Slots:
         """What `saved` takes."""
         length = [len(actions) for actions in self.actions]
         padded = [actions + [0] * (max(length) - len(actions)) for actions in self.actions]
-        return {"episode": torch.tensor(self.episode), "length": torch.tensor(length), "actions": torch.tensor(padded)}
+        named = {"episode": self.episode, "length": length, "actions": padded}
+        return {name: torch.tensor(x, dtype=torch.int64) for name, x in named.items()}
 
 
 # --- The agent --------------------------------------------------------------------------------------------------------
@@ -295,6 +299,11 @@ def fresh_agent(width: int) -> nn.ModuleDict:
             elif p.dim() > 1:
                 nn.init.kaiming_uniform_(p, a=math.sqrt(5))
     return agent
+
+
+def agent_size(width: int) -> int:
+    """How many parameters `fresh_agent` has."""
+    return 54 * width**2 + 1066 * width + 186_376
 
 
 class RoutedAgent(nn.Module):
@@ -407,6 +416,13 @@ def build(cfg: Config) -> RoutedAgent:
 # --- PPO --------------------------------------------------------------------------------------------------------------
 
 
+def policy(logits: Tensor) -> torch.distributions.Categorical:
+    """Chances of actions. Raises RunError if the logits (..., ACTIONS) are no longer finite."""
+    if not logits.isfinite().all():
+        raise RunError("the agent's outputs are no longer finite: try a lower --lr in a new folder")
+    return torch.distributions.Categorical(logits=logits)
+
+
 def gae(reward: Tensor, value: Tensor, end: Tensor, last: Tensor) -> Tensor:
     """Advantages (t, n): A_t = delta_t + gamma lambda A_t+1, delta_t = r_t + gamma V_t+1 - V_t, cut where episodes end.
 
@@ -437,7 +453,7 @@ def roll_out(agent: RoutedAgent, slots: Slots, memory: Tensor, first: Tensor, fr
                 break
             for name, x in record.items():
                 seen[name][t] = x
-            chosen = torch.distributions.Categorical(logits=logits[0])
+            chosen = policy(logits[0])
             seen["action"][t], seen["value"][t] = action, _ = chosen.sample(), value[0]
             seen["log_prob"][t] = chosen.log_prob(action)
             start = time.perf_counter()
@@ -454,7 +470,7 @@ def loss_of(agent: RoutedAgent, batch: dict[str, Tensor], noise: int) -> tuple[T
     levels = agent.mixed(noise)
     names = ("image", "words", "level", "first")
     logits, value, _ = agent(levels, *(batch[name] for name in names), batch["memory"][0])
-    chosen = torch.distributions.Categorical(logits=logits)
+    chosen = policy(logits)
     ratio = (chosen.log_prob(batch["action"]) - batch["log_prob"]).exp()
     gain = torch.min(ratio * batch["advantage"], ratio.clamp(1 - CLIP, 1 + CLIP) * batch["advantage"]).mean()
     goal = batch["value"] + batch["advantage"]
@@ -501,26 +517,54 @@ def make_optimizer(agent: RoutedAgent, cfg: Config) -> torch.optim.Adam:
 
 
 def save(path: Path, agent: RoutedAgent, optimizer, now: dict, **state: Tensor):
-    """Write a checkpoint in the place of the one before. now: update, frames, seconds. state: of slots and memory."""
+    """Write a checkpoint in the place of the one before. now: update, frames, seconds. state: of slots and memory.
+
+    Raises RunError if a value is no longer finite, OSError if it cannot be written; the one before is then whole.
+    """
     tensors = {f"model.{name}": x for name, x in agent.state_dict().items()} | state
     for k, own in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{k}.{name}": x for name, x in own.items()}
+    if broken := [name for name, x in tensors.items() if not x.isfinite().all()]:
+        raise RunError(
+            f"{broken[0]} is not finite after update {now['update']}: nothing of it was saved. Try a lower --lr in a "
+            f"new folder: to go on from the checkpoint would be the same again"
+        )
     write_tensors(tensors, str(path), state=json.dumps(now))
 
 
-def load(path: Path, agent: RoutedAgent, optimizer) -> tuple[dict, dict[str, Tensor]]:
-    """Put agent and optimiser back where `save` found them. -> now, all tensors. Raises UserError if it is damaged."""
+def load(path: Path, agent: RoutedAgent, optimizer, cfg: Config) -> tuple[dict, dict[str, Tensor]]:
+    """Put agent and optimiser back where `save` found them. -> now, all tensors. Raises UserError, with nothing
+    changed, if the file is damaged or of another run."""
     try:
         saved, metadata = read_tensors(str(path))
-        agent.load_state_dict({n.removeprefix("model."): x for n, x in saved.items() if n.startswith("model.")})
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is no checkpoint of this run ({reason}): delete it to begin again") from None
-    state = {}
-    for _, k, name in (key.split(".") for key in saved if key.startswith("optimizer.")):
-        state.setdefault(int(k), {})[name] = saved[f"optimizer.{k}.{name}"]
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return json.loads(metadata["state"]), saved
+        now = place_in_run(json.loads(metadata["state"]), cfg)
+        counts = torch.zeros(cfg.slots, dtype=torch.int64)
+        state = {"episode": counts, "length": counts, "actions": counts[:, None].expand(-1, saved["actions"].shape[-1])}
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise UserError(f"{path} is no whole checkpoint ({error}): delete it to begin again") from None
+    state |= {"memory": torch.zeros(cfg.slots, 256), "first": torch.ones(cfg.slots, dtype=torch.bool)}
+    own, trained = agent.state_dict(), range(sum(len(group["params"]) for group in optimizer.param_groups))
+    check_tensors(
+        path, saved, {f"model.{name}": x for name, x in own.items()} | flat_state(optimizer, set(trained)) | state
+    )
+    ends = {f"model.place{k}": agent.base.get_parameter(name).numel() for k, (_, name) in enumerate(agent.names)}
+    ends |= {"episode": 2**62, "length": state["actions"].shape[1] + 1, "actions": ACTIONS}
+    if odd := [name for name, end in ends.items() if ((saved[name] < 0) | (saved[name] >= end)).any()]:
+        raise UserError(f"{path}: {odd[0]} has numbers that no run has: delete it to begin again")
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": by_parameter(saved)})
+    agent.load_state_dict({name: saved[f"model.{name}"] for name in own})
+    return now, saved
+
+
+def place_in_run(state: dict, cfg: Config) -> dict:
+    """What a checkpoint's JSON says: update, frames, seconds. Raises ValueError, KeyError or TypeError if that is none
+    of this run."""
+    now = {name: state[name] for name in ("update", "frames", "seconds")}
+    if not all(type(now[name]) is int and 0 < now[name] < 2**53 for name in ("update", "frames")):
+        raise ValueError("its update or frames is no number of a run")
+    if now["frames"] != now["update"] * cfg.slots * cfg.rollout or not 0 <= now["seconds"] < 1e15:
+        raise ValueError("its frames are not those of its updates, or its seconds no number of a run")
+    return now
 
 
 def moving(success: np.ndarray, window: int) -> np.ndarray:
@@ -543,9 +587,24 @@ def summary(success: np.ndarray) -> dict:
 
 
 def lines_of(log: Path) -> list[dict]:
-    """The lines of a log but a last one without its end, which a run is writing or was killed at."""
-    text = log.read_text() if log.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    """The lines of a log but a last one without its end, which a run is writing or was killed at. Raises UserError for
+    one that is damaged."""
+    lines = []
+    for number, text in enumerate(log.read_bytes().split(b"\n")[:-1] if log.exists() else [], 1):
+        try:
+            lines.append(undamaged(json.loads(text)))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f"{log}:{number} is damaged: delete this line, or leave the run out") from None
+    return lines
+
+
+def undamaged(line: dict) -> dict:
+    """A line of a log. Raises ValueError, KeyError or TypeError unless it has what `outcomes` and `speed` read."""
+    numbers = [line[name] for name in ("frames", "env", "act", "learn")]
+    whole = all(type(n) in (int, float) and 0 < n < 1e15 for n in numbers)
+    if not whole or not all(k in range(len(LEVELS)) and success in (0, 1) for k, success in line["episodes"]):
+        raise ValueError
+    return line
 
 
 def outcomes(lines: list[dict]) -> np.ndarray:
@@ -576,7 +635,7 @@ def score(agent: RoutedAgent, cfg: Config) -> dict[str, float]:
             now = [x[going][None] for x in (image, words, level, fresh)]
             logits, _, memory[going] = agent(levels, *now, memory[going])
             ended = []
-            for k, action in zip(going, torch.distributions.Categorical(logits=logits[0]).sample(), strict=True):
+            for k, action in zip(going, policy(logits[0]).sample(), strict=True):
                 shown, reward, terminated, truncated, _ = envs[k].step(action.item())
                 image[k], success[k] = torch.from_numpy(shown["image"]), float(reward > 0)
                 ended.append(terminated or truncated)
@@ -614,11 +673,11 @@ def begin(cfg: Config, folder: Path, agent: RoutedAgent, optimizer) -> tuple[dic
     """Where a run begins or, with --resume, goes on: now, slots, memory (n, 256), first (n,). Writes config.json."""
     now, saved, path = {"update": 0, "frames": 0, "seconds": 0.0}, None, folder / CHECKPOINT
     if cfg.resume and path.exists():
-        now, saved = load(path, agent, optimizer)
+        now, saved = load(path, agent, optimizer, cfg)
     slots = Slots(cfg.levels, cfg.slots, cfg.seed, saved)  # a missing minigrid is told before anything is written
+    cut_log(folder / "log.jsonl", lambda line: undamaged(line)["update"] <= now["update"])
     write_json(folder / "config.json", dataclasses.asdict(cfg) | {"resume": False})
     (folder / "result.json").unlink(missing_ok=True)  # of fewer --frames
-    cut_log(folder / "log.jsonl", lambda line: line["update"] <= now["update"])
     if saved:
         return now, slots, saved["memory"], saved["first"]
     return now, slots, torch.zeros(cfg.slots, 256), torch.ones(cfg.slots, dtype=torch.bool)
@@ -719,13 +778,19 @@ def names_of(configs: list[Config]) -> list[str]:
 
 def read_run(folder: Path, levels: tuple[str, ...]) -> SimpleNamespace:
     """A run, at work, killed or finished: success {level, and "all": of its episodes in order}, frames, speed, and
-    result, None before the end. Raises UserError if its log has no line yet."""
+    result, None before the end. Raises UserError if its log has no line yet, or a file is damaged."""
     lines = lines_of(folder / "log.jsonl")
     if not lines:
         raise UserError(f"--plot {folder}: there is no update in its log yet; leave it out, or wait")
     done, path = outcomes(lines), folder / "result.json"
     success = {level: done[done[:, 0] == k, 1] for k, level in enumerate(levels)} | {"all": done[:, 1]}
     result = read_json(path, levels=dict, parameters=dict) if path.exists() else None
+    if result:
+        try:
+            final = {name: result["levels"][name]["final"] for name in success}
+        except (KeyError, TypeError):
+            raise UserError(f"{path}: a level is missing or has no 'final': it was changed by hand") from None
+        check_numbers(path, final, result["parameters"])
     return SimpleNamespace(success=success, frames=lines[-1]["frames"], speed=speed(lines), result=result)
 
 
@@ -803,8 +868,21 @@ def check(cfg: Config):
         raise UserError(f"--recurrence {cfg.recurrence} must divide --rollout and --batch-size")
     if cfg.method == "mhr" and (cfg.width % cfg.heads or 128 % cfg.heads):
         raise UserError(f"--heads {cfg.heads} must divide --width {cfg.width} and 128")
+    refuse_endless(cfg)
     if len(set(cfg.levels)) < len(cfg.levels):
         raise UserError(f"--levels names a level twice: {' '.join(cfg.levels)}")
+
+
+def refuse_endless(cfg: Config):
+    """Raise UserError for what would fill any memory: there may be no error then, but a killed process."""
+    if cfg.slots > MOST_SLOTS or cfg.slots * cfg.rollout > MOST_FRAMES:
+        most = f"more than {MOST_SLOTS:,} slots or {MOST_FRAMES:,} frames an update: choose fewer"
+        raise UserError(f"--slots {cfg.slots}, --rollout {cfg.rollout} are {most}")
+    given = cfg.method in USED_BY["skills"]
+    skills = cfg.skills if given else 1 if cfg.method == "shared" else len(cfg.levels)
+    if (count := skills * agent_size(cfg.width)) > LARGEST:
+        which = f"--skills {skills}, --width {cfg.width}" if given else f"--width {cfg.width} with {skills} skills"
+        raise UserError(f"{which} are {count:,} parameters, more than {LARGEST:,}: choose a smaller one")
 
 
 def main(flags: dict):

@@ -38,6 +38,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from transformers.utils import logging
 
 from choices import _encoder_decoder_logits
+from config import exit_on_user_error
 from evaluate import aligned
 from inject import LORA_LAYERS, freeze, inject, merge, task_ids, unmerge
 from lora import LoRA, LoRALinear
@@ -53,6 +54,7 @@ GENERATIONS = [  # (change, one task, beams)
     ({}, True, 1), (dict(batch=1), True, 1), ({}, True, 4), ({}, False, 1), (dict(heads=64), False, 1), ({}, False, 4),
 ]  # fmt: skip
 LINEARS = ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]
+NAMES = ("floor", "LoRA", "PEFT LoRA", "Poly", "MHR", "PEFT Poly", "full")  # the contestants
 
 
 # --- Contestants ------------------------------------------------------------------------------------------------------
@@ -233,7 +235,7 @@ def bench_memory(device: str) -> list[tuple[str, ...]]:
     """Cells of a table: peak memory in MB of a fresh process with three training steps, without its imports; on the
     CPU what `memory.py` computes; seconds to the first step."""
     lines = [("", "MB", "computed", "seconds to the first step")]
-    for name in ("floor", "LoRA", "PEFT LoRA", "Poly", "MHR", "PEFT Poly", "full"):
+    for name in NAMES:
         command = [sys.executable, "-m", "experiments.bench", "--memory-of", name, "--device", device]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)  # what goes wrong there, it says itself
         if done.returncode:
@@ -318,7 +320,7 @@ def main():
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=11, help="at least 2")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--memory-of", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", default="", choices=NAMES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error("--rounds must be at least 2")
@@ -355,4 +357,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_user_error(main)

@@ -37,6 +37,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from config import exit_on_user_error
 from experiments.kills import kills, quiet
 from experiments.targets import targets
 
@@ -157,6 +158,15 @@ def main():
     parser.add_argument("--first", type=int, default=0, help="number of the first mutation")
     parser.add_argument("--keep", type=Path, default=Path("runs/faults"), help="where what is bad is described")
     args = parser.parse_args()
+    if negative := [name for name in ("kills", "mutations", "first") if getattr(args, name) < 0]:
+        parser.error(f"--{negative[0]} must not be negative")
+    if not args.kills and not args.mutations:
+        parser.error("give --kills NUMBER, --mutations NUMBER or both")
+    if args.mutations:
+        try:  # before hours of work
+            args.keep.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--keep {args.keep} cannot be made: {error.strerror}")
     if args.kills:
         print(kills(args.kills, args.seed), flush=True)
     if args.mutations:
@@ -166,4 +176,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_user_error(main)

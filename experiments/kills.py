@@ -164,8 +164,9 @@ def differences(folder: Path, reference: dict) -> list[str]:
 
 
 def half_files(folder: Path) -> int:
-    """The newest of the files that a killed process left half written: when it was last changed; 0 for none."""
-    return max((path.stat().st_mtime_ns for path in folder.rglob("*.tmp")), default=0)
+    """The newest of the files that a killed process left half written, ours (NAME.tmp) and safetensors' own (.tmp and
+    six letters): when it was last changed; 0 for none."""
+    return max((path.stat().st_mtime_ns for path in folder.rglob("*.tmp*")), default=0)
 
 
 class Killer:

@@ -14,6 +14,7 @@ Linux only: memory and files are read from /proc.
 
 import argparse
 import itertools
+import math
 import multiprocessing
 import os
 import statistics
@@ -21,6 +22,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from config import exit_on_user_error
 
 PROC = Path("/proc/self")
 SAMPLE = Path(__file__).resolve().parents[1] / "assets" / "samples" / "t0"
@@ -107,14 +110,16 @@ def main():
     parser.add_argument("--allowed", type=float, default=500.0, help="bytes of memory a step that are no fault")
     args = parser.parse_args()
     if not (PROC / "statm").exists():
-        sys.exit("error: there is no /proc here to read the memory of a process from: run this on Linux")
-    if args.steps < 80 or args.every < 0 or args.log_every < 1 or 4 * 4 * args.every > args.steps:
-        sys.exit("error: --steps must be at least 80, and a quarter of it at least four times --every")
+        parser.error("there is no /proc here to read the memory of a process from: run this on Linux")
+    if not 80 <= args.steps < 2**31 or not 0 <= 4 * 4 * args.every <= args.steps:
+        parser.error("--steps must be from 80 to 2^31, and a quarter of it at least four times --every, not below 0")
+    if not 0 < args.log_every <= args.steps // 4 or not 0 <= args.allowed < math.inf:
+        parser.error("--log-every must be from 1 to a quarter of --steps, --allowed a number of bytes from 0 on")
     context, good, texts = multiprocessing.get_context("spawn"), True, []
     for dataset, steps in (("strings", args.steps), ("t0", args.steps // 4)):
         ours, theirs = context.Pipe()
         flags = settings(dataset, steps, args.log_every)
-        process = context.Process(target=run, args=(flags, args.every or steps // 20, theirs))
+        process = context.Process(target=exit_on_user_error, args=(run, flags, args.every or steps // 20, theirs))
         process.start()
         theirs.close()
         try:
@@ -140,4 +145,4 @@ def report(dataset: str, rows: list[tuple]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_user_error(main)

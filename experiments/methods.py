@@ -16,7 +16,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from config import FEW_SHOT, LEARNED, PRETRAINING
+from config import FEW_SHOT, LEARNED, PRETRAINING, exit_on_user_error
 from evaluate import aligned, mean_std
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -176,6 +176,13 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     parser.add_argument("--tune", action="store_true", help="search learning rates on dev tasks instead")
     args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error("--jobs must be above 0")
+    for name in ("seeds", "methods"):
+        if len(set(getattr(args, name))) < len(getattr(args, name)):
+            parser.error(f"--{name} names one twice")
+    if min(args.seeds) < 0:
+        parser.error("--seeds must not be negative")
     with ThreadPoolExecutor(args.jobs) as pool:
         if args.tune:
             found = pool.map(lambda name: tune(name, RUNS), args.methods)
@@ -189,4 +196,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_user_error(main)

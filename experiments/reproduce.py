@@ -32,6 +32,7 @@ import numpy as np
 from scipy import stats
 
 import figures
+from config import UserError, check_numbers, exit_on_user_error
 from experiments.claims import CLAIMS, MEASURES, SHAPES, SKILLS, VARIANTS, Claim, Measure, measures_of, parts_of
 from experiments.methods import METHODS, RATES, ROOT, RUNS, adapt, few_shot_rates, pretrain, run
 
@@ -51,9 +52,21 @@ def flags_of(measure: Measure) -> str:
 
 
 def read_raw(path: Path) -> dict[tuple[str, int], dict]:
-    """{(flags, seed): line} of a raw file; {} if there is none."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {(line["flags"], line["seed"]): line for line in map(json.loads, lines)}
+    """{(flags, seed): line} of a raw file; {} if there is none. Raises UserError for a line that is damaged."""
+    found = {}
+    for number, text in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+        try:
+            line = json.loads(text)
+            value, (before, after) = line["value"], line["seconds"]
+            check_numbers(path, value if isinstance(value, dict) else {"value": value})
+            check_numbers(path, {"trained": line["trained"], "seed": line["seed"], "before": before, "after": after})
+            new, commit = line["new task"], line["commit"]
+            if not (isinstance(commit, str) and (new is None or type(new) is int)):
+                raise ValueError
+            found[line["flags"], line["seed"]] = line
+        except (ValueError, KeyError, TypeError, RecursionError, UserError):
+            raise UserError(f"{path}:{number} is damaged: delete this line, its value is then made again") from None
+    return found
 
 
 def make_missing(names: list[str], seeds: tuple[int, ...], path: Path, runs: Path, jobs: int):
@@ -321,12 +334,18 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     parser.add_argument("--page", action="store_true", help="only write the page of the numbers that are there")
     args = parser.parse_args()
-    if len(set(args.seeds)) < 3:
-        parser.error("--seeds: the tests need at least three different ones")
+    if len(set(args.seeds)) < max(3, len(args.seeds)) or min(args.seeds) < 0:
+        parser.error("--seeds: the tests need at least three, all different and none negative")
+    if args.jobs < 1:
+        parser.error("--jobs must be above 0")
     if tuple(args.seeds) != SEEDS and args.results == ROOT / "results":
         parser.error("--seeds: give --results too, for results/ holds the values of the seeds that are compared")
     names = list(CLAIMS) if "all" in args.claim else args.claim
-    args.results.mkdir(parents=True, exist_ok=True)
+    for name in ("results", "runs"):
+        try:
+            getattr(args, name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--{name} {getattr(args, name)} cannot be made: {error.strerror}")
     measures = list(dict.fromkeys(m for name in names for m in measures_of(CLAIMS[name])))
     if not args.page:
         make_missing(measures, tuple(args.seeds), args.results / "claims.jsonl", args.runs, args.jobs)
@@ -335,4 +354,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_user_error(main)

@@ -20,6 +20,8 @@ import threading
 import time
 from pathlib import Path
 
+from config import RunError, exit_on_user_error
+
 SIZES = (10_000, 100_000, 1_000_000, 5_000_000)
 CONFIGS = 10
 
@@ -75,8 +77,8 @@ def read_rows(folder: str):
     print(sum(len(task.train) for task in tasks), f"{first:.1f} {own[0]:.0f} {peak:.0f}")
 
 
-def main(sizes: tuple[int, ...]) -> bool:
-    """Measure and print; returns whether memory and time are within the bounds."""
+def measure(sizes: tuple[int, ...]) -> bool:
+    """Measure and print; returns whether memory and time are within the bounds. Raises RunError if a reading fails."""
     found = {"first": [], "later": []}  # (seconds to first batch, own memory in MB) of each size
     print("      rows   run  s to first batch  peak own MB  with mapped files MB")
     for size in sizes:
@@ -85,7 +87,9 @@ def main(sizes: tuple[int, ...]) -> bool:
             environment = os.environ | {"HF_DATASETS_CACHE": f"{folder}/cache"}
             command = [sys.executable, "-m", "experiments.scale", "--read", folder]
             for run in ("first", "later"):  # the first converts parquet to Arrow, later ones find it in the cache
-                done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+                done = subprocess.run(command, env=environment, capture_output=True, text=True)
+                if done.returncode:
+                    raise RunError(f"reading {size:,} rows failed: {done.stderr.strip()[-500:]}")
                 rows, seconds, own, everything = done.stdout.split()[-4:]
                 print(f"{int(rows):>10,} {run:>5} {seconds:>17} {own:>12} {everything:>21}", flush=True)
                 found[run].append((float(seconds), float(own)))
@@ -94,12 +98,20 @@ def main(sizes: tuple[int, ...]) -> bool:
     return max(growth.values()) < 200 and max(s for values in found.values() for s, _ in values) <= 30
 
 
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--read", default="", help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, nargs="+", default=SIZES, help="sizes to measure")
     arguments = parser.parse_args()
+    if not Path("/proc/self/status").exists():
+        parser.error("there is no /proc here to read the memory of a process from: run this on Linux")
+    if not all(CONFIGS <= rows < 2**31 for rows in arguments.rows):
+        parser.error(f"--rows must be at least {CONFIGS}, a row for each config, and below 2^31")
     if arguments.read:
         read_rows(arguments.read)
     else:
-        sys.exit(0 if main(tuple(arguments.rows)) else 1)
+        sys.exit(not measure(tuple(arguments.rows)))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -15,6 +15,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 from experiments.kills import RUN, quiet, small_backbone
 
@@ -339,8 +340,10 @@ def tensor_targets(root: Path, flags: dict) -> dict[str, tuple[float, Callable]]
 def run_targets(root: Path, run: Path) -> dict[str, tuple[float, Callable]]:
     """The other files of runs of train.py and adapt.py, and the backbone."""
     import adapt
+    import analyze
     import evaluate
     import export
+    import figures
     import resume
     import train
     from backbone import load_backbone, load_run
@@ -386,11 +389,20 @@ def run_targets(root: Path, run: Path) -> dict[str, tuple[float, Callable]]:
             size = sum(p.numel() for p in load_backbone(str(other), "cpu")[0].parameters())
         return whole if "weights are not used" in said.getvalue() else size  # so it was told
 
+    def draw():
+        """analyze.py --compare; the figures are drawn, but not written."""
+        with patch.object(figures, "save", lambda figure, stem: figure.draw_without_rendering()):
+            analyze.compare(analyze.Config(compare=(str(run), str(few_folder)), output_dir=str(root)))
+
     other = root / "other-backbone"
     shutil.copytree(root / "backbone", other)
     whole, few_folder, true = 0, root / "few", lambda *_: True
     whole = backbone()
     compared = [folder / name for folder in (run, few_folder) for name in ("config.json", "result.json")]
+    measured = run / "analysis" / "analysis.json"
+    measured.parent.mkdir()
+    measured.write_text(json.dumps({"over_steps": [{"step": k, "alignment": 0.1 * k} for k in (3, 6)]}))
+    drawn = [run / "log.jsonl", measured, run / "result.json", few_folder / "result.json"]
     task = json.loads((run / "tasks.json").read_text())["tasks"][0]
     one = export.Config(checkpoint=str(run), task=task)
     return {
@@ -399,6 +411,7 @@ def run_targets(root: Path, run: Path) -> dict[str, tuple[float, Callable]]:
         "TASK.json": (0.05, files(root, sorted((few_folder / "0").glob("*.json")), go_on, expected=true)),
         "log.jsonl": (0.04, files(root, [run / "log.jsonl"], cut_log, expected=true)),
         "--compare": (0.08, files(root, compared, lambda: evaluate.compare((str(run), str(few_folder))))),
+        "analyze --compare": (0.03, files(root, drawn, draw)),
         "backbone": (0.03, files(root, sorted(other.iterdir()), backbone, expected=lambda *_: whole)),
     }
 

@@ -2,6 +2,7 @@
 the command."""
 
 import json
+import shutil
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
@@ -597,6 +598,64 @@ def test_mistakes_in_comparisons(runs, tmp_path):
         analyze.main({})
     with pytest.raises(UserError, match="none that has finished"):
         analyze.main(dict(compare=(str(tmp_path),), output_dir=str(tmp_path)))
+
+
+def changed(runs, tmp_path, name: str, file: str, text: str) -> tuple[str, ...]:
+    """Two run folders to compare: a whole one, and a copy of another in which one file has this text."""
+    copy = tmp_path / name
+    shutil.copytree(runs / name, copy)
+    (copy / file).parent.mkdir(exist_ok=True)
+    (copy / file).write_text(text)
+    return str(runs / "lora"), str(copy)
+
+
+STEP_1 = '{"step": 1, "loss": 2.0}\n'
+BAD_FILES = [
+    ("poly", "log.jsonl", '{"step": 1, "loss": "low"}'), ("poly", "log.jsonl", STEP_1 + '{"step": 2, "loss": NaN}'),
+    ("poly", "log.jsonl", '{"step": "one", "loss": 2.0}'), ("poly", "log.jsonl", '{"step": 1, "loss": 1e400}'),
+    ("poly", "log.jsonl", '{"step": 1}'), ("poly", "log.jsonl", "[]"), ("poly", "log.jsonl", ""),
+    ("poly", "log.jsonl", "[" * 10**5), ("poly", "log.jsonl", STEP_1 + "{"),
+    ("poly", "analysis/analysis.json", '{"over_steps": [{"step": 1}]}'),
+    ("poly", "analysis/analysis.json", '{"over_steps": 5}'),
+    ("poly", "analysis/analysis.json", '{"over_steps": [{"step": 1, "alignment": null}]}'),
+    ("poly", "analysis/analysis.json", '{"over_steps": {"step": 1}}'),
+    ("z", "result.json", '{"seconds": 1.0, "parameters": {"adapters": 9}, "splits": %s}'),
+    ("z", "result.json", '{"seconds": 1.0, "parameters": {"adapters": 9}, "splits": %s, "mean": "best"}'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, file, text", BAD_FILES, ids=[f"{file} {text:.30}" for _, file, text in BAD_FILES])
+def test_comparison_of_changed_files(runs, tmp_path, name, file, text):
+    """Words, NaN or nothing in place of a run's numbers: one sentence that names the file, and no figure."""
+    text = text.replace("%s", '{"0": {"before": {"a": 1.0}, "tasks": {"a": 2.0}}}')
+    folders, out = changed(runs, tmp_path, name, file, text), tmp_path / "out"
+    with pytest.raises(UserError, match=f"^{tmp_path / name / file}") as refused:
+        analyze.main(dict(compare=folders, output_dir=str(out)))
+    assert "\n" not in str(refused.value) and not out.exists()
+
+
+def test_comparison_of_a_run_without_its_log(runs, tmp_path):
+    _, copy = changed(runs, tmp_path, "poly", "note", "")
+    (Path(copy) / "log.jsonl").unlink()
+    with pytest.raises(UserError, match="log.jsonl cannot be read"):
+        analyze.main(dict(compare=(copy,), output_dir=str(tmp_path / "out")))
+
+
+def test_seeds_without_a_step_in_common_are_not_an_empty_line(runs, tmp_path):
+    """Alignment that was measured at other steps (--keep-every) has no mean over seeds."""
+    one = changed(runs, tmp_path, "mhr", "analysis/analysis.json", '{"over_steps": [{"step": 2, "alignment": 0.5}]}')
+    other = changed(runs, tmp_path, "mhr1", "analysis/analysis.json", '{"over_steps": [{"step": 3, "alignment": 0.5}]}')
+    with pytest.raises(UserError, match="^--compare: the runs of mhr have no step in common"):
+        analyze.main(dict(compare=(one[1], other[1]), output_dir=str(tmp_path / "out")))
+
+
+def test_one_job_at_a_time(runs, tmp_path, capsys):
+    """Looking at a run and comparing are two jobs, and flags of the other one are named."""
+    with pytest.raises(UserError, match="^--compare and --checkpoint are two jobs"):
+        analyze.main(dict(compare=("a",), checkpoint="b"))
+    with pytest.raises(UserError, match="does not exist"):
+        analyze.main(dict(compare=(str(tmp_path / "typo"),), step=3, output_dir=str(tmp_path)))
+    assert capsys.readouterr().out == "changes nothing with --compare: --step\n"
 
 
 def test_method_full_is_refused(tmp_path):

@@ -582,6 +582,126 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
         babyai.train(cfg)
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """(the bytes of the last checkpoint of a run of two updates, its tensors, its JSON)."""
+    folder = tmp_path_factory.mktemp("begun")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(babyai, "EPOCHS", 1)
+        patch.setattr(babyai, "TRIALS", 1)
+        babyai.train(tiny(output_dir=str(folder), save_every="1"))
+    path = folder / babyai.CHECKPOINT
+    tensors, metadata = babyai.read_tensors(str(path))
+    return path.read_bytes(), tensors, json.loads(metadata["state"])
+
+
+def everything(agent, optimizer) -> dict:
+    """Copies of all that a checkpoint puts back."""
+    states = optimizer.state_dict()["state"].items()
+    flat = {f"{k}.{name}": x.clone() for k, own in states for name, x in own.items()}
+    return flat | {name: x.clone() for name, x in agent.state_dict().items()}
+
+
+def without(name: str):
+    return lambda tensors, now: tensors.pop(name)
+
+
+def put(name: str, make):
+    def change(tensors, now):
+        tensors[name] = make(tensors[name])
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        without("episode"), without("length"), without("actions"), without("memory"), without("first"),
+        without("optimizer.3.exp_avg"), without("model.values.2"), put("memory", lambda x: x[:2]),
+        put("model.values.2", lambda x: x / 0), put("optimizer.0.exp_avg", lambda x: x * float("nan")),
+        put("actions", lambda x: x + 7), put("actions", lambda x: x[0]), put("length", lambda x: x + 10**6),
+        put("episode", lambda x: x - 10**6), put("first", lambda x: x.float()),
+        put("model.place0", lambda x: x + 10**6),
+        lambda tensors, now: tensors.update({"optimizer.999.step": torch.ones(1)}),
+        lambda tensors, now: now.pop("update"), lambda tensors, now: now.update(frames=63),
+        lambda tensors, now: now.update(update="2"), lambda tensors, now: now.update(seconds=float("nan")),
+    ],
+)  # fmt: skip
+def test_a_changed_checkpoint_is_refused_whole(change, begun, tmp_path):
+    """Signed anew, but with entries missing, of another shape, out of range or not finite: one sentence, and neither
+    agent nor optimiser has changed."""
+    _, tensors, now = begun
+    tensors, now = dict(tensors), dict(now)
+    change(tensors, now)
+    path = tmp_path / babyai.CHECKPOINT
+    babyai.write_tensors(tensors, str(path), state=json.dumps(now))
+    cfg = tiny(seed=4)  # other values than the file has
+    agent = babyai.build(cfg)
+    optimizer = babyai.make_optimizer(agent, cfg)
+    before = everything(agent, optimizer)
+    with pytest.raises(UserError, match=f"{path}.*: delete it to begin"):
+        babyai.load(path, agent, optimizer, cfg)
+    after = everything(agent, optimizer)
+    assert after.keys() == before.keys() and all(torch.equal(x, before[name]) for name, x in after.items())
+
+
+def test_a_checkpoint_without_its_progress_is_refused(begun, tmp_path):
+    """A file of the right tensors and no JSON beside them, and one of another number of slots: one sentence."""
+    path = tmp_path / babyai.CHECKPOINT
+    babyai.write_tensors(begun[1], str(path))
+    agent = babyai.build(tiny())
+    optimizer = babyai.make_optimizer(agent, tiny())
+    with pytest.raises(UserError, match="delete it to begin"):
+        babyai.load(path, agent, optimizer, tiny())
+    path.write_bytes(begun[0])
+    with pytest.raises(UserError, match="delete it to begin"):
+        babyai.load(path, agent, optimizer, tiny(slots=8, rollout=4))
+    assert babyai.load(path, agent, optimizer, tiny())[0]["frames"] == 64
+
+
+def test_what_is_not_finite_replaces_no_checkpoint(begun, tmp_path):
+    """A parameter or memory that an update made infinite: a RunError, and the checkpoint before stays as it is."""
+    path = tmp_path / babyai.CHECKPOINT
+    path.write_bytes(begun[0])
+    agent = babyai.build(tiny())
+    optimizer = babyai.make_optimizer(agent, tiny())
+    now, saved = babyai.load(path, agent, optimizer, tiny())
+    state = {name: saved[name] for name in ("episode", "length", "actions", "memory", "first")}
+    with pytest.raises(RunError, match="memory is not finite after update 2.*a lower --lr"):
+        babyai.save(path, agent, optimizer, now, **state | {"memory": saved["memory"] / 0})
+    with torch.no_grad():
+        agent.values[0][0, 0] = float("inf")
+    with pytest.raises(RunError, match="model.values.0 is not finite after update 2"):
+        babyai.save(path, agent, optimizer, now, **state)
+    assert path.read_bytes() == begun[0] and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_rate_that_is_far_too_high_is_one_sentence(tmp_path, short):
+    """Parameters become infinite within an update: a RunError that says what to try, and no checkpoint."""
+    with pytest.raises(RunError, match="finite.* lower --lr"):
+        babyai.train(tiny(lr=1e38, output_dir=str(tmp_path), save_every="1"))
+    assert not (tmp_path / babyai.CHECKPOINT).exists()
+
+
+def test_a_damaged_log_is_refused_before_anything_is_written(begun, tmp_path):
+    """--resume with more --frames, a line without its episodes: one sentence that names it; result.json stays."""
+    cfg = tiny(output_dir=str(tmp_path), save_every="1")
+    babyai.train(cfg)
+    log = tmp_path / "log.jsonl"
+    first, second = log.read_text().splitlines()
+    log.write_text(first + "\n" + json.dumps(json.loads(second) | {"episodes": [[0]]}) + "\n")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=f"{log}:2 is damaged"):
+        babyai.main(TINY | dict(frames=128, resume=True, save_every="1", output_dir=str(tmp_path)))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("width", [1, 8, 33])
+def test_the_size_of_an_agent_is_known_beforehand(width):
+    """So that what fits no machine is refused before any of it is made."""
+    assert babyai.agent_size(width) == sum(p.numel() for p in babyai.fresh_agent(width).parameters())
+
+
 def test_success_is_averaged_over_windows():
     """`summary`: the first episode at which of 100 in a row more than 0.99, that is all, are successes, and of 1,000 in
     a row 991."""
@@ -637,6 +757,39 @@ def test_plot_writes_figure_and_table(tmp_path, capsys):
             babyai.main({"plot": [runs[0], second]})
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{", "[]", "null", '{"frames": 1}', "[" * 3000, "\xff", '{"frames": 4000, "episodes": [[0, 1]]}',
+        *(json.dumps(dict(frames=4000, env=1, act=1, learn=1, episodes=[[0, 1]]) | odd) for odd in (
+            {"frames": "x"}, {"frames": 10**400}, {"env": None}, {"env": 0}, {"learn": float("nan")}, {"act": True},
+            {"episodes": 1}, {"episodes": [[0]]}, {"episodes": [[0, 1, 0, 1]]}, {"episodes": [["0", "1"]]},
+            {"episodes": [[8, 1]]}, {"episodes": [[0, 0.5]]},
+        )),
+    ],
+)  # fmt: skip
+def test_plot_refuses_a_damaged_line_of_a_log(line, tmp_path):
+    """One sentence that names file and line; no figure."""
+    log = Path(written_run(tmp_path / "a", [[0, 1]] * 60)) / "log.jsonl"
+    log.write_bytes(log.read_bytes() + line.encode("latin-1") + b"\n")
+    with pytest.raises(UserError, match=f"{log}:3 is damaged: delete this line, or leave the run out"):
+        babyai.main({"plot": [str(tmp_path / "a")], "figure": str(tmp_path / "figure")})
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"levels": {}}, {"levels": {"all": 1}}, {"parameters": {}}, {"parameters": {"theta_0": "x"}}, {"levels": []}],
+)
+def test_plot_refuses_a_damaged_result(odd, tmp_path):
+    """One sentence that names the file; no figure."""
+    path = Path(written_run(tmp_path / "a", [[0, 1]] * 60, final=0.5)) / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | odd))
+    with pytest.raises(UserError, match=f"{path}: .*by hand"):
+        babyai.main({"plot": [str(tmp_path / "a")], "figure": str(tmp_path / "figure")})
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_table_compares_at_equal_episodes(tmp_path, capsys, monkeypatch):
     """Episodes to > 0.99 of each seed; success up to the last episode that all runs of the level have; final success of
     finished runs; frames, their speed, and where time went; the paper's figure."""
@@ -672,6 +825,8 @@ def test_names_say_in_what_runs_differ():
         ({"rollout": 10}, "--recurrence 4"), ({"frames": 0}, "--frames"), ({"density": 2.0}, "--density"),
         ({"method": "mhr", "heads": 3}, "--heads 3"), ({"levels": ("GoTo", "GoTo")}, "--levels"),
         ({"save_every": "x"}, "--save-every"), ({"lr": -1.0}, "--lr"), ({"seed": 2**63}, "--seed"),
+        ({"skills": 2**31 - 1}, "--skills"), ({"slots": 2**31 - 1}, "--slots"), ({"width": 2**31 - 1}, "--width"),
+        ({"method": "shared", "width": 2**31 - 1}, "--width"), ({"rollout": 2**31 - 4}, "--rollout"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_fit_are_refused_by_name(flags, named, tmp_path):

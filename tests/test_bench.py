@@ -101,3 +101,12 @@ def test_no_gpu_is_one_sentence(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         bench.main()
     assert ended.value.code == 2 and "there is no GPU here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["--rounds 0", "--rounds -1", "--rounds 1", "--memory-of x", "--only x"])
+def test_flags_that_cannot_be(monkeypatch, capsys, line):
+    """One sentence that names the flag, exit code 2."""
+    monkeypatch.setattr(sys, "argv", ["bench", *line.split()])
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    assert ended.value.code == 2 and line.split()[0] in capsys.readouterr().err.split("error: ")[1]

@@ -23,12 +23,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import adapt
+import analyze
+import backbone
 import config
 import data
 import evaluate
@@ -39,8 +41,9 @@ from backbone import build_model, load_backbone, tiny_from_scratch
 from baselines import adapter_soup
 from baselines.adapter_soup import embed
 from benchmarks import crossfit, strings
-from config import FEW_SHOT, PRETRAINING, UserError
+from config import FEW_SHOT, PRETRAINING, RunError, UserError, read_config
 from inject import adapted_layers, adapter_parameters, merge, read_tensors, routers, write_tensors
+from resume import refuse_other_tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"train": (train, PRETRAINING), "adapt": (adapt, FEW_SHOT), "evaluate": (evaluate, {})}
@@ -316,7 +319,7 @@ def test_given_flags_win_over_the_recipe_and_the_recipe_over_defaults(runs):
 def test_all_settings_are_printed_at_the_start(runs, folder, backbones, capsys):
     train.main(SMALL | dict(method="lora", steps=1, backbone=backbones[0], output_dir=str(folder / "printed")))
     ignored, first = capsys.readouterr().out.splitlines()[:2]
-    assert ignored == "changes nothing with --method lora --adapter lora: --skills"
+    assert ignored == "changes nothing with --method lora --adapter lora --dataset strings: --skills"
     for name, value in read(folder / "printed" / "config.json").items():
         assert value == "" or f"{name}={value}" in first
 
@@ -811,15 +814,45 @@ def test_backbones_run_no_code(tmp_path, backbones):
     assert not sign.exists()
 
 
-def test_too_little_memory_is_no_fault_of_the_backbone(backbones, monkeypatch):
-    """What the device says when the weights do not fit comes through as it is, for `resume.advice_on_memory`."""
+NO_MEMORY = (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory: 9 GB"))
 
-    def full(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(nn.Module, "to", full)
-    with pytest.raises(torch.OutOfMemoryError):
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("where", [(nn.Module, "to"), (backbone.AutoModelForSeq2SeqLM, "from_pretrained")])
+def test_a_backbone_larger_than_memory(backbones, monkeypatch, where, error):
+    """That is no fault of its files: a failed run, and what to do."""
+
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(*where, full)
+    with pytest.raises(RunError, match="not enough memory to load --backbone .*: use one that is smaller"):
         load_backbone(backbones[0], "cpu")
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.uint8])
+def test_weights_stored_as_integers_are_refused(tmp_path, backbones, kind):
+    shutil.copytree(backbones[0], tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    weights = load_file(path)
+    weights["decoder.final_layer_norm.weight"] = weights["decoder.final_layer_norm.weight"].to(kind)
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(UserError, match="cannot be loaded: its decoder.final_layer_norm.weight is stored as [IU]"):
+        load_backbone(str(path.parent), "cpu")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, backbones, value, precision):
+    shutil.copytree(backbones[0], tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    weights = load_file(path)
+    weights["decoder.final_layer_norm.weight"][3] = value
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(
+        UserError, match="cannot be loaded: its decoder.final_layer_norm.weight has values that are not finite"
+    ):
+        load_backbone(str(path.parent), "cpu", precision)
 
 
 @pytest.mark.parametrize(
@@ -1064,6 +1097,7 @@ def test_zero_shot(runs, folder, capsys, monkeypatch, name):
 
 def test_comparing_runs(runs, adapted, capsys):
     folders = [str(runs("lora")), str(runs("mhr")), str(adapted("mhr")), str(adapted("mhr", "mu"))]
+    capsys.readouterr()
     evaluate.main({"compare": folders})
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and len({len(line) for line in lines}) == 1
@@ -1476,6 +1510,93 @@ def test_the_names_of_skills_are_counted(runs, tmp_path):
         path.write_text(json.dumps(read(path) | {"skills": skills}))
         with pytest.raises(UserError, match=f"tasks.json names {len(skills)} skills, the run has"):
             adapt.main(dict(checkpoint=str(tmp_path / "run"), output_dir=str(tmp_path / "few"), tasks="sort+double"))
+
+
+def test_rows_of_other_tasks_are_not_used(runs, tmp_path):
+    """A routed run whose training tasks are no longer those of the data, or in another order: refused by all that would
+    use their rows of Z, naming the first that differs. One adapter for all has no rows; numbers for names are of a run
+    from elsewhere."""
+    names = read(runs("mhr") / "tasks.json")["tasks"]
+    swapped = [names[0], names[2], names[1], *names[3:]]
+    using = (
+        lambda run: evaluate.evaluate(evaluate.Config(checkpoint=run)),
+        lambda run: analyze.main(dict(checkpoint=run)),
+        lambda run: train.main(dict(from_run=run, steps=1, output_dir=str(tmp_path / "more"))),
+        lambda run: train.run(read_config(train.Config, Path(run) / "config.json"), Path(run)),  # --resume
+    )
+    for k, (made, says) in enumerate(
+        [(swapped, "training task 1 is"), (names[:-1], f"training task {len(names) - 1} is")]
+    ):
+        shutil.copytree(runs("mhr"), tmp_path / str(k))
+        (tmp_path / str(k) / "tasks.json").write_text(json.dumps({"tasks": made, "skills": []}))
+        for use in using:
+            with pytest.raises(UserError, match=f"{says} .*that of the data .*--data-dir"):
+                use(str(tmp_path / str(k)))
+    (tmp_path / "0" / "tasks.json").write_text(json.dumps({"tasks": [str(t) for t in range(len(names))], "skills": []}))
+    assert refuse_other_tasks(tmp_path / "0", "mhr", train.load_tasks(train.Config(), "0", ("train",)).train) is None
+    with pytest.raises(UserError, match="training task 0 is '0', that of the data None"):
+        refuse_other_tasks(tmp_path / "0", "mhr", [])
+    assert refuse_other_tasks(tmp_path / "0", "lora", []) is None
+
+
+def test_epochs_take_the_place_of_the_recipes_steps_and_steps_of_its_epochs():
+    by_epochs, by_steps = train.make_config(dataset="strings", epochs=2), train.make_config(dataset="crossfit", steps=7)
+    assert (by_epochs.steps, by_epochs.epochs) == (0, 2) and (by_steps.steps, by_steps.epochs) == (7, 0)
+    assert train.steps_to_take(by_epochs, train.load_tasks(by_epochs, "0", ("train",)).train) == 2 * 64 * 500 // 64
+    with pytest.raises(UserError, match="--steps 5 and --epochs 2: give one of them"):
+        train.make_config(steps=5, epochs=2)
+
+
+def test_a_run_of_another_script_is_named(runs, adapted):
+    """train.py's and adapt.py's runs given in each other's place: the sentence says which script made it."""
+    with pytest.raises(UserError, match="it is a run of adapt.py, not of train.py"):
+        adapt.main(dict(checkpoint=str(adapted("mhr"))))
+    with pytest.raises(UserError, match="it is a run of adapt.py, not of train.py"):
+        train.main(dict(output_dir=str(adapted("mhr")), resume=True))
+    with pytest.raises(UserError, match="it is a run of train.py, not of adapt.py"):
+        adapt.main(dict(output_dir=str(runs("mhr")), resume=True))
+
+
+def test_flags_that_adaptation_does_not_use_are_named(runs, capsys):
+    """A flag that the variant or the method's kind of run does not use is said; a task named twice is one task."""
+    said = {
+        ("mhr", "z", "lr"), ("mhr", "mu", "lr_z"), ("mhr", "all", "soup"), ("lora", "all", "lr_z"),
+        ("adapter-soup", "mu", "soup"),
+    }  # fmt: skip
+    for method, variant, name in said:
+        adapt.make_config(**{"checkpoint": str(runs(method)), "variant": variant, name: 1})
+        assert f"--{name.replace('_', '-')}\n" in capsys.readouterr().out
+    for method, variant, name in {("mhr", "z", "lr_z"), ("mhr", "all", "lr"), ("adapter-soup", "all", "soup")}:
+        adapt.make_config(**{"checkpoint": str(runs(method)), "variant": variant, name: 1})
+        assert "changes nothing" not in capsys.readouterr().out
+    benchmark = strings.strings()
+    assert [task.name for task in adapt.choose_tasks(benchmark, f"{HELD_OUT[1]},{HELD_OUT[1]}")] == [HELD_OUT[1]]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name", "value"),
+    [("t0", "split", "42"), ("superni", "instructions", True), ("strings", "partition", "x.json")],
+)
+def test_flags_of_other_data_sets_are_named(capsys, dataset, name, value):
+    train.make_config(dataset=dataset, **{name: value})
+    assert capsys.readouterr().out.endswith(f"--dataset {dataset}: --{name}\n")
+    train.make_config(dataset="crossfit", split="13", partition="x.json")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("split", ["007", "-1", "1.5", "9" * 5000, "x", ""])
+def test_splits_are_whole_numbers_written_in_one_way(split):
+    with pytest.raises(UserError, match="^--split .{0,40} must be a whole number below 10.18 for strings$"):
+        strings.load("strings", "", split, ())
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path, capsys):
+    """A path that is not UTF-8 would break off the run later, when it is written or printed."""
+    odd = os.fsdecode(b"run\xff")
+    for Script, argv in ((train.Config, ["--output-dir", odd]), (adapt.Config, ["--split", "0", odd])):
+        with pytest.raises(SystemExit) as end:
+            config.explicit_flags(Script, {}, argv)
+        assert end.value.code == 2 and f"argument {argv[0]}: it is not UTF-8" in capsys.readouterr().err
 
 
 def test_a_folder_in_use_is_left_as_it_is(runs, adapted, places, capsys):

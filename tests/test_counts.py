@@ -8,7 +8,10 @@ import transformers
 
 import counts
 import evaluate
+import train
+from backbone import add_adapters
 from config import UserError
+from tests.models import small_config
 
 XL = {  # T5-XL, 313 tasks: trained on all tasks, Z, and for one new task all, z, mu
     "full": (2_849_757_184, 0, 2_849_757_184, None, None),
@@ -118,7 +121,48 @@ def test_the_table_shows_every_row(capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines()[1].split()[2:] == ["-"] * 6  # 7 heads do not divide a layer
 
 
-@pytest.mark.parametrize("kind, says", [("opt", "--backbone .*opt"), ("vit", "a vit model is no language model")])
+@pytest.mark.parametrize("name", [name for name in counts.ROWS if "64 heads" not in name])  # they do not divide 32
+def test_what_is_counted_is_what_a_run_of_so_many_tasks_trains(tmp_path, name):
+    """`counts.count` on one task, multiplied, is what the adapters of three tasks have."""
+    small_config("t5").save_pretrained(tmp_path)
+    settings = counts.ROWS[name] | (dict(heads=8) if "heads" in counts.ROWS[name] else {})
+    found = counts.count(str(tmp_path), 3, **settings)
+    model, cfg = counts.meta_backbone(str(tmp_path), "cpu"), train.Config(**settings)
+    cfg.skills = 3 if cfg.method == "private" else cfg.skills
+    if cfg.method != "full":
+        add_adapters(model, cfg, 3)
+    assert train.count_parameters(model) == {"adapters": found["adapters"], "routing": found["Z"]}
+
+
+def test_as_many_tasks_as_the_flag_allows():
+    """2^31 - 1 of them are counted, not made."""
+    assert counts.count("t5-xl", 2**31 - 1, method="private")["adapters"] == (2**31 - 1) * 2_211_840
+    assert counts.count("t5-xl", 2**31 - 1, method="mhr", heads=64)["Z"] == (2**31 - 1) * 221_184
+
+
+BROKEN = {  # what a config.json says, and what is said of it
+    '"num_layers": 20000': "its num_layers is more than 10,000",
+    '"d_model": 1e400': "Field 'd_model' expected int, got float",
+    '"d_model": "many"': "Field 'd_model' expected int, got str",
+    '"d_model": -5': "negative dimension -5",
+    '"num_layers": 0, "num_decoder_layers": 0': "no layer's name matches",
+    '"model_type": "bert"': "a bert model have no names here",
+}
+
+
+@pytest.mark.parametrize("settings", BROKEN)
+def test_configs_of_which_no_model_can_be_made(tmp_path, settings):
+    """Numbers that no model has, texts for numbers, another family: one sentence that names this backbone, soon."""
+    (tmp_path / "config.json").write_text('{"model_type": "t5", "decoder_start_token_id": 0, ' + settings + "}")
+    for flags in (dict(count_parameters=True), dict(memory=2)):
+        with pytest.raises(UserError, match=f"--backbone {tmp_path}.*{BROKEN[settings]}") as refused:
+            evaluate.main(flags | dict(backbone=str(tmp_path)))
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "kind, says", [("opt", "--backbone .* opt model have no names"), ("vit", "a vit model is no language model")]
+)
 def test_backbones_that_cannot_be_counted(tmp_path, kind, says):
     """A language model whose layers have no names here, and a model of another kind: one sentence, not a table of -."""
     transformers.AutoConfig.for_model(kind).save_pretrained(tmp_path / kind)

@@ -249,6 +249,15 @@ def test_broken_partition_file_is_named(gym, content):
         load(gym)
 
 
+@pytest.mark.parametrize("name", ["a/b", "..", "../../x", ""])
+def test_a_task_of_a_partition_is_no_path(gym, name):
+    """Beside tasks that are there, so that nothing else is wrong with the file."""
+    content = json.loads((gym / "random.json").read_text())
+    (gym / "random.json").write_text(json.dumps(content | {"train": [*content["train"], name]}))
+    with pytest.raises(UserError, match="random.json.*expected"):
+        load(gym)
+
+
 @pytest.mark.parametrize("one, other", [("train", "test"), ("dev", "test")])
 def test_a_task_in_two_lists(gym, one, other):
     lists = {"train": ["colour"], "dev": [], "test": []}

@@ -698,11 +698,20 @@ def test_compare_without_scores(tmp_path):
 
 def test_compare_names_unfinished_folders(tmp_path):
     done = run_folder(tmp_path / "done", TRAIN, mean=10.0)
-    unfinished = run_folder(tmp_path / "unfinished", TRAIN)
-    table = compare((unfinished, done, str(tmp_path / "nothing")))
+    unfinished, empty = run_folder(tmp_path / "unfinished", TRAIN), tmp_path / "empty"
+    empty.mkdir()
+    table = compare((unfinished, done, str(empty)))
     assert len(body(table)) == 2
-    assert table.split("\n")[-1] == f"without result.json: {unfinished}, {tmp_path / 'nothing'}"
-    assert compare((unfinished,)).split("\n")[0].startswith("run")
+    assert table.split("\n")[-1] == f"without result.json: {unfinished}, {empty}"
+
+
+def test_compare_refuses_what_is_no_folder_or_has_nothing_to_show(tmp_path):
+    """A mistyped name beside a finished run, and runs of which none has finished: refused, not an empty table."""
+    done, unfinished = run_folder(tmp_path / "done", TRAIN, mean=10.0), run_folder(tmp_path / "unfinished", TRAIN)
+    with pytest.raises(UserError, match="--compare .*/typo does not exist"):
+        compare((done, str(tmp_path / "typo")))
+    with pytest.raises(UserError, match="none that has finished: .*/unfinished$"):
+        compare((unfinished,))
 
 
 @pytest.mark.parametrize("file", ["config.json", "result.json"])
@@ -722,6 +731,62 @@ def test_compare_of_an_adaptation_whose_checkpoint_is_gone(tmp_path):
 def test_command_without_arguments_says_what_to_give():
     with pytest.raises(UserError, match="--checkpoint .*--compare"):
         evaluate.main({})
+
+
+JOBS = [
+    (dict(compare=("a",), checkpoint="b"), "--compare and --checkpoint"),
+    (dict(zero_shot=True, constant=True, checkpoint="b"), "--zero-shot and --constant"),
+    (dict(count_parameters=True, memory=4), "--count-parameters and --memory"),
+    (dict(compare=("a",), zero_shot=True), "--compare and --zero-shot"),
+]
+
+
+@pytest.mark.parametrize("flags, says", JOBS, ids=[says for _, says in JOBS])
+def test_two_jobs_at_a_time_are_refused(flags, says):
+    """None of the two is left out without a word."""
+    with pytest.raises(UserError, match=f"^{says} are two jobs: give one of them$"):
+        evaluate.main(flags)
+
+
+def test_a_way_of_scoring_needs_a_run():
+    """--zero-shot alone does not look for a run in the folder that one is in."""
+    with pytest.raises(UserError, match="^give --checkpoint RUN"):
+        evaluate.main(dict(zero_shot=True))
+
+
+@pytest.mark.parametrize(
+    "flags, ignored",
+    [
+        (dict(backbone="/no/such", max_input=1, split="999"), "--checkpoint: --backbone, --max-input, --split"),
+        (dict(zero_shot=True, split="999", beams=2, training_tasks=3), "--zero-shot: --training-tasks"),
+        (dict(constant=True, split="999", test_examples=3, beams=2), "--constant: --beams"),
+        (dict(save="x.json", test_examples=3, batch_size=2, beams=2, data_dir="d", device="cpu"), ""),
+    ],
+)
+def test_flags_that_change_nothing_are_named(monkeypatch, capsys, flags, ignored):
+    """Those of other jobs, before anything is loaded; those of the job are not."""
+    monkeypatch.setattr(evaluate, "evaluate", lambda cfg: None)
+    evaluate.main(dict(checkpoint="run") | flags)
+    assert capsys.readouterr().out == (f"changes nothing with {ignored}\n" if ignored else "")
+
+
+def test_saving_a_comparison_is_said_to_do_nothing(tmp_path, capsys):
+    folder = run_folder(tmp_path / "r", TRAIN, mean=10.0)
+    evaluate.main(dict(compare=(folder,), save=str(tmp_path / "x.json")))
+    assert capsys.readouterr().out.splitlines()[0] == "changes nothing with --compare: --save"
+
+
+@pytest.mark.parametrize("place", ["r/config.json", "r", "no/such/x.json", "r/config.json/x.json", "r/" + "x" * 254])
+def test_a_file_that_cannot_be_saved_is_refused_first(tmp_path, monkeypatch, place):
+    """A file or folder that is there, and a place where none can be made: before the run is read, and nothing is
+    touched."""
+    folder = Path(run_folder(tmp_path / "r", TRAIN))
+    before = (folder / "config.json").read_bytes()
+    monkeypatch.setattr(adapt, "train_config", lambda *_: pytest.fail("the run was read"))
+    with pytest.raises(UserError, match=f"^--save {tmp_path / place}") as refused:
+        evaluate.main(dict(checkpoint=str(folder), save=str(tmp_path / place)))
+    assert "\n" not in str(refused.value)
+    assert [p.name for p in folder.iterdir()] == ["config.json"] and (folder / "config.json").read_bytes() == before
 
 
 HUGE = 10**400  # JSON knows no largest number
@@ -770,7 +835,7 @@ def test_scoring_without_memory_is_one_sentence_with_advice(monkeypatch, tmp_pat
         raise error
 
     monkeypatch.setattr(adapt, "load_run", full)
-    folder = run_folder(tmp_path / "r", TRAIN)
+    folder = run_folder(tmp_path / "r", TRAIN | {"method": "lora"})
     with pytest.raises(RunError, match="^there is not enough memory: try a smaller --batch-size") as failed:
         evaluate.main(dict(checkpoint=folder))
     assert "--resume" not in str(failed.value) and "\n" not in str(failed.value)

@@ -30,7 +30,7 @@ import inject
 import resume
 import train
 from backbone import load_backbone
-from experiments import faults, kills, longrun, targets
+from experiments import faults, kills, longrun, scale, targets
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 6
@@ -341,6 +341,16 @@ def test_a_step_that_is_saved_again_is_noticed():
     assert seen == [0, 4, 1]
 
 
+def test_files_left_half_written_are_counted(tmp_path):
+    """Ours and safetensors' own, also in folders of splits; the newest of them tells; whole files do not."""
+    (tmp_path / "0").mkdir()
+    assert kills.half_files(tmp_path) == 0
+    for seconds, name in enumerate(("log.jsonl.tmp", ".tmpAb12cd", "0/.tmpzzzzzz", "0/a.json.tmp", "a.json"), 1):
+        (tmp_path / name).write_text("half")
+        os.utime(tmp_path / name, (seconds, seconds))
+        assert kills.half_files(tmp_path) == min(seconds, 4) * 10**9, name
+
+
 # --- Many mutated files -----------------------------------------------------------------------------------------------
 
 
@@ -473,3 +483,43 @@ def test_what_is_said_of_a_long_run():
     for wrong in (rows(lambda s: 1024 * s), rows(files=lambda s: 8 + (s > 15_000)), rows(line=300)):
         text, good = longrun.verdict(wrong, 500, 50)
         assert not good and text.endswith("IT GROWS")
+
+
+# --- Flags ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "module, line, named",
+    [
+        (faults, "", "give --kills NUMBER, --mutations NUMBER or both"), (faults, "--first 3", "give --kills"),
+        (faults, "--mutations -5", "--mutations must not be negative"), (faults, "--kills -1", "--kills must not be"),
+        (faults, "--mutations 1 --first -1", "--first must"), (faults, "--mutations 1 --keep FILE", "--keep FILE"),
+        (longrun, "--steps 0", "--steps must be"), (longrun, "--steps -1", "--steps must be"),
+        (longrun, "--every -1", "--every"), (longrun, "--every 2000", "--every"), (longrun, "--log-every 0", "--log"),
+        (longrun, "--allowed nan", "--allowed"), (longrun, "--allowed -1", "--allowed"),
+        (longrun, "--log-every 20000", "--log-every"), (longrun, "--steps 3000000000", "--steps must be"),
+        (scale, "--rows 0", "--rows must be at least 10"), (scale, "--rows 10 -1", "--rows must be"),
+        (scale, "--rows 9", "--rows must be"), (scale, "--rows 3000000000", "--rows must be"),
+    ],
+)  # fmt: skip
+def test_flags_that_cannot_be(monkeypatch, capsys, tmp_path, module, line, named):
+    """One sentence that names the flag, exit code 2, and no work."""
+    (tmp_path / "FILE").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    for work in ("kills", "mutations", "measure", "run"):
+        monkeypatch.setattr(module, work, None, raising=False)
+    monkeypatch.setattr(sys, "argv", [module.__name__, *line.split()])
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    said = capsys.readouterr().err.split("error: ")
+    assert stopped.value.code == 2 and len(said) == 2 and named in said[1]
+    assert (tmp_path / "FILE").read_text() == "mine"
+
+
+def test_rows_that_cannot_be_read(monkeypatch):
+    """What the process that reads says, as one RunError."""
+    monkeypatch.setattr(scale, "write_rows", lambda folder, rows: None)
+    failed = SimpleNamespace(returncode=1, stdout="", stderr="error: the disk is full\n")
+    monkeypatch.setattr(scale.subprocess, "run", lambda *args, **options: failed)
+    with pytest.raises(config.RunError, match="reading 10 rows failed: error: the disk is full"):
+        scale.measure((10,))

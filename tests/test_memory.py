@@ -1,5 +1,6 @@
 """The memory of a training step: what is computed without weights is what a real step takes."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import evaluate
 import memory
 import train
 from backbone import TINY, add_adapters
+from config import UserError
 from counts import meta_backbone
 from inject import task_ids
 from tests.models import small_config
@@ -64,6 +66,30 @@ def test_command(capsys):
     assert lines[0].split()[:5] == ["GB", "backbone", "adapters", "AdamW", "step"]
     assert [line.split("  ")[0] for line in lines[1:]] == list(memory.SHOWN)
     assert all(cell == "0.0" for cell in lines[1].split()[1:])  # a small model
+
+
+@pytest.mark.parametrize("size, lengths", [(2**31 - 1, (1, 1)), (1, (2**31 - 1, 1)), (100_000, (64, 64))])
+def test_a_batch_that_fits_nowhere_is_refused(size, lengths):
+    """At once, in a sentence with the flags that make it."""
+    tokens = f"--memory {size} --max-input {lengths[0]} --max-output {lengths[1]} is a batch of {size * sum(lengths):,}"
+    with pytest.raises(UserError, match=f"^{tokens} tokens, .*10,000,000"):
+        memory.table(str(TINY), size, lengths, 8)
+
+
+def test_the_largest_inputs_and_the_most_tasks():
+    """A million tokens an example and 2^31 - 1 tasks have sizes and no content: they are computed, not made."""
+    found = memory.training_memory(str(TINY), 10, (999_000, 1_000), 2**31 - 1, method="poly")
+    assert found["step"] > found["backbone"] and found["adapters"] > 2**31
+
+
+def test_a_backbone_that_takes_no_step(tmp_path):
+    """A config without the token that outputs begin with: one sentence, where the count of parameters needs none."""
+    settings = small_config("t5").to_dict()
+    del settings["decoder_start_token_id"]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=f"--backbone {tmp_path}: .*decoder_start_token_id") as refused:
+        memory.table(str(tmp_path), 2, (8, 4), 8)
+    assert "\n" not in str(refused.value)
 
 
 def test_readme_has_what_is_computed(monkeypatch):

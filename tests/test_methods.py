@@ -118,3 +118,17 @@ def test_another_recipe_is_another_folder():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(config.PRETRAINING["strings"], "steps", 7)
         assert again() != methods.RUNS.name
+
+
+@pytest.mark.parametrize(
+    "line, named",
+    [("--jobs 0", "--jobs"), ("--jobs -1", "--jobs"), ("--seeds -1", "--seeds"), ("--seeds 0 1 0", "--seeds"),
+     ("--methods MHR MHR", "--methods")],
+)  # fmt: skip
+def test_flags_that_cannot_be(monkeypatch, capsys, line, named):
+    """One sentence that names the flag, exit code 2, and no run."""
+    monkeypatch.setattr(methods, "one_seed", None)
+    monkeypatch.setattr("sys.argv", ["methods", *line.split()])
+    with pytest.raises(SystemExit) as stopped:
+        methods.main()
+    assert stopped.value.code == 2 and f"error: {named} " in capsys.readouterr().err

@@ -436,6 +436,7 @@ def test_every_flag_of_pretraining_overrides_its_recipe_and_nothing_else(monkeyp
         cfg = by_flag(train, PRETRAINING, field, value, dataset=dataset)
         assert getattr(cfg, field.name) == value
         follow = {"method": ("lr", "output_dir"), "adapter": ("layers",), "device": ("precision",)}
+        follow |= {"steps": ("epochs",), "epochs": ("steps",)}  # one takes the place of the other
         follow = follow.get(field.name, ("output_dir",))
         left = {name for name in vars(plain) if getattr(cfg, name) != getattr(plain, name)}
         assert left <= {field.name, *follow}

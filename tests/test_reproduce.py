@@ -163,6 +163,44 @@ def test_too_few_or_other_seeds_are_refused(monkeypatch, capsys, argv, named):
     assert named in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "line, named",
+    [("--jobs 0", "--jobs"), ("--jobs -1", "--jobs"), ("--seeds 0 1 2 2", "--seeds"), ("--seeds -1 1 2", "--seeds"),
+     ("--results FILE", "--results FILE"), ("--results FILE/new", "--results"), ("--runs FILE", "--runs FILE")],
+)  # fmt: skip
+def test_flags_that_cannot_be(monkeypatch, capsys, tmp_path, line, named):
+    """One sentence that names the flag, exit code 2, and no run."""
+    (tmp_path / "FILE").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "make_missing", None)
+    monkeypatch.setattr("sys.argv", ["reproduce", "--results", "new", *line.split()])
+    with pytest.raises(SystemExit) as stopped:
+        reproduce.main()
+    assert stopped.value.code == 2 and re.search(f"error: {named}[: ]", capsys.readouterr().err)
+    assert (tmp_path / "FILE").read_text() == "mine"
+
+
+WHOLE = {"flags": "a", "seed": 0, "value": 1.0, "trained": 3, "new task": None, "seconds": [1.0, 2], "commit": "abc"}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    ["{", "[]", "\0", "[" * 3000, *(json.dumps(WHOLE | change) for change in (
+        {"value": None}, {"value": float("nan")}, {"value": {}}, {"value": {"300": "x"}}, {"trained": "3"},
+        {"seconds": [1.0]}, {"seconds": 1}, {"flags": []}, {"seed": "0"}, {"commit": 1}, {"new task": "3"},
+    )), json.dumps({"flags": "a", "seed": 0, "value": 1.0})],
+)  # fmt: skip
+def test_a_damaged_raw_file_is_one_sentence(tmp_path, odd):
+    """It names the line; what is whole is read, also values over training."""
+    path, over = tmp_path / "claims.jsonl", WHOLE | {"seed": 1, "value": {"300": 0.5}}
+    path.write_text("".join(json.dumps(line) + "\n" for line in (WHOLE, over)))
+    assert reproduce.read_raw(path) == {("a", 0): WHOLE, ("a", 1): over}
+    with open(path, "a") as file:
+        file.write(odd + "\n")
+    with pytest.raises(config.UserError, match=f"{path}:3 is damaged"):
+        reproduce.read_raw(path)
+
+
 # --- Values and page --------------------------------------------------------------------------------------------------
 
 

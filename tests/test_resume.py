@@ -658,6 +658,52 @@ def test_nonfinite_loss_stops_the_run(monkeypatch, cut_off, reference, value):
     same(cut_off, reference)
 
 
+class Steep(torch.autograd.Function):
+    """The same number, with a gradient that is not finite."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * math.inf
+
+
+def test_nonfinite_gradients_stop_the_run(monkeypatch, cut_off, reference):
+    """The loss is finite, its gradient is not: nothing is changed by it either."""
+    real, calls = train.token_loss, []
+
+    def broken(model, batch):
+        calls.append(batch)
+        return Steep.apply(real(model, batch)) if len(calls) == 3 else real(model, batch)
+
+    monkeypatch.setattr(train, "token_loss", broken)
+    with pytest.raises(RunError, match=r"step 6, .*: the loss is \d+\.\d+, the norm of its gradients (nan|inf)"):
+        train.main(dict(output_dir=str(cut_off), resume=True))
+    monkeypatch.undo()
+    train.main(dict(output_dir=str(cut_off), resume=True))
+    same(cut_off, reference)
+
+
+def test_nonfinite_gradients_end_one_task_not_all(monkeypatch, capsys, reference, tmp_path):
+    """From the second step on, on one of two tasks: it keeps its best values, which are finite, the other goes on."""
+    real, calls = train.batch_loss, []
+
+    def broken(model, tokenizer, items, *args, **kwargs):
+        loss = real(model, tokenizer, items, *args, **kwargs)
+        calls.append(loss.requires_grad)
+        return Steep.apply(loss) if sum(calls) == 2 else loss
+
+    monkeypatch.setattr(train, "batch_loss", broken)
+    few = FEW | dict(checkpoint=str(reference), tasks="drop+swap,double+upper", output_dir=str(tmp_path / "few"))
+    stops = adapt.main(few)["splits"]["0"]["stops"]
+    assert "drop+swap: loss or gradients are not finite in step 2" in capsys.readouterr().out
+    assert {name: stop["stopped"] for name, stop in stops.items()} == {"drop+swap": 2, "double+upper": 3}
+    saved = load_file(tmp_path / "few" / "0" / "drop+swap.safetensors")
+    assert all(x.isfinite().all() for x in saved.values() if x.is_floating_point())
+
+
 def test_nonfinite_loss_ends_one_task_not_all(monkeypatch, capsys, reference, tmp_path):
     """Of three tasks the second one breaks: it keeps its best values, here those before training."""
     real = train.backward_in_parts
