@@ -247,8 +247,8 @@ all. "~" and "<=" mean within {margin:g} points; the intervals below are two-sid
 Five seeds are few: where their differences have a standard deviation of 4 points, a true difference of 5 points is
 found in 56 % of cases, of 8 in 91 %, and true equality in 53 %.
 The rule was fixed before these runs; held-out scores of earlier settings, seeds 0 to 2, had been seen by then
-(`LOG.md`). Training and adaptation took {hours:.1f} hours of one core, at commit {commits}; the hours of a claim are
-those of all that it asks for, of which claims share much.
+(`LOG.md`). Training and adaptation took {hours:.1f} hours by the clock, each run on one core beside others, at commit
+{commits}; the hours of a claim are those of all that it asks for, of which claims share much.
 
 | claim | verdict | the papers |
 |---|---|---|
@@ -263,7 +263,7 @@ def section(name: str, claim: Claim, found: dict[str, Found], parts: list[Verdic
         f"## {name}",
         "",
         f"{claim.says} ({claim.place}.) **{verdict(parts).capitalize()}.** {claim.note}".rstrip(),
-        f"({hours([line for of in found.values() for line in of.lines]):.1f} hours of one core.)",
+        f"({hours([line for of in found.values() for line in of.lines]):.1f} hours by the clock.)",
         "",
     ]
     text += ["| comparison | difference | 95 % interval | |", "|---|---:|---:|---|"]
