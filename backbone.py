@@ -94,10 +94,15 @@ def load_backbone(name: str, device: str, precision: str = "fp32", encoder: bool
         flag = "--encoder" if encoder else "--backbone"
         if out_of_memory(error):
             raise RunError(f"there is not enough memory to load {flag} {name}: use one that is smaller") from None
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         if "trust_remote_code" in str(error):
             reason = "it asks to run code of its own, which is never done here"
         raise UserError(f"{flag} {name} cannot be loaded: {reason} ({flag} tiny is bundled)") from None
+
+
+def reason_of(error: Exception) -> str:
+    """What a library's error says in its first line, and in the next where that ends with a colon."""
+    return (re.sub(r":\s+", ": ", str(error).strip()) or type(error).__name__).splitlines()[0]
 
 
 def refuse_endless(settings: dict):

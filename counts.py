@@ -7,7 +7,6 @@ give it; `adapt.py`'s own preparation then says what a new task trains. So the t
 """
 
 import dataclasses
-import re
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import adapt
 import train
-from backbone import add_adapters, refuse_endless
+from backbone import add_adapters, reason_of, refuse_endless
 from config import VARIANTS, UserError
 from data import reach_hub
 from inject import named_layers
@@ -81,11 +80,6 @@ def meta_backbone(name: str, device: str = "meta", dtype: torch.dtype = torch.fl
         why = f"the layers of a {config.model_type} model have no names here"
         raise UserError(f"--backbone {name}: {why}, give one like T5, BART, Llama or GPT-2") from None
     return model
-
-
-def reason_of(error: Exception) -> str:
-    """What a library's error says in its first line, and in the next where that ends with a colon."""
-    return (re.sub(r":\s+", ": ", str(error).strip()) or type(error).__name__).splitlines()[0]
 
 
 def count(backbone: str, tasks: int, **settings) -> dict[str, int]:

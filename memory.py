@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import train
-from backbone import add_adapters
+from backbone import add_adapters, reason_of
 from config import UserError
-from counts import ROWS, meta_backbone, reason_of
+from counts import ROWS, meta_backbone
 from inject import adapter_parameters, task_ids
 
 MOST_TOKENS = 10_000_000  # of a batch: a thousand times what the papers train with, and the ids of its tasks are real
