@@ -1,4 +1,4 @@
-"""Routing beyond language: one agent for eight levels of BabyAI (Polytropon [1] section 3, appendices A.1 and B).
+r"""Routing beyond language: one agent for eight levels of BabyAI (Polytropon [1] section 3, appendices A.1 and B).
 
     pip install minigrid==3.2.0
     python -m experiments.babyai --method skilled --width 32 --frames 3000000
@@ -38,15 +38,15 @@ What [1] leaves open, and what was chosen:
 * mhr: a layer with a tensor whose rows --heads does not divide keeps one Z; of 8, look-up tables and last layers.
 
 One process steps all slots; `share_of_time` in result.json says how much of a run was the environments, acting and
-learning. All methods and two controls, two runs side by side on two cores, in rounds of half a million frames, so that
-whenever time ends all have as many; the same again goes on where it was cut off:
+learning. All methods and two controls, two runs side by side on two cores, in rounds of a million frames, so that
+whenever time ends most have as many; the same again goes on where it was cut off:
 
-    for frames in 500000 1000000 1500000 2000000; do for seed in 0 1; do
+    for frames in 1000000 2000000; do for seed in 0 1; do
       for method in skilled shared expert private mhr single-speed dense; do
         echo --frames $frames --seed $seed --method $method; done
       for method in shared private; do
         echo --frames $frames --seed $seed --method $method --lr 2e-4 --output-dir runs/babyai-$method-fast-$seed; done
-    done; done | OMP_NUM_THREADS=1 xargs -P 2 -L 1 \\
+    done; done | OMP_NUM_THREADS=1 xargs -P 2 -L 1 \
       python -m experiments.babyai --resume --width 32 --levels GoToObj GoToRedBallGrey GoToRedBall
 
 Shape key: t frames in time, n slots, m rows of frames, s skills, k entries of a skill.
