@@ -178,7 +178,7 @@ USED_BY = {  # flags of some methods only
     "soup": ("adapter-soup",),
 }  # fmt: skip
 OF_ADAPTER = {"rank": "lora", "density": "sft"}
-OF_DATASET = {"split": ("strings", "strings-single", "crossfit"), "instructions": "strings", "partition": "crossfit"}
+OF_DATASET = {"split": ("strings", "strings-single", "crossfit"), "instructions": ("strings",), "partition": ("crossfit",)}
 NOT_OF_VARIANT = {"z": ("lr", "weight_decay"), "mu": ("lr_z", "soup"), "lora": ("lr_z",)}
 
 
@@ -187,7 +187,7 @@ def unused(cfg, flags: dict, variant: str = "") -> list[str]:
     variant is given, in adapting what was trained so."""
     names = [name for name in flags if cfg.method not in USED_BY.get(name, METHODS)]
     names += [name for name in flags if cfg.adapter != OF_ADAPTER.get(name, cfg.adapter)]
-    names += [name for name in flags if not variant and cfg.dataset not in OF_DATASET.get(name, cfg.dataset)]
+    names += [name for name in flags if not variant and cfg.dataset not in OF_DATASET.get(name, (cfg.dataset,))]
     names += [name for name in flags if name in NOT_OF_VARIANT.get(variant, ())]
     return [f"--{name.replace('_', '-')}" for name in dict.fromkeys(names)]
 
