@@ -178,7 +178,11 @@ USED_BY = {  # flags of some methods only
     "soup": ("adapter-soup",),
 }  # fmt: skip
 OF_ADAPTER = {"rank": "lora", "density": "sft"}
-OF_DATASET = {"split": ("strings", "strings-single", "crossfit"), "instructions": ("strings",), "partition": ("crossfit",)}
+OF_DATASET = {
+    "split": ("strings", "strings-single", "crossfit"),
+    "instructions": ("strings",),
+    "partition": ("crossfit",),
+}
 NOT_OF_VARIANT = {"z": ("lr", "weight_decay"), "mu": ("lr_z", "soup"), "lora": ("lr_z",)}
 
 
