@@ -70,9 +70,14 @@ def run(script: str, flags: list[str], made: Path) -> dict:
 
 
 def commit() -> str:
-    """The commit of this tree, marked -dirty if it was changed since."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    """The commit of this tree, marked -dirty if a file of it was changed since: not those in results/, where numbers
+    are added while runs are made."""
+
+    def git(*command):
+        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
+    return git("describe", "--always", "--exclude", "*") + ("-dirty" if changed else "")
 
 
 def pretrain(name: str, seed: int, root: Path, extra: tuple[str, ...] = ()) -> tuple[Path, dict]:

@@ -3,6 +3,7 @@
 import json
 import math
 import runpy
+import subprocess
 
 import pytest
 from hypothesis import given
@@ -93,14 +94,14 @@ def test_what_was_made_is_not_made_again(monkeypatch, tmp_path):
 
     def fake(command, **options):
         calls.append(command)
-        if command[0] != "git":
-            (tmp_path / "result.json").write_text(json.dumps({"mean": 3.0}))
-        return type("Done", (), {"returncode": 0, "stdout": "abc\n", "stderr": ""})
+        (tmp_path / "result.json").write_text(json.dumps({"mean": 3.0}))
+        return type("Done", (), {"returncode": 0, "stdout": "done\n", "stderr": ""})
 
     monkeypatch.setattr(methods.subprocess, "run", fake)
+    monkeypatch.setattr(methods, "commit", lambda: "abc")
     for _ in range(2):
         assert methods.run("train.py", ["--seed", "0"], tmp_path / "result.json") == {"mean": 3.0}
-    assert len([c for c in calls if c[0] != "git"]) == 1
+    assert len(calls) == 1
     assert (tmp_path / "commit").read_text() == "abc"
 
 
@@ -132,3 +133,20 @@ def test_flags_that_cannot_be(monkeypatch, capsys, line, named):
     with pytest.raises(SystemExit) as stopped:
         methods.main()
     assert stopped.value.code == 2 and f"error: {named} " in capsys.readouterr().err
+
+
+def test_a_commit_is_dirty_if_more_than_results_changed(tmp_path, monkeypatch):
+    """Numbers that are added to results/ while runs are made do not mark those that follow."""
+    monkeypatch.setattr(methods, "ROOT", tmp_path)
+    (tmp_path / "results").mkdir()
+    for name in ("train.py", "results/claims.jsonl"):
+        (tmp_path / name).write_text("before")
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], [*author, "commit", "-q", "-m", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    clean = methods.commit()
+    assert clean and "dirty" not in clean
+    (tmp_path / "results" / "claims.jsonl").write_text("after")
+    assert methods.commit() == clean
+    (tmp_path / "train.py").write_text("after")
+    assert methods.commit() == f"{clean}-dirty"
