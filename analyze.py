@@ -305,7 +305,7 @@ def compare(cfg: Config):
     if alignment:
         figures.over_steps(alignment, out / "alignment-over-steps", ALIGNMENT)
     if points:
-        places = {label: (v[0][0], *figures.mean_std([score for _, score in v])) for label, v in points.items()}
+        places = {label: {"": (v[0][0], *figures.mean_std([s for _, s in v]))} for label, v in points.items()}
         figures.performance(places, out / "performance", "mean score of held-out tasks (%)")
     print(f"figures are in {out}")
 

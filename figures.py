@@ -192,12 +192,35 @@ def short(layer: str) -> str:
 
 
 @drawing
-def over_steps(series: dict[str, list[tuple]], stem, ylabel: str, log: bool = False, xlabel: str = "training steps"):
-    """Lines over training steps, or what xlabel says. series: {label: for each seed (steps, values)}.
+def over_steps(series: dict[str, list[tuple]], stem, ylabel: str, log: bool = False):
+    """Lines over training steps. series: {label: for each seed (steps, values)}. log: a logarithmic y axis."""
+    fig = lines(series, ylabel)
+    (ax,) = fig.axes
+    ax.set_xlabel("training steps")
+    ax.set_xlim(left=0)
+    if log:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    save(fig, stem)
 
-    Several seeds are a mean with a band of one standard deviation, at the steps that all of them have. log: a
-    logarithmic y axis.
-    """
+
+@drawing
+def over_skills(series: dict[str, list[tuple]], stem, ylabel: str):
+    """Lines over sizes of the inventory, each twice the one before. series: {label: for each seed (sizes, values)}."""
+    fig = lines(series, ylabel)
+    (ax,) = fig.axes
+    ax.set_xscale("log", base=2)
+    ax.set_xlabel("skills in the inventory")
+    sizes = sorted({size for seeds in series.values() for x, _ in seeds for size in x})
+    ax.set_xticks(sizes, sizes)
+    save(fig, stem)
+
+
+def lines(series: dict[str, list[tuple]], ylabel: str) -> Figure:
+    """A figure of lines: {label: for each seed (x, values)}. Several seeds are a mean with a band of one standard
+    deviation, at the x that all of them have."""
     fig = Figure(figsize=(WIDTH, 3.0))
     ax = fig.subplots()
     for label, style in styles(series).items():
@@ -209,28 +232,32 @@ def over_steps(series: dict[str, list[tuple]], stem, ylabel: str, log: bool = Fa
         ax.plot(steps, mean, label=label + seeds, markevery=every, **style)
         if len(values) > 1:
             ax.fill_between(steps, mean - std, mean + std, color=style["color"], alpha=0.2, linewidth=0)
-    if log:
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    ax.set_xlim(left=0)
+    ax.set_ylabel(ylabel)
     ax.grid(axis="y", color="0.9", linewidth=0.6)
-    longest = max(len(label) for label in series)
-    fig.legend(loc="outside upper center", ncols=max(1, min(3, len(series), 60 // longest)))
-    save(fig, stem)
+    labels = ax.get_legend_handles_labels()[1]
+    fig.legend(loc="outside upper center", ncols=max(1, min(3, len(labels), 60 // max(map(len, labels)))))
+    return fig
 
 
 @drawing
-def performance(points: dict[str, tuple[float, float, float]], stem, ylabel: str, when: str = "for a new task"):
-    """Score against trained parameters (MHR figures 2 and 3, right). points: {label: (parameters, mean, standard
-    deviation over seeds, 0 for one)}. when: what the parameters were trained for."""
+def performance(curves: dict[str, dict[str, tuple]], stem, ylabel: str, when: str = "for a new task"):
+    """Score against trained parameters (MHR figures 2 and 3, right). curves: {label: {mark: (parameters, mean,
+    standard deviation over seeds, 0 for one)}}. when: what the parameters were trained for.
+
+    A curve of one point has its label beside it, others have them in a legend and a mark beside each point.
+    """
     fig = Figure(figsize=(WIDTH, 3.6))
-    ax = fig.subplots()
-    for label, style in styles(points).items():
-        x, y, std = points[label]
-        ax.errorbar(x, y, std or None, capsize=2.5, elinewidth=1, **style | dict(linestyle="none", markersize=6))
+    ax, points = fig.subplots(), []
+    for label, style in styles(curves).items():
+        curve = curves[label]
+        if len(curve) == 1:
+            points += [(label, "black", *point) for point in curve.values()]
+            line = dict(linestyle="none")
+        else:
+            points += [(mark, style["color"], *point) for mark, point in curve.items()]
+            line = dict(linewidth=1, label=label)
+        x, mean, std = np.array(list(curve.values()), float).T
+        ax.errorbar(x, mean, std if std.any() else None, capsize=2.5, elinewidth=1, **style | dict(markersize=6) | line)
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(LogLocator(10))
     ax.xaxis.set_minor_formatter(NullFormatter())
@@ -238,6 +265,8 @@ def performance(points: dict[str, tuple[float, float, float]], stem, ylabel: str
     ax.margins(0.18, 0.15)
     ax.grid(color="0.92", linewidth=0.6)
     ax.set_axisbelow(True)
+    if ax.get_legend_handles_labels()[1]:
+        fig.legend(loc="outside upper center", ncols=2)
     place_labels(fig, ax, points)
     save(fig, stem)
 
@@ -247,31 +276,35 @@ def mean_std(values) -> tuple[float, float]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
-def place_labels(fig: Figure, ax, points: dict[str, tuple[float, float, float]]):
-    """Write the label of each point (x, mean, std) beside it, at the first of 16 places where it covers no point, no
-    line of a standard deviation, no label and no edge."""
+def place_labels(fig: Figure, ax, points: list[tuple[str, str, float, float, float]]):
+    """Write the label of each point (label, colour, x, mean, std) beside it, or above or below the line of its standard
+    deviation, at the first place where it covers no point, no such line, no label and no edge."""
     renderer = FigureCanvasAgg(fig).get_renderer()
     fig.draw_without_rendering()
-    spots = [(7, 0, "left"), (-7, 0, "right"), (0, 9, "center"), (0, -9, "center"), (6, 7, "left"), (-6, 7, "right"),
-             (6, -7, "left"), (-6, -7, "right")]  # fmt: skip
-    spots += [(2 * dx, 2 * dy, side) for dx, dy, side in spots]
-    taken = []
-    for x, y, std in points.values():
+    beside = [(7, 0, "left"), (-7, 0, "right"), (0, 9, "center"), (0, -9, "center"), (6, 7, "left"), (-6, 7, "right"),
+              (6, -7, "left"), (-6, -7, "right")]  # fmt: skip
+    beside += [(2 * dx, 2 * dy, side) for dx, dy, side in beside]
+    ends = [(dx, dy, "center") for dy in (9, 18, 27) for dx in (0, 8, -8)]
+    taken, lines = [], []
+    for _, _, x, y, std in points:
         (x, low), (_, high) = ax.transData.transform([(x, y - std), (x, y + std)])
+        lines.append((low, (low + high) / 2, high))
         taken.append(Bbox.from_extents(x - 6, low - 6, x + 6, high + 6))
-    frame = ax.get_window_extent(renderer)
-    for label, (*point, _) in points.items():
+    frame, dots = ax.get_window_extent(renderer), 72 / fig.dpi  # points of type a pixel
+    for (label, colour, *point, _), (low, y, high) in zip(points, lines, strict=True):
+        spots = [*beside, *((dx, (high - y) * dots + dy, side) for dx, dy, side in ends)]
+        spots += [(dx, (low - y) * dots - dy, side) for dx, dy, side in ends]
         for dx, dy, side in spots:
             at = dict(xytext=(dx, dy), textcoords="offset points", ha=side, va="center")
-            text = ax.annotate(label, point, fontsize=8, zorder=5, **at)
+            text = ax.annotate(label, point, fontsize=8, zorder=5, color=colour, **at)
             box = text.get_window_extent(renderer)
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
             if inside and not any(box.overlaps(other) for other in taken):
                 break
             text.remove()
-        else:
-            text = ax.annotate(label, point, (7, 0), textcoords="offset points", va="center", fontsize=8)
-        taken.append(text.get_window_extent(renderer))
+        else:  # there is no free place
+            ax.annotate(label, point, (7, 0), textcoords="offset points", va="center", fontsize=8, color=colour)
+        taken.append(box)
 
 
 @drawing
@@ -289,7 +322,7 @@ def by_method(values: dict[str, list[float]], stem, xlabel: str, reference: str 
     if reference:
         ax.axvline(np.mean(values[reference]), color=COLOURS[1], linewidth=1, linestyle="--", zorder=0)
     ax.set_yticks(range(len(values)), list(values), fontsize=9)
-    ax.invert_yaxis()
+    ax.set_ylim(len(values) - 0.5, -0.5)  # downwards
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
     ax.grid(axis="x", color="0.9", linewidth=0.6)

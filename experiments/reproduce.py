@@ -33,7 +33,9 @@ from scipy import stats
 
 import figures
 from config import UserError, check_numbers, exit_on_user_error
-from experiments.claims import CLAIMS, MEASURES, SHAPES, SKILLS, VARIANTS, Claim, Measure, measures_of, parts_of
+from experiments.claims import (
+    CLAIMS, GRAINS, HEADS, MEASURES, SHAPES, SKILLS, VARIANTS, Claim, Measure, measures_of, parts_of,
+)  # fmt: skip
 from experiments.methods import METHODS, RATES, ROOT, RUNS, adapt, few_shot_rates, pretrain, run
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -287,13 +289,38 @@ def only(found: dict[str, Found], prefix: str) -> dict[str, Found]:
 
 
 def draw_dots(found: dict[str, Found], stem: Path, label: str):
-    reference = "LoRA (Shared)" if "LoRA (Shared)" in found else ""
+    reference = next((name for name in ("LoRA (Shared)", "LoRA (Shared), told") if name in found), "")
     figures.by_method({name: list(of.values) for name, of in found.items()}, stem, label, reference)
 
 
+def by_size(method: str, unit: str, sizes: tuple[int, ...], own: int) -> dict[str, str]:
+    """{size: its measure} of a curve; own: the size that the method has of itself."""
+    return {str(k): method if k == own else f"{method}, {k} {unit}" for k in sorted((*sizes, own))}
+
+
+CURVES = {  # which measure of a claim's figure is which point of which curve
+    "new task": {
+        "MHR-z by heads": by_size("MHR-z", "heads", HEADS, 8),
+        "Poly-z by skills": by_size("Poly-z", "skills", SKILLS, 4),
+        "MHR-z by who shares a router": {"linear": "MHR-z", **{grain: f"MHR-z by {grain}" for grain in GRAINS}},
+        "MHR": {"": "MHR"},
+        "Poly": {"": "Poly"},
+    },
+    "trained": {
+        "MHR by heads": by_size("MHR", "heads", HEADS, 8),
+        "Poly by skills": by_size("Poly", "skills", SKILLS, 4),
+    },
+}
+
+
 def draw_parameters(found: dict[str, Found], stem: Path, which: str, when: str):
-    points = {name: (of.lines[0][which], *figures.mean_std(of.values)) for name, of in found.items()}
-    figures.performance(points, stem, SCORE, when)
+    curves = {
+        label: {
+            mark: (found[name].lines[0][which], *figures.mean_std(found[name].values)) for mark, name in curve.items()
+        }
+        for label, curve in CURVES[which].items()
+    }
+    figures.performance(curves, stem, SCORE, when)
 
 
 def draw_alignment(found: dict[str, Found], stem: Path):
@@ -305,18 +332,21 @@ def draw_alignment(found: dict[str, Found], stem: Path):
 
 
 def draw_by_skills(found: dict[str, Found], stem: Path):
-    sizes, scale = sorted({*SKILLS, 4}), {"seen tasks": 100}
-    series = {}
-    for what in (*SHAPES, "seen tasks"):
-        values = np.array([found[f"{what}, {s} skills"].values for s in sizes]) / scale.get(what, 1)
-        series[what] = [(sizes, seed.tolist()) for seed in values.T]
-    figures.over_steps(series, stem, "measure of Z; share of exact matches", xlabel="skills in the inventory")
+    sizes, series = sorted({*SKILLS, 4}), {}
+    for what, label, scale in (*((shape, shape, 1) for shape in SHAPES), ("seen tasks", "score on seen tasks", 100)):
+        values = np.array([found[f"{what}, {s} skills"].values for s in sizes]) / scale
+        series[label] = [(sizes, seed.tolist()) for seed in values.T]
+    figures.over_skills(series, stem, "measure of Z; score")
 
 
 FIGURES = {
     "dots": lambda found, stem: draw_dots(found, stem, SCORE),
     "seen": lambda found, stem: draw_dots(only(found, "seen"), stem, "exact match on seen tasks (%)"),
-    "recovery": lambda found, stem: draw_dots(found, stem, "correlation of likeness in Z and in the true table"),
+    "recovery": lambda found, stem: draw_dots(
+        {name: of for name, of in found.items() if "bound" not in name},
+        stem,
+        "rank correlation of Z and the true table",
+    ),
     "few_shot_parameters": lambda found, stem: draw_parameters(found, stem, "new task", "for a new task"),
     "multi_task_parameters": lambda found, stem: draw_parameters(found, stem, "trained", "on all tasks"),
     "alignment": draw_alignment,

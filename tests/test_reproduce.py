@@ -116,6 +116,13 @@ def test_claims_name_measures_and_figures_that_exist(claim):
     assert all(relation in (">", "<=", "~") for _, relation, _ in claim.compare)
 
 
+@pytest.mark.parametrize("name, which", [("z", "new task"), ("heads", "trained")])
+def test_curves_have_all_measures_of_their_claim(name, which):
+    """No measure is left out of the figure; only MHR-z is on two curves."""
+    drawn = {measure for curve in reproduce.CURVES[which].values() for measure in curve.values()}
+    assert drawn == set(claims.measures_of(CLAIMS[name]))
+
+
 def test_every_measure_is_in_a_claim_and_no_two_are_one():
     """Nothing is trained that no claim asks for."""
     used = {name for claim in CLAIMS.values() for name in claims.measures_of(claim)}
