@@ -221,11 +221,12 @@ def write_page(folder: Path, seeds: tuple[int, ...], names: list[str]):
         claim, found = CLAIMS[name], collect(raw, measures_of(CLAIMS[name]), seeds)
         missing = [m for m in measures_of(claim) if m not in found]
         if missing:
-            summary.append(f"| {name} | not made yet | {claim.place} |")
+            summary.append(f"| {name} | not made yet | | {claim.place} |")
             continue
         parts = [judge(side(a, found, seeds), relation, side(b, found, seeds)) for a, relation, b in claim.compare]
         FIGURES[claim.figure](found, folder / f"claim-{name}")
-        summary.append(f"| [{name}](#{name}) | {verdict(parts)} | {claim.place} |")
+        held = f"{sum(part.says == 'holds' for part in parts)} of {len(parts)}"
+        summary.append(f"| [{name}](#{name}) | {verdict(parts)} | {held} | {claim.place} |")
         sections.append(section(name, claim, found, parts))
         used += [line for of in found.values() for line in of.lines]
     commits = ", ".join(sorted({line["commit"] for line in used}))
@@ -252,8 +253,8 @@ The rule was fixed before these runs; held-out scores of earlier settings, seeds
 (`LOG.md`). Training and adaptation took {hours:.1f} hours by the clock, each run on one core beside others, at commit
 {commits}; the hours of a claim are those of all that it asks for, of which claims share much.
 
-| claim | verdict | the papers |
-|---|---|---|
+| claim | verdict | comparisons that hold | the papers |
+|---|---|---|---|
 {summary}
 
 """
