@@ -86,8 +86,7 @@ SHOWN = {  # a row of the README: its numbers, the papers' left out, in the orde
     "Task-MoE": [f"Task-MoE {k}" for k in range(3)],
     "HyperFormer": [f"HyperFormer {k}" for k in range(3)],
     "l-LoRA; rank 16": ["l-LoRA 0", "l-LoRA-big 0"],
-    "l-Poly": [f"l-Poly {k}" for k in range(3)],
-    "l-Poly-z": ["l-Poly 3"],
+    "l-Poly; -z": [f"l-Poly {k}" for k in range(4)],
     "l-MHR-z, 32 heads; 64": ["l-MHR, 32 heads 3", "l-MHR, 64 heads 3"],
     "`--layers attention`: LoRA, rank 16; MHR-z, 32 heads; 64": [
         "attention: LoRA-big 0", "attention: LoRA-big 2", "attention: MHR, 32 heads 3", "attention: MHR, 64 heads 3",

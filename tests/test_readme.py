@@ -125,23 +125,28 @@ def test_the_table_of_results_is_that_of_the_results():
     assert [(name, variant) for name, variant, *_ in printed] == [(n, v) for n, (_, vs) in METHODS.items() for v in vs]
 
 
-def test_what_is_said_of_the_results():
-    """The differences that the README names below its table, and in which seeds they hold."""
-    page, says = (ROOT / "results" / "methods.md").read_text(), " ".join(README.split())
-    score = {tuple(re.split(r"\s{2,}", line.strip())[:2]): float(line.split()[-3])
-             for line in page.splitlines() if re.search(r"\+- [\d.]+$", line)}  # fmt: skip
-    poly, mhr = ({v: score[name, v] for v in ("all", "z", "mu")} for name in ("Poly", "MHR"))
-    lora = score["LoRA (Shared)", "all"]
-    assert f"(by {int(min(poly['all'], mhr['all']) - lora)} points)" in says
-    costs = f"costs MHR {mhr['all'] - mhr['z']:.0f} points, Poly {poly['all'] - poly['z']:.0f}"
-    assert costs in says
-    assert f"is {min(poly['mu'], mhr['mu']) - lora:.0f} points above LoRA" in says
-    assert f"μ is {mhr['all'] - mhr['mu']:.0f} to {poly['all'] - poly['mu']:.0f} points below the whole" in says
-    line = " ".join(page.split("Seed by seed")[1].split("\n\n")[0].split())
-    found = re.findall(r"([\w-]+) ((?:\d+\.\d ){2}\d+\.\d)", line)
-    seeds = {name: [float(x) for x in values.split()] for name, values in found}
-    assert sum(a > b for a, b in zip(seeds["MHR"], seeds["Poly"], strict=True)) == 1
-    assert all(a > b for a, b in zip(seeds["MHR-z"], seeds["Poly-z"], strict=True))
+def test_the_verdicts_are_those_of_the_claims():
+    """The README names each claim once, with the verdict and the count that results/claims.md has."""
+    page = (ROOT / "results" / "claims.md").read_text()
+    judged = re.findall(r"^\| \[([\w-]+)\]\(#\1\) \| (.*?) \| (\d+ of \d+) \|", page, re.M)
+    section = README.split("## What we found")[1].split("\n## ")[0]
+    shown = re.findall(r"\[([\w ]+)\]\(results/claims\.md#([\w-]+)\), (\d+ of \d+)", section)
+    assert sorted(judged) == sorted((name, says, held) for says, name, held in shown)
+    assert {name for name, _, _ in judged} == set(CLAIMS)
+
+
+def test_the_numbers_of_what_we_found_are_those_of_the_claims():
+    """Each "measure mean ± std" below the table is that of results/claims.md; the figures are there."""
+    page = (ROOT / "results" / "claims.md").read_text()
+    section = " ".join(README.split("## What we found")[1].split("\n## ")[0].split())
+    found = {line.split(" | ")[0].strip("| "): line.split(" | ")[-1].strip(" |")
+             for line in page.splitlines() if re.search(r" ± [\d.]+ \|$", line)}  # fmt: skip
+    numbers = re.findall(r"\d+\.\d+ ± \d+\.\d+", section)
+    named = [(name, value) for name, value in found.items() if re.search(rf"{re.escape(name)} {value}", section)]
+    assert len(named) >= 8 and {value for _, value in named} == set(numbers)
+    assert f"with {1728:,} parameters a task" in section and re.search(r"\| MHR-z \| .*\| 1,728 \|", page)
+    for figure in re.findall(r'src="(.*?)"', section):
+        assert (ROOT / figure).exists()
 
 
 def test_every_module_is_in_the_file_table():
@@ -166,7 +171,7 @@ def test_the_code_block_runs(tmp_path, monkeypatch):
 
 
 def test_short_enough_to_be_read():
-    assert len(README.splitlines()) <= 260
+    assert len(README.splitlines()) <= 270
 
 
 def test_the_gate_calls_the_test_line():
