@@ -269,10 +269,10 @@ def draw_alignment(result: dict, out: Path):
         figures.matrices(panels, out / "alignment", "cosine of two tasks' gradients", signed=True)
     if lines := result.get("over_steps"):
         over = {result["method"]: [columns(lines, "alignment")]}
-        figures.over_steps(over, out / "alignment-over-steps", ALIGNMENT)
+        figures.over_steps({"": over}, out / "alignment-over-steps", ALIGNMENT)
         if "usage" in lines[0]:
             series = {m: [columns(lines, m)] for m in MEASURES}
-            figures.over_steps(series, out / "measures-over-steps", "measure of Z, mean over layers")
+            figures.over_steps({"": series}, out / "measures-over-steps", "measure of Z, mean over layers")
 
 
 # --- Several runs -----------------------------------------------------------------------------------------------------
@@ -301,12 +301,12 @@ def compare(cfg: Config):
             raise UserError(f"--compare: the runs of {label} have no step in common to draw: give one of them")
     out.mkdir(parents=True, exist_ok=True)
     if curves:
-        figures.over_steps(curves, out / "training", "training loss (nats per token)", log=True)
+        figures.over_steps({"": curves}, out / "training", "training loss (nats per token)", log=True)
     if alignment:
-        figures.over_steps(alignment, out / "alignment-over-steps", ALIGNMENT)
+        figures.over_steps({"": alignment}, out / "alignment-over-steps", ALIGNMENT)
     if points:
         places = {label: {"": (v[0][0], *figures.mean_std([s for _, s in v]))} for label, v in points.items()}
-        figures.performance(places, out / "performance", "mean score of held-out tasks (%)")
+        figures.performance({"": places}, out / "performance", "mean score of held-out tasks (%)")
     print(f"figures are in {out}")
 
 

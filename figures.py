@@ -192,83 +192,111 @@ def short(layer: str) -> str:
 
 
 @drawing
-def over_steps(series: dict[str, list[tuple]], stem, ylabel: str, log: bool = False):
-    """Lines over training steps. series: {label: for each seed (steps, values)}. log: a logarithmic y axis."""
-    fig = lines(series, ylabel)
-    (ax,) = fig.axes
-    ax.set_xlabel("training steps")
-    ax.set_xlim(left=0)
-    if log:
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter(NullFormatter())
+def over_steps(panels: dict[str, dict], stem, ylabel: str, xlabel: str = "training steps", log: bool = False):
+    """Lines over steps, in panels beside each other. panels: {title: {label: for each seed (steps, values)}}, the same
+    labels in each. log: a logarithmic y axis."""
+    fig = Figure(figsize=(WIDTH, 3.0))
+    axes = np.atleast_1d(fig.subplots(1, len(panels), sharey=True))
+    for ax, (title, series) in zip(axes, panels.items(), strict=True):
+        lines(ax, series)
+        ax.set(title=title, xlabel=xlabel)
+        ax.set_xlim(left=0)
+        if log:
+            ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_formatter(NullFormatter())
+    axes[0].set_ylabel(ylabel)
+    legend(fig)
     save(fig, stem)
 
 
 @drawing
 def over_skills(series: dict[str, list[tuple]], stem, ylabel: str):
     """Lines over sizes of the inventory, each twice the one before. series: {label: for each seed (sizes, values)}."""
-    fig = lines(series, ylabel)
-    (ax,) = fig.axes
+    fig = Figure(figsize=(WIDTH, 3.0))
+    ax = fig.subplots()
+    lines(ax, series)
     ax.set_xscale("log", base=2)
-    ax.set_xlabel("skills in the inventory")
+    ax.set(xlabel="skills in the inventory", ylabel=ylabel)
     sizes = sorted({size for seeds in series.values() for x, _ in seeds for size in x})
     ax.set_xticks(sizes, sizes)
+    legend(fig)
     save(fig, stem)
 
 
-def lines(series: dict[str, list[tuple]], ylabel: str) -> Figure:
-    """A figure of lines: {label: for each seed (x, values)}. Several seeds are a mean with a band of one standard
-    deviation, at the x that all of them have."""
-    fig = Figure(figsize=(WIDTH, 3.0))
-    ax = fig.subplots()
+def lines(ax, series: dict[str, list[tuple]]):
+    """Draw lines: {label: for each seed (x, values)}. Several seeds are a mean with a band of one standard deviation,
+    at the x that all of them have; their number is said in the label if the labels have different ones."""
+    alike = len({len(seeds) for seeds in series.values()}) == 1
     for label, style in styles(series).items():
         steps = sorted(set.intersection(*(set(x) for x, _ in series[label])))
         values = np.array([[dict(zip(x, y, strict=True))[k] for k in steps] for x, y in series[label]])
         mean, std = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0
         every = max(1, len(steps) // 8)
-        seeds = f" ({len(values)} seeds)" if len(values) > 1 else ""
+        seeds = f" ({len(values)} seeds)" if len(values) > 1 and not alike else ""
         ax.plot(steps, mean, label=label + seeds, markevery=every, **style)
         if len(values) > 1:
             ax.fill_between(steps, mean - std, mean + std, color=style["color"], alpha=0.2, linewidth=0)
-    ax.set_ylabel(ylabel)
     ax.grid(axis="y", color="0.9", linewidth=0.6)
-    labels = ax.get_legend_handles_labels()[1]
-    fig.legend(loc="outside upper center", ncols=max(1, min(3, len(labels), 60 // max(map(len, labels)))))
-    return fig
+
+
+def legend(fig: Figure):
+    """The labels of the first panel, above all, in as many columns as fit."""
+    handles, labels = fig.axes[0].get_legend_handles_labels()
+    if labels:
+        columns = max(1, min(3, len(labels), 60 // max(map(len, labels))))
+        fig.legend(handles, labels, loc="outside upper center", ncols=columns)
 
 
 @drawing
-def performance(curves: dict[str, dict[str, tuple]], stem, ylabel: str, when: str = "for a new task"):
-    """Score against trained parameters (MHR figures 2 and 3, right). curves: {label: {mark: (parameters, mean,
-    standard deviation over seeds, 0 for one)}}. when: what the parameters were trained for.
+def performance(panels: dict[str, dict], stem, ylabel: str, when: str = "for a new task"):
+    """Score against trained parameters (MHR figures 2 and 3, right), in panels beside each other. panels: {title:
+    {label: {mark: (parameters, mean, standard deviation over seeds, 0 for one)}}}. when: what the parameters were
+    trained for.
 
-    A curve of one point has its label beside it, others have them in a legend and a mark beside each point.
+    A curve of one point has its label beside it. Others, two in a panel, have theirs in a legend, and a mark at each
+    point: numbers above the first, below the second; words at the lower right.
     """
     fig = Figure(figsize=(WIDTH, 3.6))
-    ax, points = fig.subplots(), []
-    for label, style in styles(curves).items():
-        curve = curves[label]
-        if len(curve) == 1:
-            points += [(label, "black", *point) for point in curve.values()]
-            line = dict(linestyle="none")
-        else:
-            points += [(mark, style["color"], *point) for mark, point in curve.items()]
-            line = dict(linewidth=1, label=label)
-        x, mean, std = np.array(list(curve.values()), float).T
-        ax.errorbar(x, mean, std if std.any() else None, capsize=2.5, elinewidth=1, **style | dict(markersize=6) | line)
-    ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(10))
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set(xlabel=f"trained parameters {when}", ylabel=ylabel)
-    ax.margins(0.18, 0.15)
-    ax.grid(color="0.92", linewidth=0.6)
-    ax.set_axisbelow(True)
-    if ax.get_legend_handles_labels()[1]:
-        fig.legend(loc="outside upper center", ncols=2)
-    place_labels(fig, ax, points)
+    axes = np.atleast_1d(fig.subplots(1, len(panels), sharey=True))
+    every, handles = styles([label for curves in panels.values() for label in curves]), []
+    for ax, (title, curves) in zip(axes, panels.items(), strict=True):
+        ax.set(xscale="log", title=title)
+        ax.margins(0.18, 0.15)
+        handles += draw_curves(ax, curves, every)
+        ax.xaxis.set_major_locator(LogLocator(10))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.grid(color="0.92", linewidth=0.6)
+        ax.set_axisbelow(True)
+    axes[0].set_ylabel(ylabel)
+    fig.supxlabel(f"trained parameters {when}", fontsize=9)
+    if handles:
+        fig.legend(handles=handles, loc="outside upper center", ncols=2)
+    for ax, curves in zip(axes, panels.values(), strict=True):
+        place_labels(fig, ax, [(label, *p) for label, of in curves.items() if len(of) == 1 for p in of.values()])
     save(fig, stem)
+
+
+def draw_curves(ax, curves: dict[str, dict[str, tuple]], every: dict[str, dict]) -> list:
+    """The curves of a panel of `performance` and their marks: the handles of those for the legend."""
+    handles = []
+    for label, curve in curves.items():
+        x, mean, std = np.array(list(curve.values()), float).T
+        line = dict(linestyle="none") if len(curve) == 1 else dict(linewidth=1, label=label)
+        bars = dict(yerr=std, capsize=2.5, elinewidth=1) if std.any() else {}
+        drawn = ax.errorbar(x, mean, **bars, **every[label] | dict(markersize=6) | line)
+        if len(curve) == 1:
+            continue
+        side = -1 if handles else 1
+        handles.append(drawn)
+        for k, mark in enumerate(curve):
+            at = dict(xy=(x[k], mean[k] + side * std[k]), xytext=(0, 8 * side), ha="center")
+            if not mark.isdecimal():
+                at = dict(xy=(x[k], mean[k]), xytext=(5, -6), ha="left")
+            look = dict(va="center", fontsize=8, color=every[label]["color"], zorder=5)
+            ax.annotate(mark, textcoords="offset points", **at, **look)
+    return handles
 
 
 def mean_std(values) -> tuple[float, float]:
@@ -276,51 +304,52 @@ def mean_std(values) -> tuple[float, float]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
-def place_labels(fig: Figure, ax, points: list[tuple[str, str, float, float, float]]):
-    """Write the label of each point (label, colour, x, mean, std) beside it, or above or below the line of its standard
-    deviation, at the first place where it covers no point, no such line, no label and no edge."""
+def place_labels(fig: Figure, ax, points: list[tuple[str, float, float, float]]):
+    """Write the label of each point (label, x, mean, std) beside it, at the first of 16 places where it covers no
+    point, no line of a standard deviation, no label and no edge."""
     renderer = FigureCanvasAgg(fig).get_renderer()
     fig.draw_without_rendering()
-    beside = [(7, 0, "left"), (-7, 0, "right"), (0, 9, "center"), (0, -9, "center"), (6, 7, "left"), (-6, 7, "right"),
-              (6, -7, "left"), (-6, -7, "right")]  # fmt: skip
-    beside += [(2 * dx, 2 * dy, side) for dx, dy, side in beside]
-    ends = [(dx, dy, "center") for dy in (9, 18, 27) for dx in (0, 8, -8)]
-    taken, lines = [], []
-    for _, _, x, y, std in points:
+    spots = [(7, 0, "left"), (-7, 0, "right"), (0, 9, "center"), (0, -9, "center"), (6, 7, "left"), (-6, 7, "right"),
+             (6, -7, "left"), (-6, -7, "right")]  # fmt: skip
+    spots += [(2 * dx, 2 * dy, side) for dx, dy, side in spots]
+    taken = []
+    for _, x, y, std in points:
         (x, low), (_, high) = ax.transData.transform([(x, y - std), (x, y + std)])
-        lines.append((low, (low + high) / 2, high))
         taken.append(Bbox.from_extents(x - 6, low - 6, x + 6, high + 6))
-    frame, dots = ax.get_window_extent(renderer), 72 / fig.dpi  # points of type a pixel
-    for (label, colour, *point, _), (low, y, high) in zip(points, lines, strict=True):
-        spots = [*beside, *((dx, (high - y) * dots + dy, side) for dx, dy, side in ends)]
-        spots += [(dx, (low - y) * dots - dy, side) for dx, dy, side in ends]
+    frame = ax.get_window_extent(renderer)
+    for label, *point, _ in points:
         for dx, dy, side in spots:
             at = dict(xytext=(dx, dy), textcoords="offset points", ha=side, va="center")
-            text = ax.annotate(label, point, fontsize=8, zorder=5, color=colour, **at)
+            text = ax.annotate(label, point, fontsize=8, zorder=5, **at)
             box = text.get_window_extent(renderer)
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
             if inside and not any(box.overlaps(other) for other in taken):
                 break
             text.remove()
-        else:  # there is no free place
-            ax.annotate(label, point, (7, 0), textcoords="offset points", va="center", fontsize=8, color=colour)
-        taken.append(box)
+        else:
+            text = ax.annotate(label, point, (7, 0), textcoords="offset points", va="center", fontsize=8)
+        taken.append(text.get_window_extent(renderer))
 
 
 @drawing
-def by_method(values: dict[str, list[float]], stem, xlabel: str, reference: str = ""):
-    """One line a method: its seeds as dots, their mean and standard deviation. values: {method: a value a seed}.
+def by_method(values: dict[str, list[float]], stem, xlabel: str, reference: str = "", bars: dict | None = None):
+    """One line a method: its seeds as dots, below them their mean and standard deviation. values: {method: a value a
+    seed}.
 
-    reference: a method whose mean is drawn through the whole figure, to compare the others with.
+    reference: a method whose mean is drawn through the whole figure, to compare the others with. bars: {method: (low,
+    high)}, drawn in place of the standard deviation.
     """
     fig = Figure(figsize=(WIDTH, 0.7 + 0.27 * len(values)))
     ax = fig.subplots()
-    for k, (_, seeds) in enumerate(values.items()):
+    for k, (method, seeds) in enumerate(values.items()):
         mean, std = mean_std(seeds)
-        ax.plot(seeds, [k] * len(seeds), "o", color="0.65", markersize=3.5, markeredgewidth=0)
-        ax.errorbar(mean, k, xerr=std or None, fmt="D", color=COLOURS[0], capsize=3, markersize=5, elinewidth=1.4)
+        low, high = (bars or {}).get(method, (mean - std, mean + std))
+        span = [[mean - low], [high - mean]] if high > low else None
+        ax.plot(seeds, [k - 0.22] * len(seeds), "o", color="0.55", markersize=3.5, markeredgewidth=0)
+        ax.errorbar(mean, k + 0.1, xerr=span, fmt="D", color=COLOURS[0], capsize=3, markersize=5, elinewidth=1.4)
     if reference:
-        ax.axvline(np.mean(values[reference]), color=COLOURS[1], linewidth=1, linestyle="--", zorder=0)
+        ax.axvline(np.mean(values[reference]), color=COLOURS[1], linewidth=1, linestyle="--", zorder=0, label=reference)
+        fig.legend(loc="outside upper right")
     ax.set_yticks(range(len(values)), list(values), fontsize=9)
     ax.set_ylim(len(values) - 0.5, -0.5)  # downwards
     ax.tick_params(axis="y", length=0)

@@ -389,11 +389,11 @@ DRAWINGS = {
     "by_layer": lambda stem: figures.by_layer(
         {m: RNG.random(4) for m in MEASURES}, [f"{c}.block.{k}.q" for c in ("encoder", "decoder") for k in (0, 1)], stem
     ),
-    "over_steps": lambda stem: figures.over_steps(LINES, stem, "alignment"),
-    "over_steps-log": lambda stem: figures.over_steps(LINES, stem, "loss", log=True),
+    "over_steps": lambda stem: figures.over_steps({"": LINES}, stem, "alignment"),
+    "over_steps-log": lambda stem: figures.over_steps({"a": LINES, "b": LINES}, stem, "loss", log=True),
     "over_skills": lambda stem: figures.over_skills(LINES, stem, "usage"),
     "performance": lambda stem: figures.performance(
-        {"LoRA": {"": (10, 3.0, 0)}, "MHR": {"2": (99, 5, 1), "4": (120, 6, 1)}}, stem, "score"
+        {"": {"LoRA": {"": (10, 3.0, 0)}, "MHR": {"2": (99, 5, 1), "4": (120, 6, 1)}}}, stem, "score"
     ),
     "by_method": lambda stem: figures.by_method({"LoRA": [3.0], "MHR": [5, 6.0]}, stem, "score", reference="LoRA"),
 }
@@ -432,7 +432,7 @@ def test_labels_of_points_cover_neither_each_other_nor_points(monkeypatch):
               "Poly-mu": (64512, 61), "MHR": (259776, 69.6), "MHR-z": (1728, 65.2), "MHR-mu": (64512, 59.9),
               "(IA)^3": (14000, 20), "AdapterSoup": (64512, 25)}  # fmt: skip
     points = {label: {"": (*place, 1.5)} for label, place in places.items()}
-    figure, renderer = drawn(monkeypatch, lambda: figures.performance(points, "", "score"))
+    figure, renderer = drawn(monkeypatch, lambda: figures.performance({"": points}, "", "score"))
     ax = figure.axes[0]
     boxes = {text.get_text(): text.get_window_extent(renderer) for text in ax.texts}
     assert boxes.keys() == places.keys()
@@ -441,27 +441,24 @@ def test_labels_of_points_cover_neither_each_other_nor_points(monkeypatch):
         assert not any(box.contains(*ax.transData.transform(place)) for place in places.values()), label
 
 
-def test_marks_of_curves_keep_apart_where_points_are_close(monkeypatch):
-    """Three curves that meet: points at one place, with wide lines of their deviations."""
-    heads = {"2": (432, 75.0, 0.2), "8": (1728, 74.9, 4), "16": (3456, 75.7, 2), "32": (6912, 73.8, 3)}
-    skills = {"4": (216, 72.8, 2.6), "8": (432, 73.5, 2.5), "16": (864, 74.2, 1.6), "32": (1728, 75.6, 3.1)}
-    grains = {"layer": (480, 73.3, 4.1), "block": (192, 68.5, 2.4), "model": (32, 58.4, 6), "linear": (1728, 74.9, 4)}
-    curves = {"heads": heads, "skills": skills, "granularity": grains, "MHR": {"": (259776, 76.7, 6.4)}}
-    figure, renderer = drawn(monkeypatch, lambda: figures.performance(curves, "", "score"))
-    boxes = [text.get_window_extent(renderer) for text in figure.axes[0].texts]
-    assert len(boxes) == 13
-    for k, box in enumerate(boxes):
-        assert not any(box.overlaps(other) for other in boxes[:k])
-
-
-def test_a_curve_has_a_legend_and_a_mark_at_each_point(monkeypatch):
-    """The lone point's label stands beside it, that of the curve in the legend, which the figure holds."""
-    curves = {"MHR-z by heads": {"2": (432, 75.0, 1), "8": (1728, 75.2, 1)}, "Poly": {"": (258264, 81, 2)}}
-    figure, renderer = drawn(monkeypatch, lambda: figures.performance(curves, "", "score"))
-    assert sorted(text.get_text() for text in figure.axes[0].texts) == ["2", "8", "Poly"]
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["MHR-z by heads"]
-    assert inside(legend, figure, renderer)
+def test_marks_of_curves_stand_at_their_own_points(monkeypatch):
+    """Of two curves that meet, the first has its marks above its bars, the second below; none covers another."""
+    heads = {"1": (216, 71.8, 3.7), "2": (432, 75.0, 0.2), "8": (1728, 74.9, 4), "32": (6912, 73.8, 3)}
+    skills = {"4": (216, 71.8, 3.7), "8": (432, 73.5, 2.5), "16": (864, 74.2, 1.6), "32": (1728, 75.6, 3.1)}
+    whole = {"linear": (1728, 74.9, 4), "model": (32, 58.4, 6)}
+    panels = {"a": {"heads": heads, "skills": skills}, "b": {"sharing": whole, "MHR": {"": (259776, 76.7, 6.4)}}}
+    figure, renderer = drawn(monkeypatch, lambda: figures.performance(panels, "", "score"))
+    texts = {text.get_text(): text.get_window_extent(renderer) for text in figure.axes[1].texts}
+    assert texts.keys() == {"linear", "model", "MHR"}
+    ax = figure.axes[0]
+    found = [(text.xy, text.get_window_extent(renderer)) for text in ax.texts]
+    ends = [(x, y + std) for x, y, std in heads.values()] + [(x, y - std) for x, y, std in skills.values()]
+    assert sorted(xy for xy, _ in found) == sorted(ends)
+    for k, (_, box) in enumerate(found):
+        assert not any(box.overlaps(other) for _, other in found[:k])
+        assert abs((box.x0 + box.x1) / 2 - ax.transData.transform(found[k][0])[0]) < 2  # above or below its point
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["heads", "skills", "sharing"]
+    assert inside(figure.legends[0], figure, renderer)
 
 
 def inside(artist, figure, renderer) -> bool:
@@ -474,8 +471,8 @@ def inside(artist, figure, renderer) -> bool:
 def test_the_legend_and_the_axis_of_lines_are_not_cut(monkeypatch, names):
     """With as many and as long labels as any figure here has, of several seeds."""
     series = {name: [([2, 4, 8], RNG.random(3)) for _ in range(5)] for name in names}
-    for draw in (figures.over_steps, figures.over_skills):
-        figure, renderer = drawn(monkeypatch, lambda draw=draw: draw(series, "", "cosine of tasks' gradients"))
+    for draw, of in ((figures.over_steps, {"": series}), (figures.over_skills, series)):
+        figure, renderer = drawn(monkeypatch, lambda draw=draw, of=of: draw(of, "", "cosine of tasks' gradients"))
         assert inside(figure.legends[0], figure, renderer)
         assert inside(figure.axes[0].yaxis.label, figure, renderer)
         monkeypatch.undo()
