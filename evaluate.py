@@ -323,7 +323,7 @@ def compare(folders: tuple[str, ...]) -> str:
     lines = [("run", "data set", "trained", "runs", "before", "score", "seconds")]
     for (label, dataset, trained), runs in sorted(groups.items()):
         before, after, seconds = ([v for v in column if v is not None] for column in zip(*runs, strict=True))
-        columns = mean_std(before), mean_std(after), f"{statistics.fmean(seconds):.0f}"
+        columns = mean_std_text(before), mean_std_text(after), f"{statistics.fmean(seconds):.0f}"
         lines.append((label, dataset, f"{trained:,}", str(len(runs)), *columns))
     return aligned(lines) + (f"\nwithout result.json: {', '.join(unfinished)}" if unfinished else "")
 
@@ -372,7 +372,7 @@ def _changed(config: dict, recipe: dict, shown: set[str]) -> list[str]:
     return [f"{k}={v}" for k, v in config.items() if k not in shown and v not in ("", recipe[k])]
 
 
-def mean_std(values: list[float]) -> str:
+def mean_std_text(values: list[float]) -> str:
     if not values:
         return ""
     return f"{statistics.fmean(values):.1f}" + (f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else "")

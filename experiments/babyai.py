@@ -824,7 +824,7 @@ def plot(folders: tuple[str, ...], figure: str):
 
 def at_equal_episodes(runs: dict[str, list[SimpleNamespace]], levels: tuple[str, ...]) -> str:
     """Aligned, a row for each level and name. runs: {name: for each seed its `read_run`}."""
-    from evaluate import aligned, mean_std  # here: it loads the data sets' library
+    from evaluate import aligned, mean_std_text  # here: it loads the data sets' library
 
     window = WINDOWS[-1]
     rows = [("level", "run", *(f"> 0.99 of {w:,}" for w in WINDOWS), "at", "so far", f"last {window:,}", "final")]
@@ -836,7 +836,7 @@ def at_equal_episodes(runs: dict[str, list[SimpleNamespace]], levels: tuple[str,
             so_far = [100 * run.success[level][:shared].mean() for run in own] if shared else []
             last = [100 * run.success[level][max(0, shared - window) : shared].mean() for run in own] if shared else []
             final = [100 * run.result["levels"][level]["final"] for run in own if run.result]
-            rows.append((level, name, *cells, f"{shared:,}", *(mean_std(x) or "-" for x in (so_far, last, final))))
+            rows.append((level, name, *cells, f"{shared:,}", *(mean_std_text(x) or "-" for x in (so_far, last, final))))
     return aligned(rows)
 
 

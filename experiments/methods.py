@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from config import FEW_SHOT, LEARNED, PRETRAINING, exit_on_user_error
-from evaluate import aligned, mean_std
+from evaluate import aligned, mean_std_text
 
 ROOT = Path(__file__).resolve().parents[1]
 KEEP = 300  # steps between the looks at training that `analyze.py` takes
@@ -60,11 +60,11 @@ def run(script: str, flags: list[str], made: Path) -> dict:
     """What a script writes to the JSON file `made`; if that is there, the script is not run again."""
     if not made.exists():
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, script, *flags]
+        command, code = [sys.executable, script, *flags], commit()
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\nended with code {done.returncode}:\n{done.stderr[-2000:]}")
-        (made.parent / "commit").write_text(commit())
+        (made.parent / "commit").write_text(code)
         print(f"{made.parent.name}: {done.stdout.splitlines()[-1]}", flush=True)
     return json.loads(made.read_text())
 
@@ -120,7 +120,7 @@ def table(results: dict[str, list[dict]]) -> str:
             pairs = [seed[variant] for seed in seeds]
             trained, adapted = (result["parameters"] for result in pairs[0])
             counts = (trained["adapters"], trained["routing"], sum(adapted.values()))
-            scores = [mean_std([pair[k]["mean"] for pair in pairs]) for k in (0, 1)]
+            scores = [mean_std_text([pair[k]["mean"] for pair in pairs]) for k in (0, 1)]
             lines.append((name, variant, *(f"{n:,}" for n in counts), *scores))
     return aligned(lines)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from matplotlib.image import imread
 from safetensors.torch import load_file
-from scipy.cluster.hierarchy import fcluster
+from scipy.cluster.hierarchy import fcluster, to_tree
 from scipy.spatial.distance import pdist, squareform
 from scipy.stats import spearmanr
 from torch import nn
@@ -26,6 +26,7 @@ import models
 import train
 from analyze import choose, gradient_alignment
 from backbone import build_model
+from benchmarks.strings import OPERATIONS, strings
 from config import RunError, UserError
 from data import Example, Item, Task
 from inject import adapted_layers, adapter_parameters, routers, task_ids
@@ -215,6 +216,24 @@ def test_the_bootstrap_leaves_pairs_of_a_task_with_itself_out(at_random):
     assert covered >= 0.85
 
 
+def test_sets_of_two_or_three_skills_are_recovered_too():
+    """As `strings` has them: cosine and Jaccard's index order the pairs alike, so that the true table itself has 1."""
+    table = np.array([[o in task.name for o in OPERATIONS] for task in strings().train], float)
+    assert recovery(task_similarity({"a": table}), table, draws=20)["correlation"] == pytest.approx(1)
+
+
+def test_the_interval_covers_what_is_partly_recovered():
+    """Of tasks drawn from many, with a noisy table that recovers about 0.6: most intervals hold what all tasks give."""
+    rng = np.random.default_rng(2)
+    table = random_table(rng, 600)
+    noisy = np.clip(table + rng.normal(0, 0.45, table.shape), 0, None)
+    whole = recovery(task_similarity({"a": noisy}), table, draws=2)["correlation"]
+    assert 0.5 < whole < 0.8
+    parts = [rng.choice(600, 64, replace=False) for _ in range(20)]
+    found = [recovery(task_similarity({"a": noisy[k]}), table[k], draws=100) for k in parts]
+    assert np.mean([one["low"] <= whole <= one["high"] for one in found]) >= 0.8
+
+
 def test_recovery_is_seeded():
     """The same seed gives the same numbers, another one other draws of the same correlation."""
     rng = np.random.default_rng(0)
@@ -243,6 +262,51 @@ def test_spearman_is_scipys():
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 4, 30), rng.integers(0, 9, 30)
     assert spearman(x, y) == pytest.approx(spearmanr(x, y).statistic)
+
+
+# --- What results/routing.md says -------------------------------------------------------------------------------------
+
+
+ROUTING = {
+    m: json.loads((Path(analyze.__file__).parent / f"results/routing-{m}.json").read_text()) for m in ("poly", "mhr")
+}
+
+
+def test_the_table_of_the_routing_page():
+    """Its numbers are those of the kept analyses, in which recovery follows from similarity and the true table."""
+    page = (Path(analyze.__file__).parent / "results" / "routing.md").read_text()
+    for method, found in ROUTING.items():
+        again = recovery(
+            np.array(found["similarity"]), np.array([[o in t for o in OPERATIONS] for t in found["tasks"]])
+        )
+        assert again == pytest.approx(found["recovery"], abs=2e-3)
+        (line,) = [line for line in page.splitlines() if line.lower().startswith(f"| {method}, ")]
+        values = [f"{found['mean'][m]:.3f}" for m in MEASURES]
+        correlation, *bounds = (f"{found['recovery'][k]:.3f}" for k in ("correlation", "low", "high", "chance_95"))
+        values.append("{} ({} to {}; {})".format(correlation, *bounds))
+        assert [cell.strip() for cell in line.strip("|").split("|")][1:] == values
+
+
+def test_the_branches_of_the_routing_page():
+    """The branches of the trees of tasks that the page names, and no other task in them."""
+
+    def branch(method: str, way: str) -> list[str]:
+        found = ROUTING[method]
+        node = to_tree(hierarchy(np.array(found["similarity"])))
+        for step in way:
+            node = node.left if step == "l" else node.right
+        return [found["tasks"][k] for k in node.pre_order()]
+
+    def have(tasks: list[str], operation: str) -> int:
+        return sum(operation in task for task in tasks)
+
+    every = branch("mhr", "")
+    assert len(every) == 64 and have(every, "upper") == have(every, "sort") == 20
+    assert len(branch("mhr", "l")) == have(branch("mhr", "l"), "upper") == 19
+    assert len(branch("mhr", "rl")) == have(branch("mhr", "rl"), "sort") == 11
+    assert len(branch("mhr", "rrr")) == have(branch("mhr", "rrr"), "shift") == 18
+    assert len(branch("poly", "l")) == have(branch("poly", "l"), "upper") == 14
+    assert len(branch("poly", "rr")) == have(branch("poly", "rr"), "sort") == 15
 
 
 # --- Gradient alignment -----------------------------------------------------------------------------------------------
