@@ -102,6 +102,18 @@ def test_the_page_has_the_rule_and_the_setting():
     assert all(f"| a {relation} b |" in reproduce.PAGE for relation in (">", "<=", "~"))
 
 
+def test_what_the_page_says_of_rounding():
+    """Its two scores of one seed of MHR are those of results/methods.md and of claims.jsonl."""
+    first, second = re.search(r"seed 1 of MHR gave (\d+\.\d) .*?order, (\d+\.\d)", reproduce.PAGE, re.S).groups()
+    methods_page = " ".join((reproduce.ROOT / "results" / "methods.md").read_text().split())
+    assert re.search(r" MHR ([\d.]+) ([\d.]+) ", methods_page).group(2) == first
+    raw = reproduce.read_raw(reproduce.ROOT / "results" / "claims.jsonl")
+    flags = "--method mhr --heads 8 --lr=0.015 | all --lr=0.003 | "
+    assert [f"{line['value']:.1f}" for (of, seed), line in raw.items() if of.startswith(flags) and seed == 1] == [
+        second
+    ]
+
+
 def test_gradients_are_measured_where_a_claim_asks_for_them(workshop):
     """Whatever the flags of the run: analyze.py takes a minute for them, and a value over training needs them."""
     folder, done = workshop
