@@ -110,9 +110,10 @@ def gradient_alignment(model, tokenizer, tasks: list[data.Task], ids: list[int],
         with task_ids([t] * len(items)), recorded(model) as mixed:
             loss = train.batch_loss(model, tokenizer, items, *lengths)
             found = torch.autograd.grad(loss, [*shared, *mixed], materialize_grads=True)
-        found = [g.detach().float().flatten().cpu() for g in found]
-        gradients["shared"].append(torch.cat(found[: len(shared)]))
-        gradients["mixed"].append(torch.cat(found[len(shared) :] or found))
+        found = [g.detach().float().cpu() for g in found]
+        own_mixture = [g.sum(0).flatten() for g in found[len(shared) :]]  # random by example: a mixture per example
+        gradients["shared"].append(torch.cat([g.flatten() for g in found[: len(shared)]]))
+        gradients["mixed"].append(torch.cat(own_mixture) if own_mixture else gradients["shared"][-1])
     model.train(was_training)
     return {of: cosines(torch.stack(rows)) for of, rows in gradients.items()}
 
@@ -168,11 +169,12 @@ def _pretrained(cfg: Config, folder: Path):
     tasks, lengths = [all_tasks[t] for t in ids], (base.max_input, base.max_output)
     model, tokenizer = build_model(base, tasks=1)  # routers then take the file's number of tasks
     over_steps, result = [], {"method": base.method}
-    for step in sorted(kept) if cfg.alignment and not cfg.step else []:
+    for step in sorted(kept) if not cfg.step else []:
         load_adapter_file(model, kept[step])
-        cosine = gradient_alignment(model, tokenizer, tasks, ids, cfg.examples, lengths)
-        found = {name: p[ids] for name, p in allocations(model).items()}
-        line = {"step": step, "alignment": cosine["shared"][0], "alignment_mixed": cosine["mixed"][0]}
+        line, found = {"step": step}, {name: p[ids] for name, p in allocations(model).items()}
+        if cfg.alignment:
+            cosine = gradient_alignment(model, tokenizer, tasks, ids, cfg.examples, lengths)
+            line |= {"alignment": cosine["shared"][0], "alignment_mixed": cosine["mixed"][0]}
         over_steps.append(line | (measure(found)["mean"] if found else {}))
     load_adapter_file(model, path)
     if cfg.alignment:
@@ -180,7 +182,7 @@ def _pretrained(cfg: Config, folder: Path):
         mean, matrix = cosine["shared"]
         result["alignment"] = {"mean": mean, "mixed": cosine["mixed"][0], "examples": cfg.examples}
         result["alignment"]["matrix"] = matrix.round(4).tolist()
-    if over_steps:
+    if over_steps and len(over_steps[0]) > 1:  # of one adapter, without alignment, there is nothing to say
         result["over_steps"] = over_steps
     return result, tasks, {name: p[ids] for name, p in allocations(model).items()}
 
@@ -192,14 +194,15 @@ def _adapted(cfg: Config, folder: Path):
         what = f"--step {cfg.step} is for runs of train.py" if cfg.step else f"variant {run.variant} has no routing"
         raise UserError(f"--checkpoint {folder} is a run of adapt.py: {what}, leave it out")
     run = dataclasses.replace(run, split=run.split[:1], data_dir=cfg.data_dir or run.data_dir, device=cfg.device)
-    tasks, parts = [], defaultdict(list)
-    for _, task, model, _, _ in adapt.load_adapted(run, folder):
+    base, tasks, parts = adapt.train_config(run), [], defaultdict(list)
+    at_random = base.method == "random" and base.random_by == "example"  # a new task then has all skills: no table
+    for _, task, model, _, _ in () if at_random else adapt.load_adapted(run, folder):
         tasks.append(task)
         for name, p in allocations(model).items():
             parts[name].append(p)
     if not parts:
         raise UserError(f"--checkpoint {folder} is of a method without probabilities of skills: nothing to look at")
-    ids, base = choose(tasks, cfg.tasks), adapt.train_config(run)
+    ids = choose(tasks, cfg.tasks)
     return {"method": base.method}, [tasks[t] for t in ids], {name: np.concatenate(p)[ids] for name, p in parts.items()}
 
 
@@ -245,7 +248,7 @@ def report(result: dict) -> str:
 
 
 def draw_routing(found, layers: dict, similarity: np.ndarray, table, names: list[str], out: Path):
-    """The figures of Z. The one layer that is shown alone is the most discrete."""
+    """The figures of Z. The one router that is shown alone is the most discrete."""
     tree = hierarchy(similarity)
     order = figures.leaves_list(tree)
     one = max(layers, key=lambda name: layers[name]["discreteness"])
@@ -267,8 +270,9 @@ def draw_alignment(result: dict, out: Path):
         panels = {"": matrix[order][:, order]}
         figures.matrices(panels, out / "alignment", "cosine of two tasks' gradients", signed=True)
     if lines := result.get("over_steps"):
-        over = {result["method"]: [columns(lines, "alignment")]}
-        figures.over_steps({"": over}, out / "alignment-over-steps", ALIGNMENT)
+        if "alignment" in lines[0]:
+            over = {result["method"]: [columns(lines, "alignment")]}
+            figures.over_steps({"": over}, out / "alignment-over-steps", ALIGNMENT)
         if "usage" in lines[0]:
             series = {m: [columns(lines, m)] for m in MEASURES}
             figures.over_steps({"": series}, out / "measures-over-steps", "measure of Z, mean over layers")
@@ -317,9 +321,11 @@ def columns(lines: list[dict], name: str) -> tuple[list, list]:
 def columns_of(path: Path, name: str) -> tuple[list, list]:
     """`columns` of a log.jsonl, or of an analysis.json, which may have none. Raises UserError if it is damaged."""
     try:
-        text, whole = path.read_text(encoding="utf-8"), path.suffix == ".json"
-        lines = json.loads(text).get("over_steps", []) if whole else [json.loads(line) for line in text.splitlines()]
-        if not lines and not whole:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            found = json.loads(text)
+            lines = found.get("over_steps", []) if name in found else []  # --no-alignment: measures of Z alone
+        elif not (lines := [json.loads(line) for line in text.splitlines()]):
             raise ValueError  # a finished run has logged its last step
         for line in lines:
             check_numbers(path, {key: line[key] for key in ("step", name)})

@@ -61,10 +61,10 @@ def styles(labels) -> dict[str, dict]:
 
 @drawing
 def allocation(one: np.ndarray, layer: str, every: np.ndarray, tasks: list[str], tree: np.ndarray, stem):
-    """Heat maps of Z: one layer, and all layers beside each other, tasks in the order of the tree.
+    """Heat maps of Z: one router, and all routers beside each other, tasks in the order of the tree.
 
-    one: (t, s) or (t, h, s), probabilities. every: (t, n), all layers, heads and skills; its columns come in an order
-    that puts like ones side by side. tree: a scipy linkage of the tasks.
+    one: (t, s) or (t, h, s), probabilities. layer: the first that this router serves. every: (t, n), all routers, heads
+    and skills; its columns come in an order that puts like ones side by side. tree: a scipy linkage of the tasks.
     """
     order, t = leaves_list(tree), len(tasks)
     heads = one.shape[1] if one.ndim == 3 else 1
@@ -75,17 +75,16 @@ def allocation(one: np.ndarray, layer: str, every: np.ndarray, tasks: list[str],
     left.imshow(one.reshape(t, -1)[order], **style)
     for k in range(1, heads):
         left.axvline(k * one.shape[-1] - 0.5, color="black", linewidth=0.6)
-    left.set_title(short(layer), fontsize=8)
-    if heads == 1:
-        left.set_xticks(range(columns), range(1, columns + 1))
-    else:
-        left.set_xticks([(k + 0.5) * one.shape[-1] - 0.5 for k in range(heads)], range(1, heads + 1))
+    left.set_title(f"router, first layer:\n{short(layer)}", fontsize=8)
+    wide, count = (1, columns) if heads == 1 else (one.shape[-1], heads)
+    shown = range(0, count, -(-count // 8))  # so that the numbers stay apart
+    left.set_xticks([(k + 0.5) * wide - 0.5 for k in shown], [k + 1 for k in shown])
     left.set_xlabel("skill" if heads == 1 else "head (its skills)")
     left.set_yticks(range(t), [tasks[k] for k in order], fontsize=7)
     image = right.imshow(every[order][:, by_likeness(every)], **style)
-    right.set_title(f"all layers,\n{every.shape[1]:,} probabilities", fontsize=8)
+    right.set_title(f"all routers,\n{every.shape[1]:,} probabilities", fontsize=8)
     right.set_xticks([])
-    right.set_xlabel("layer, head and skill, clustered" if heads > 1 else "layer and skill, clustered")
+    right.set_xlabel("router, head and skill, clustered" if heads > 1 else "router and skill, clustered")
     for ax in (left, right):
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)

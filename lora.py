@@ -17,6 +17,10 @@ Shape key, the same in every file:
 Orientation: x is a row vector, so A is (i, r), B is (r, o) and the update is (x A) B. Hu et al. and PEFT's LoRA
 store both transposed: (r, i) and (o, r).
 
+Names: A is at the input and random, B at the output and zero, as in Hu et al. and the authors' code. Both routing
+papers have the letters the other way round, and columns: in [2]'s A B^T x, their B is our A and their A our B^T; in
+Polytropon's eq. 4, A B x, their B is our A^T, their A our B^T, and its "A matrices ... initialised to zero" our B = 0.
+
 Deviations:
 * Init of A: uniform within +-1/sqrt(3 i), as in the MHR authors' code. PEFT's Poly takes +-sqrt(h/i), which is
   sqrt(3 h) times wider and depends on the number of heads. B is zero everywhere.

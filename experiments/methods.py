@@ -57,7 +57,8 @@ RATES = {  # what --tune found: flags of train.py, then of adapt.py for each var
 
 
 def run(script: str, flags: list[str], made: Path) -> dict:
-    """What a script writes to the JSON file `made`; if that is there, the script is not run again."""
+    """What a script writes to the JSON file `made`, and the "commit" of this tree that made it; if the file is there,
+    the script is not run again."""
     if not made.exists():
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         command, code = [sys.executable, script, *flags], commit()
@@ -66,7 +67,8 @@ def run(script: str, flags: list[str], made: Path) -> dict:
             raise SystemExit(f"{' '.join(command)}\nended with code {done.returncode}:\n{done.stderr[-2000:]}")
         (made.parent / "commit").write_text(code)
         print(f"{made.parent.name}: {done.stdout.splitlines()[-1]}", flush=True)
-    return json.loads(made.read_text())
+    kept = made.parent / "commit"  # not there if this program was killed while the script ran
+    return json.loads(made.read_text()) | {"commit": kept.read_text() if kept.exists() else "unknown"}
 
 
 def commit() -> str:

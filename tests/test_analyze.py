@@ -383,9 +383,10 @@ def test_alignment_of_mixtures_does_not_see_who_uses_which_skill():
     assert not any("adapters" in vars(layer) for layer in adapted_layers(model).values())
 
 
-@pytest.mark.parametrize("method", ["lora", "poly", "mhr"])
+@pytest.mark.parametrize("method", ["lora", "poly", "mhr", "random"])
 def test_alignment_of_mixtures_is_that_of_the_merged_adapters(method):
-    """Against gradients of each layer's A and B for one task, taken as leaves; of lora what is shared."""
+    """Against gradients of each layer's A and B for one task, taken as leaves; of lora what is shared. Under random
+    (by example) every example has a mixture, and the tasks have unlike numbers of examples: their sum counts."""
     model, tokenizer = tiny(method)
     found = gradient_alignment(model, tokenizer, TASKS, [0, 1, 2], 10, (16, 16))
     if method == "lora":
@@ -561,6 +562,20 @@ def test_names_of_tasks_do_not_overlap(monkeypatch, count):
     assert all(box.x1 <= figure.bbox.x1 + 1 for box in boxes)
 
 
+@pytest.mark.parametrize("shape", [(2,), (4,), (8,), (32,), (64,), (3, 4), (16, 4), (64, 8)])
+def test_numbers_of_skills_and_heads_do_not_overlap(monkeypatch, shape):
+    """In the heat map of one router, whose first one is always said; its title is not cut off."""
+    one, names = RNG.random((5, *shape)), [f"a task of middling length {k}" for k in range(5)]
+    tree, layer = hierarchy(task_similarity({"a": one})), "encoder.block.11.layer.0.SelfAttention.q"
+    every = one.reshape(5, -1)
+    figure, renderer = drawn(monkeypatch, lambda: figures.allocation(one, layer, every, names, tree, ""))
+    labels = figure.axes[0].get_xticklabels()
+    boxes = [label.get_window_extent(renderer) for label in labels]
+    assert labels[0].get_text() == "1" and len(labels) == min(shape[0], len(labels)) >= min(shape[0], 6)
+    assert all(left.x1 + 2 < right.x0 for left, right in zip(boxes, boxes[1:], strict=False))
+    assert inside(figure.axes[0].title, figure, renderer) and inside(figure.axes[1].title, figure, renderer)
+
+
 # --- The command ------------------------------------------------------------------------------------------------------
 
 SOME = "drop+rotate,double+reverse,sort+reverse+upper,reverse+rotate"
@@ -653,6 +668,21 @@ def test_an_earlier_step(runs, of_mhr, tmp_path, monkeypatch):
     assert result["mean"]["usage"] != of_mhr["mean"]["usage"]
 
 
+def test_without_gradients_the_measures_over_steps_are_there(runs, of_mhr, tmp_path):
+    """--no-alignment: Z over the kept steps, no cosine; --compare then draws no alignment for this run."""
+    result = look(runs / "mhr", alignment=False, output_dir=str(tmp_path / "mhr" / "analysis"))
+    assert [line.keys() - {"step"} for line in result["over_steps"]] == [set(MEASURES)] * 2
+    assert [line["usage"] for line in result["over_steps"]] == [line["usage"] for line in of_mhr["over_steps"]]
+    assert pictures(tmp_path / "mhr" / "analysis") == {
+        "allocation",
+        "tasks",
+        "layers",
+        "similarity",
+        "measures-over-steps",
+    }
+    assert analyze.columns_of(tmp_path / "mhr" / "analysis" / "analysis.json", "alignment") == ([], [])
+
+
 def test_one_adapter_has_alignment_alone(runs, capsys):
     """lora: no Z to measure, which it says; the alignment and its figure are there."""
     result = look(runs / "lora")
@@ -670,6 +700,15 @@ def test_a_run_of_adapt(runs):
          for layer in result["layers"]}  # fmt: skip
     np.testing.assert_allclose(result["similarity"], task_similarity(p), atol=1e-4)
     assert np.ptp(np.concatenate(list(p.values()), 1), axis=0).max() > 0.01
+
+
+def test_random_by_example_has_nothing_to_look_at(tmp_path, monkeypatch):
+    """Neither after pre-training nor after an adaptation, for which all skills are switched on."""
+    monkeypatch.setattr(analyze, "read_config", lambda *_: adapt.Config(checkpoint="x"))
+    monkeypatch.setattr(adapt, "load_adapted", None)
+    monkeypatch.setattr(adapt, "train_config", lambda _: train.Config(method="random", random_by="example"))
+    with pytest.raises(UserError, match="without probabilities of skills"):
+        analyze._adapted(analyze.Config(), tmp_path)
 
 
 def test_comparison(runs, of_mhr, tmp_path, capsys):
@@ -725,10 +764,11 @@ BAD_FILES = [
     ("poly", "log.jsonl", '{"step": "one", "loss": 2.0}'), ("poly", "log.jsonl", '{"step": 1, "loss": 1e400}'),
     ("poly", "log.jsonl", '{"step": 1}'), ("poly", "log.jsonl", "[]"), ("poly", "log.jsonl", ""),
     ("poly", "log.jsonl", "[" * 10**5), ("poly", "log.jsonl", STEP_1 + "{"),
-    ("poly", "analysis/analysis.json", '{"over_steps": [{"step": 1}]}'),
-    ("poly", "analysis/analysis.json", '{"over_steps": 5}'),
-    ("poly", "analysis/analysis.json", '{"over_steps": [{"step": 1, "alignment": null}]}'),
-    ("poly", "analysis/analysis.json", '{"over_steps": {"step": 1}}'),
+    ("poly", "analysis/analysis.json", '{"alignment": {}, "over_steps": [{"step": 1}]}'),
+    ("poly", "analysis/analysis.json", '{"alignment": {}, "over_steps": 5}'),
+    ("poly", "analysis/analysis.json", '{"alignment": {}, "over_steps": [{"step": 1, "alignment": null}]}'),
+    ("poly", "analysis/analysis.json", '{"alignment": {}, "over_steps": {"step": 1}}'),
+    ("poly", "analysis/analysis.json", "5"),
     ("z", "result.json", '{"seconds": 1.0, "parameters": {"adapters": 9}, "splits": %s}'),
     ("z", "result.json", '{"seconds": 1.0, "parameters": {"adapters": 9}, "splits": %s, "mean": "best"}'),
 ]  # fmt: skip
@@ -753,8 +793,10 @@ def test_comparison_of_a_run_without_its_log(runs, tmp_path):
 
 def test_seeds_without_a_step_in_common_are_not_an_empty_line(runs, tmp_path):
     """Alignment that was measured at other steps (--keep-every) has no mean over seeds."""
-    one = changed(runs, tmp_path, "mhr", "analysis/analysis.json", '{"over_steps": [{"step": 2, "alignment": 0.5}]}')
-    other = changed(runs, tmp_path, "mhr1", "analysis/analysis.json", '{"over_steps": [{"step": 3, "alignment": 0.5}]}')
+    text = '{"alignment": {}, "over_steps": [{"step": %d, "alignment": 0.5}]}'
+    one, other = (
+        changed(runs, tmp_path, name, "analysis/analysis.json", text % k) for name, k in (("mhr", 2), ("mhr1", 3))
+    )
     with pytest.raises(UserError, match="^--compare: the runs of mhr have no step in common"):
         analyze.main(dict(compare=(one[1], other[1]), output_dir=str(tmp_path / "out")))
 
@@ -792,7 +834,7 @@ def test_an_allocation_of_one_column_can_be_drawn(tmp_path):
 
 
 def test_a_look_at_a_part_does_not_replace_the_whole(tmp_path, monkeypatch):
-    """--step and --tasks write into folders of their own: --compare and reproduce.py read analysis/."""
+    """--step and --tasks write into folders of their own: --compare reads analysis/."""
     wrote = []
     monkeypatch.setattr(analyze, "read_json", lambda path: {})
     monkeypatch.setattr(analyze, "_pretrained", lambda cfg, folder: ({}, [], {}))

@@ -61,6 +61,16 @@ def test_equals_naive_loops(adapter, lead, i, o, bias):
         torch.testing.assert_close(got, want)
 
 
+def test_the_letters_of_the_papers():
+    """For a column x: MHR's W0 x + alpha A B^T x and Polytropon's eq. 4, (W0 + A B) x, letters as lora.py says."""
+    layer = adapted(LoRA(2), bias=False)
+    x, W, (A, B) = torch.randn(6, dtype=torch.float64), layer.linear.weight, (layer.params["A"], layer.params["B"])
+    theirs_A, theirs_B = B.T, A  # MHR: (o, r) and (i, r)
+    torch.testing.assert_close(layer(x), W @ x + 1 / 2 * theirs_A @ theirs_B.T @ x)
+    theirs_A, theirs_B = B.T, A.T  # Polytropon: (o, r) and (r, i)
+    torch.testing.assert_close(layer(x), (W + 1 / 2 * theirs_A @ theirs_B) @ x)
+
+
 @each_adapter
 def test_one_adapter_per_example_equals_one_by_one(adapter):
     """`apply` with stacked parameters gives each example its own adapter. Catches adapters that leak between the

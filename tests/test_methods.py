@@ -89,7 +89,8 @@ def test_every_method_has_rates_for_its_variants():
 
 
 def test_what_was_made_is_not_made_again(monkeypatch, tmp_path):
-    """A script runs if its file is not there; the commit of the tree is written beside it."""
+    """A script runs if its file is not there; the commit of the tree is written beside it, unless this program was
+    killed before it could."""
     calls = []
 
     def fake(command, **options):
@@ -100,9 +101,11 @@ def test_what_was_made_is_not_made_again(monkeypatch, tmp_path):
     monkeypatch.setattr(methods.subprocess, "run", fake)
     monkeypatch.setattr(methods, "commit", lambda: "abc")
     for _ in range(2):
-        assert methods.run("train.py", ["--seed", "0"], tmp_path / "result.json") == {"mean": 3.0}
+        assert methods.run("train.py", ["--seed", "0"], tmp_path / "result.json") == {"mean": 3.0, "commit": "abc"}
     assert len(calls) == 1
     assert (tmp_path / "commit").read_text() == "abc"
+    (tmp_path / "commit").unlink()
+    assert methods.run("train.py", [], tmp_path / "result.json")["commit"] == "unknown" and len(calls) == 1
 
 
 def test_a_script_that_fails_ends_all_with_its_words(monkeypatch, tmp_path):

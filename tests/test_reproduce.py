@@ -98,13 +98,14 @@ def test_the_page_has_the_rule_and_the_setting():
     data = strings()
     assert f"{len(data.train)} training tasks of {len(data.train[0].train)} examples" in reproduce.PAGE
     assert f"{len(data.test)} held-out tasks" in reproduce.PAGE
-    assert f"on {len(data.test[0].test)} test examples a task" in reproduce.PAGE
+    assert f"on {len(data.test[0].test)} test examples of a held-out task" in reproduce.PAGE
+    assert f"{len(data.test[0].dev)} other examples of the task" in reproduce.PAGE
     assert all(f"| a {relation} b |" in reproduce.PAGE for relation in (">", "<=", "~"))
 
 
 def test_what_the_page_says_of_rounding():
     """Its two scores of one seed of MHR are those of results/methods.md and of claims.jsonl."""
-    first, second = re.search(r"seed 1 of MHR gave (\d+\.\d) .*?order, (\d+\.\d)", reproduce.PAGE, re.S).groups()
+    first, second = re.search(r"seed 1 of MHR gave (\d+\.\d) .*?order,\s(\d+\.\d)", reproduce.HISTORY, re.S).groups()
     methods_page = " ".join((reproduce.ROOT / "results" / "methods.md").read_text().split())
     assert re.search(r" MHR ([\d.]+) ([\d.]+) ", methods_page).group(2) == first
     raw = reproduce.read_raw(reproduce.ROOT / "results" / "claims.jsonl")
@@ -180,7 +181,7 @@ def test_the_flags_of_measures_are_flags(measure):
     given = config.explicit_flags(train.Config, config.PRETRAINING, [*flags, "--dataset", "strings"])
     cfg = train.make_config(**given)
     assert config.unused(cfg, given) == []
-    if measure.then in claims.VARIANTS:
+    if measure.then in config.VARIANTS:
         few = methods.few_shot_rates(measure.method, measure.then)
         config.explicit_flags(adapt.Config, config.FEW_SHOT, [*few, "--variant", measure.then])
         assert cfg.method in config.VARIANTS[measure.then]
@@ -203,10 +204,19 @@ def test_sides_of_comparisons():
     assert reproduce.side(0.9, found, (0, 1)).tolist() == [0.9, 0.9]
 
 
-@pytest.mark.parametrize("argv, named", [(["--seeds", "0", "1"], "three"), (["--seeds", "5", "6", "7"], "--results")])
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["--seeds", "0", "1"], "three"),
+        (["--seeds", "5", "6", "7"], "--results"),
+        ("--seeds 0 1 2 --results results".split(), "--results"),
+    ],
+)
 def test_too_few_or_other_seeds_are_refused(monkeypatch, capsys, argv, named):
     """Two seeds make no test, and results/ holds the values of the seeds that are compared."""
     monkeypatch.setattr("sys.argv", ["reproduce", *argv])
+    monkeypatch.chdir(reproduce.ROOT)
+    monkeypatch.setattr(reproduce, "make_missing", None)
     with pytest.raises(SystemExit):
         reproduce.main()
     assert named in capsys.readouterr().err
@@ -229,14 +239,23 @@ def test_flags_that_cannot_be(monkeypatch, capsys, tmp_path, line, named):
     assert (tmp_path / "FILE").read_text() == "mine"
 
 
-WHOLE = {"flags": "a", "seed": 0, "value": 1.0, "trained": 3, "new task": None, "seconds": [1.0, 2], "commit": "abc"}
+WHOLE = {
+    "flags": "a",
+    "seed": 0,
+    "value": 1.0,
+    "trained": 3,
+    "new task": None,
+    "seconds": [1.0, 2],
+    "commits": ["abc", "def"],
+}
 
 
 @pytest.mark.parametrize(
     "odd",
     ["{", "[]", "\0", "[" * 3000, *(json.dumps(WHOLE | change) for change in (
         {"value": None}, {"value": float("nan")}, {"value": {}}, {"value": {"300": "x"}}, {"trained": "3"},
-        {"seconds": [1.0]}, {"seconds": 1}, {"flags": []}, {"seed": "0"}, {"commit": 1}, {"new task": "3"},
+        {"seconds": [1.0]}, {"seconds": 1}, {"flags": []}, {"seed": "0"}, {"new task": "3"},
+        {"commits": "ab"}, {"commits": ["a", 1]}, {"commits": ["a"]},
     )), json.dumps({"flags": "a", "seed": 0, "value": 1.0})],
 )  # fmt: skip
 def test_a_damaged_raw_file_is_one_sentence(tmp_path, odd):
@@ -262,8 +281,8 @@ def workshop(tmp_path, monkeypatch):
         done.append(("train", name, seed, extra))
         folder = root / f"{name}{seed}{''.join(extra)}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "commit").write_text("abc1234")
-        return folder, {"mean": 80.0 + seed, "parameters": {"adapters": 7, "routing": 2}, "seconds": 60.0}
+        counts = {"adapters": 7, "routing": 2}
+        return folder, {"mean": 80.0 + seed, "parameters": counts, "seconds": 60.0, "commit": "abc1234"}
 
     def adapt(checkpoint, variant, seed, extra=()):
         done.append(("adapt", checkpoint.name, variant, extra))
@@ -272,6 +291,7 @@ def workshop(tmp_path, monkeypatch):
             "mean_before": 1.0 + seed,
             "parameters": {"adapters": 3, "routing": 1},
             "seconds": 30.0,
+            "commit": "def5678",
         }
 
     def run(script, flags, made):
@@ -280,7 +300,8 @@ def workshop(tmp_path, monkeypatch):
         steps = [{"step": s, "alignment": s / 1000 + base, "alignment_mixed": 0.5 + base} for s in (300, 600)]
         measures = {"discreteness": 0.9, "sparsity": 0.4, "usage": 0.95}
         recovery = {"correlation": 0.5, "chance_95": 0.1, "low": 0.4, "high": 0.6}
-        return {"mean": 12.0 if script == "evaluate.py" else measures, "over_steps": steps, "recovery": recovery}
+        mean = 12.0 if script == "evaluate.py" else measures
+        return {"mean": mean, "over_steps": steps, "recovery": recovery, "commit": "abc1234"}
 
     for name, fake in (("pretrain", pretrain), ("adapt", adapt), ("run", run)):
         monkeypatch.setattr(reproduce, name, fake)
@@ -296,7 +317,8 @@ def test_a_run_is_made_once_for_all_that_ask_it(workshop):
     assert len([line for line in done if line[0] == "adapt"]) == 6
     lines = [json.loads(line) for line in (folder / "claims.jsonl").read_text().splitlines()]
     assert {(line["value"], line["seed"]) for line in lines} == {(50.0, 0), (51.0, 1)}
-    assert all(line["trained"] == 9 and line["new task"] == 4 and line["commit"] == "abc1234" for line in lines)
+    assert all(line["trained"] == 9 and line["new task"] == 4 for line in lines)
+    assert all(line["commits"] == ["abc1234", "def5678"] for line in lines)
     assert reproduce.hours(lines) * 3600 == 2 * 60 + 6 * 30  # each pre-training once
     before = len(done)
     reproduce.make_missing(*arguments)
@@ -339,7 +361,8 @@ def test_the_page_has_every_claim(workshop):
     assert re.search(r"\[recovery\]\(#recovery\) \| holds", page)  # 0.5 against 0.1
     assert re.search(r"\[few-shot\]\(#few-shot\) \| undecided", page)  # all alike
     assert re.search(r"\| MHR \| `--method mhr --heads 8 .*` \| 9 \| 4 \| 51.0 ± 1.0 \|", page)
-    assert "abc1234" in page and "nan" not in page
+    assert "Commit abc1234, def5678." in page and "nan" not in page
+    assert "Not blind" not in page  # that is the history of results/, not of a page that another makes
 
 
 def test_the_page_tells_what_is_not_made(workshop):
