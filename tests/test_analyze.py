@@ -309,6 +309,28 @@ def test_the_branches_of_the_routing_page():
     assert len(branch("poly", "rr")) == have(branch("poly", "rr"), "sort") == 15
 
 
+def test_what_the_routing_page_says_of_one_layer_and_of_all():
+    """The numbers in its words: who uses the first skill, how near entries are to 0 or 1, where Z is discrete, when."""
+    page = " ".join((Path(analyze.__file__).parent / "results" / "routing.md").read_text().split())
+    found, name = ROUTING["poly"], "discreteness"
+    ((layer, p),) = found["one layer"].items()
+    p, by_layer = np.array(p), {of: values[name] for of, values in found["layers"].items()}
+    assert layer == max(by_layer, key=by_layer.get) and by_layer[layer] == pytest.approx(discreteness(p), abs=1e-3)
+    first = [task for task, row in zip(found["tasks"], p, strict=True) if row[0] > 0.5]
+    others = [task for task in first if "sort" not in task]
+    assert len(first) - len(others) == sum("sort" in task for task in found["tasks"]) == 20
+    assert len(others) == 11 and all("reverse" in task for task in others) and "and 11 others do" in page
+    assert f"{np.mean((p < 0.1) | (p > 0.9)):.0%}".replace("%", " %") + " of its entries" in page
+    steps = {line["step"]: line[name] for line in found["over_steps"]}
+    assert sorted(steps.values()) == list(steps.values())
+    assert f"from {steps[300]:.3f} at step 300 to {steps[1500]:.3f} at step 1,500" in page
+    lowest = sorted(by_layer, key=by_layer.get)[:6]
+    assert {of for of in lowest if of.endswith((".q", ".k"))} == {of for of in lowest if ".block.0." in of}
+    last = {".".join(of.split(".")[-2:]) for of in lowest if of.startswith("decoder.block.2.")}
+    assert last == {"SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo"}
+    assert f"lowest, {by_layer[lowest[0]]:.2f} to {by_layer[lowest[-1]]:.2f}," in page
+
+
 # --- Gradient alignment -----------------------------------------------------------------------------------------------
 
 
