@@ -178,7 +178,7 @@ def search(score, middle: float, most: int = 7) -> float:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     parser.add_argument("--tune", action="store_true", help="search learning rates on dev tasks instead")
