@@ -116,6 +116,19 @@ def test_what_the_page_says_of_rounding():
     ]
 
 
+def test_the_seeds_of_the_methods_page_are_those_of_the_claims():
+    """Its scores seed by seed, are the raw numbers of the same runs."""
+    page = (reproduce.ROOT / "results" / "methods.md").read_text()
+    text = " ".join(page.split("Seed by seed:")[1].split("Before adaptation")[0].split())
+    raw = reproduce.read_raw(reproduce.ROOT / "results" / "claims.jsonl")
+    listed = re.findall(r"([^\d,;. ]+) ((?:\d+\.\d ?){5})", text)
+    assert len(listed) == 8
+    for name, values in listed:
+        measure = MEASURES[name.replace("μ", "mu").replace("Random-by-task", "Random by task")]
+        found = [raw[reproduce.flags_of(measure), seed]["value"] for seed in reproduce.SEEDS]
+        assert [f"{value:.1f}" for value in found] == values.split(), name
+
+
 def test_gradients_are_measured_where_a_claim_asks_for_them(workshop):
     """Whatever the flags of the run: analyze.py takes a minute for them, and a value over training needs them."""
     folder, done = workshop
