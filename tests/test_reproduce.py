@@ -13,7 +13,7 @@ import adapt
 import config
 import train
 from experiments import claims, methods, reproduce
-from experiments.claims import CLAIMS, MEASURES
+from experiments.claims import CLAIMS, MEASURES, measures_of
 
 VALUES = st.lists(st.floats(0, 100).map(lambda x: round(x, 3)), min_size=5, max_size=5).map(np.array)
 
@@ -114,6 +114,24 @@ def test_what_the_page_says_of_rounding():
     assert [f"{line['value']:.1f}" for (of, seed), line in raw.items() if of.startswith(flags) and seed == 1] == [
         second
     ]
+
+
+def test_what_the_page_says_of_close_calls():
+    """Of all comparisons ">", just those that it names are decided at a p above 0.04, and between the two it gives."""
+    raw, seeds = reproduce.read_raw(reproduce.ROOT / "results" / "claims.jsonl"), (0, 1, 2, 3, 4)
+    text = " ".join(reproduce.HISTORY.split("by a hair")[1].split())
+    close, alone = {}, []
+    for name, claim in CLAIMS.items():
+        found = reproduce.collect(raw, measures_of(claim), seeds)
+        sides = [[reproduce.side(of, found, seeds) for of in (a, b)] for a, _, b in claim.compare]
+        parts = [reproduce.judge(a, r, b) for (a, b), (_, r, _) in zip(sides, claim.compare, strict=True)]
+        for (a, relation, b), part in zip(claim.compare, parts, strict=True):
+            p = stats.ttest_1samp(part.seeds, 0).pvalue
+            if relation == ">" and 0.04 < p < 0.05:
+                close[f"{a} > {b}"] = p
+                alone += [name] * (sum(other.says == part.says == "fails" for other in parts) == 1)
+    assert all(comparison in text for comparison in close) and text.count(" > ") == len(close) == 3
+    assert f"p of {min(close.values()):.3f} to {max(close.values()):.4f}" in text and alone == ["alignment"]
 
 
 def test_the_seeds_of_the_methods_page_are_those_of_the_claims():
