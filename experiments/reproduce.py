@@ -310,7 +310,7 @@ skills (heads); and alignment of MHR, inventory > alignment of LoRA (Shared), in
 alignment rests.
 
 On real tasks with a real model, in two seeds of a small budget, few-shot, z and mu are in `smollm.md`: there MHR and
-Poly are close together, and LoRA is above Poly.
+Poly are close together, and LoRA is above both.
 """  # of results/claims.md, and of no page that another makes
 
 
