@@ -466,7 +466,7 @@ def main():
     if tuple(args.seeds) != SEEDS and args.results.resolve() == ROOT / "results":
         parser.error("--seeds: give --results too, for results/ holds the values of the seeds that are compared")
     names = list(CLAIMS) if "all" in args.claim else args.claim
-    for name in ("results", "runs"):
+    for name in ("results",) if args.page else ("results", "runs"):
         try:
             getattr(args, name).mkdir(parents=True, exist_ok=True)
         except OSError as error:

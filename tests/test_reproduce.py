@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -269,6 +270,15 @@ def test_flags_that_cannot_be(monkeypatch, capsys, tmp_path, line, named):
         reproduce.main()
     assert stopped.value.code == 2 and re.search(f"error: {named}[: ]", capsys.readouterr().err)
     assert (tmp_path / "FILE").read_text() == "mine"
+
+
+def test_the_page_alone_makes_no_folder_of_runs(monkeypatch, tmp_path):
+    """--page, without a raw number: a page on which nothing is made yet, and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", "reproduce --page --results new --runs runs".split())
+    reproduce.main()
+    assert [str(path) for path in Path().rglob("*")] == ["new", "new/claims.md"]
+    assert Path("new/claims.md").read_text().count("not made yet") == len(CLAIMS)
 
 
 WHOLE = {
