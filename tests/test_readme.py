@@ -154,6 +154,8 @@ def test_the_numbers_of_what_we_found_are_those_of_the_claims():
     named = [(name, value) for name, value in found.items() if re.search(rf"{re.escape(name)} {value}", section)]
     assert len(named) >= 8 and {value for _, value in named} == set(numbers)
     assert f"with {1728:,} parameters a task" in section and re.search(r"\| MHR-z \| .*\| 1,728 \|", page)
+    below = re.search(r"^\| MHR > Poly \| .* \| undecided \| (.*) \|$", page, re.M).group(1).split()
+    assert "MHR 77.5 ± 4.7 is below Poly in each seed (undecided)" in section and all(float(d) < 0 for d in below)
     for figure in re.findall(r'src="(.*?)"', section):
         assert (ROOT / figure).exists()
 
