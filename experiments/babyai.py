@@ -38,10 +38,10 @@ What [1] leaves open, and what was chosen:
 * mhr: a layer with a tensor whose rows --heads does not divide keeps one Z; of 8, look-up tables and last layers.
 
 One process steps all slots; `share_of_time` in result.json says how much of a run was the environments, acting and
-learning. All methods and two controls, two runs side by side on two cores, in rounds of a million frames, so that
-whenever time ends most have as many; the same again goes on where it was cut off:
+learning. All methods and two controls, two runs side by side on two cores, in rounds to half a million, one and two
+million frames each, so that whenever time ends most have as many; the same again goes on where it was cut off:
 
-    for frames in 1000000 2000000; do for seed in 0 1; do
+    for frames in 500000 1000000 2000000; do for seed in 0 1; do
       for method in skilled shared expert private mhr single-speed dense; do
         echo --frames $frames --seed $seed --method $method; done
       for method in shared private; do
