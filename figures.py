@@ -360,10 +360,10 @@ def by_method(values: dict[str, list[float]], stem, xlabel: str, reference: str 
 
 
 @drawing
-def by_episodes(panels: dict[str, dict[str, list[np.ndarray]]], stem, first: int):
+def by_episodes(panels: dict[str, dict[str, list[np.ndarray]]], stem, window: int):
     """Success by episodes, a panel a level (Polytropon figure 2), as far as all seeds of a method go: their mean, in a
-    band from the lowest to the highest. panels: {level: {method: for each seed its success over a window of `first`
-    episodes, the first window, the one that ends an episode later, and so on}}."""
+    band from the lowest to the highest. panels: {level: {method: for each seed its success over `window`
+    episodes, the first of them, those that end an episode later, and so on}}."""
     columns = 2 if len(panels) in (2, 4) else 3
     rows = -(-len(panels) // columns)
     fig = Figure(figsize=(1.5 * WIDTH, 1.9 * rows + 0.4))
@@ -373,8 +373,8 @@ def by_episodes(panels: dict[str, dict[str, list[np.ndarray]]], stem, first: int
             shared = min(map(len, methods[method]))
             kept = np.arange(0, shared, max(1, shared // 300))
             rates, line = np.array([rate[kept] for rate in methods[method]]), style | dict(marker=None, linewidth=1.3)
-            ax.plot(kept + first, rates.mean(0), label=method, **line)
-            ax.fill_between(kept + first, rates.min(0), rates.max(0), color=style["color"], alpha=0.12, linewidth=0)
+            ax.plot(kept + window, rates.mean(0), label=method, **line)
+            ax.fill_between(kept + window, rates.min(0), rates.max(0), color=style["color"], alpha=0.12, linewidth=0)
         ax.set(title=level, ylim=(0, 1.02))
         ax.grid(axis="y", color="0.9", linewidth=0.6)
         ax.xaxis.set_major_locator(MaxNLocator(4))
@@ -383,6 +383,6 @@ def by_episodes(panels: dict[str, dict[str, list[np.ndarray]]], stem, first: int
     for ax in axes[len(panels) :]:
         ax.remove()
     fig.supxlabel("episodes", fontsize=9)
-    fig.supylabel(f"success (mean of {first:,} episodes)", fontsize=9)
+    fig.supylabel(f"success (mean of {window:,} episodes)", fontsize=9)
     fig.legend(handles, labels, loc="outside upper center", ncols=min(5, len(labels)))
     save(fig, stem)

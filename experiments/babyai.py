@@ -1,7 +1,7 @@
 r"""Routing beyond language: one agent for eight levels of BabyAI (Polytropon [1] section 3, appendices A.1 and B).
 
     pip install minigrid==3.2.0
-    python -m experiments.babyai --method skilled --width 32 --frames 3000000
+    python -m experiments.babyai --method skilled --width 32 --frames 2000000
     python -m experiments.babyai --resume --output-dir runs/babyai-skilled-0          (--frames may grow)
     python -m experiments.babyai --plot runs/babyai-*       the paper's figure 2, and a table at equal episodes
 
@@ -13,19 +13,20 @@ own (`poly.py`, `mhr.py`, `baselines/fixed.py`). A batch is cut by level; each p
     single-speed  the same at one learning rate         dense   the same with skills of all entries ("- sparsity")
     mhr           the same with a Z for each of --heads blocks of a tensor's rows (not in the paper)
     expert        the table of appendix B               shared  one skill for all levels
-    private       an agent for each level, which share nothing: theta_0 is zero and stays so, Phi is dense
+    private       an agent for each level: theta_0 is zero and stays so, Phi is dense; no parameter is shared
 
 What [1] leaves open, and what was chosen:
 * Success is counted while training: of sampled actions, with noise of Z where Z is learned (not in shared, expert and
-  private). [1] has a window of 100, of what it does not say. Of episodes, > 0.99 is 100 of 100, which an agent that
-  succeeds in 94 % of its episodes also does once in 20,000 of them; so the same over 1,000 stands beside it. The
-  finished agent is also tried without noise of Z, actions sampled, on 500 episodes a level whose seeds training never
-  draws, the same for all runs: "final".
+  private). [1] has a window of 100 and does not say of what. Of episodes, > 0.99 is 100 of 100, which most agents that
+  succeed in 94 % of their episodes also reach within 20,000 of them; so the same over 1,000 stands beside it. A success
+  at the last step that is allowed counts, with minigrid's reward of 0.1; in [1] it would not (n < n_max).
+* The finished agent is also tried without noise of Z, actions sampled, on 500 episodes a level whose seeds training
+  never draws, the same for all runs: "final".
 * Levels are sampled uniformly: a slot (an environment) draws its next level at each reset. So levels have equal
   episodes, not frames: an unsolved maze takes 576, another level 64 or 128.
 * PPO is that of BabyAI 1.1 [2], whose setup [1] follows: rewards times 20, lambda 0.99, 64 slots of 40 frames an
-  update, 4 epochs of 2 batches, gradients through 20 frames, clipping 0.2 (value too), entropy 0.01. A time-out is an
-  end.
+  update, 4 epochs of 2 batches, gradients through 20 frames, clipping 0.2 (value too), entropy 0.01, gradients of
+  norm 0.5 at most, over all levels together, under private too. A time-out is an end.
 * theta_0 and Phi have one learning rate, so theta_l moves by the steps of both: under dense up to twice as far as under
   private, which has no theta_0. `--lr 2e-4` of shared and of private is the control for it.
 * Noise of Z (eq. 2): one draw an update, the same while acting and learning, so that PPO's ratios begin at one.
@@ -39,7 +40,8 @@ What [1] leaves open, and what was chosen:
 
 One process steps all slots; `share_of_time` in result.json says how much of a run was the environments, acting and
 learning. All methods and two controls, two runs side by side on two cores, in rounds to half a million, one and two
-million frames each, so that whenever time ends most have as many; the same again goes on where it was cut off:
+million frames each, so that whenever time ends most have equally many. The same again goes on where it was cut off;
+a run that is in a later round it skips, and says so:
 
     for frames in 500000 1000000 2000000; do for seed in 0 1; do
       for method in skilled shared expert private mhr single-speed dense; do
@@ -78,6 +80,7 @@ WORDS = (  # all words of minigrid's instructions in these levels; 0 is no word
     "go to pick up put next the a object in front of you behind on your left right box ball key door "
     "red green blue purple yellow grey"
 ).split()
+MINIGRID = "3.2.0"  # other versions may draw other episodes
 LENGTH = 9  # words of the longest instruction: "put the red ball next to the blue key"
 ACTIONS = 7
 TILE = (11, 6, 3)  # kinds, colours and states of a tile
@@ -118,6 +121,7 @@ import math
 import os
 import sys
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,17 +151,23 @@ LARGEST, MOST_SLOTS, MOST_FRAMES = 10**8, 10**4, 10**6  # parameters of all skil
 # --- Environments -----------------------------------------------------------------------------------------------------
 
 
-def make_env(level: str, max_steps: int | None = None):
-    """A level of minigrid without gymnasium's checks around it. max_steps: of an episode; None: the level's own.
-
-    Raises UserError if minigrid is not there.
-    """
-    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+def need_minigrid():
+    """Raise UserError unless minigrid is there, in the version of all runs."""
     try:
-        import gymnasium
-        import minigrid  # noqa: F401  it registers the levels
-    except ImportError:
-        raise UserError("experiments.babyai needs BabyAI's levels: pip install minigrid==3.2.0") from None
+        found = version("minigrid")
+    except PackageNotFoundError:
+        found = "none"
+    if found != MINIGRID:
+        install = f"pip install minigrid=={MINIGRID}"
+        raise UserError(f"experiments.babyai needs BabyAI's levels of minigrid {MINIGRID}, here is {found}: {install}")
+
+
+def make_env(level: str, max_steps: int | None = None):
+    """A level of minigrid without gymnasium's checks around it. max_steps: of an episode; None: the level's own."""
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    import gymnasium
+    import minigrid  # noqa: F401  it registers the levels
+
     return gymnasium.make(f"BabyAI-{level}-v0", disable_env_checker=True, max_steps=max_steps).unwrapped
 
 
@@ -169,11 +179,8 @@ def reset(env, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def encode(mission: str) -> Tensor:
-    """An instruction to (LENGTH,) numbers of words, zeros at its end. Raises RunError for a word not in WORDS."""
-    try:
-        numbers = [1 + WORDS.index(word) for word in mission.split()]
-    except ValueError:
-        raise RunError(f"{mission!r} has a word that is not in WORDS: install minigrid==3.2.0") from None
+    """An instruction to (LENGTH,) numbers of words, zeros at its end."""
+    numbers = [1 + WORDS.index(word) for word in mission.split()]
     return torch.tensor(numbers + [0] * (LENGTH - len(numbers)), dtype=torch.uint8)
 
 
@@ -391,11 +398,15 @@ def by_level(run, level: Tensor, *inputs: Tensor) -> Tensor:
     return torch.cat(outputs)[torch.cat(rows).argsort()]
 
 
+def needed_skills(cfg: Config) -> list[int]:
+    """Those of table 2 that the levels need."""
+    return sorted({s for name in cfg.levels for s in LEVELS[name]})
+
+
 def build(cfg: Config) -> RoutedAgent:
     """The agent with the method's routers."""
     torch.manual_seed(cfg.seed)
-    tasks = len(cfg.levels)
-    needed = sorted({s for name in cfg.levels for s in LEVELS[name]})
+    tasks, needed = len(cfg.levels), needed_skills(cfg)
     tables = {
         "shared": torch.ones(tasks, 1),
         "private": torch.eye(tasks),
@@ -587,22 +598,24 @@ def summary(success: np.ndarray) -> dict:
 
 
 def lines_of(log: Path) -> list[dict]:
-    """The lines of a log but a last one without its end, which a run is writing or was killed at. Raises UserError for
-    one that is damaged."""
+    """The lines of a log, one an update, but a last one without its end, which a run is writing or was killed at.
+    Raises UserError for one that is damaged or missing."""
     lines = []
     for number, text in enumerate(log.read_bytes().split(b"\n")[:-1] if log.exists() else [], 1):
         try:
-            lines.append(undamaged(json.loads(text)))
+            lines.append(undamaged(json.loads(text), number))
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"{log}:{number} is damaged: delete this line, or leave the run out") from None
+            why = f"is damaged, or not the line of update {number}, and the run's episodes are not known without it"
+            raise UserError(f"{log}:{number} {why}: leave the run out, or begin it again in another folder") from None
     return lines
 
 
-def undamaged(line: dict) -> dict:
-    """A line of a log. Raises ValueError, KeyError or TypeError unless it has what `outcomes` and `speed` read."""
+def undamaged(line: dict, update: int) -> dict:
+    """The line of an update. Raises ValueError, KeyError or TypeError unless it has all that is read of it."""
     numbers = [line[name] for name in ("frames", "env", "act", "learn")]
     whole = all(type(n) in (int, float) and 0 < n < 1e15 for n in numbers)
-    if not whole or not all(k in range(len(LEVELS)) and success in (0, 1) for k, success in line["episodes"]):
+    known = all(k in range(len(LEVELS)) and success in (0, 1) for k, success in line["episodes"])
+    if not (whole and known and line["update"] == update):
         raise ValueError
     return line
 
@@ -627,12 +640,12 @@ def score(agent: RoutedAgent, cfg: Config) -> dict[str, float]:
     envs = [make_env(cfg.levels[k]) for k in level]
     image, words = map(torch.stack, zip(*(reset(env, UNSEEN + k % TRIALS) for k, env in enumerate(envs)), strict=True))
     memory, success = torch.zeros(len(level), 256), torch.zeros(len(level))
-    going, fresh = torch.arange(len(level)), torch.zeros(len(level), dtype=torch.bool)
+    going, first = torch.arange(len(level)), torch.zeros(len(level), dtype=torch.bool)
     torch.manual_seed(cfg.seed)
     with torch.inference_mode(), tqdm(total=len(level), desc="trials", unit="episode", disable=None) as bar:
         levels = agent.mixed(None)
         while len(going):
-            now = [x[going][None] for x in (image, words, level, fresh)]
+            now = [x[going][None] for x in (image, words, level, first)]
             logits, _, memory[going] = agent(levels, *now, memory[going])
             ended = []
             for k, action in zip(going, policy(logits[0]).sample(), strict=True):
@@ -654,6 +667,7 @@ def report(cfg: Config, done: np.ndarray, final: dict[str, float]) -> dict[str, 
 def train(cfg: Config) -> dict:
     """Train as cfg says and write the run folder; returns what result.json holds."""
     check(cfg)
+    need_minigrid()
     folder = Path(cfg.output_dir)
     advice = "fewer --slots or a smaller --width in a new folder, or a machine that has more"
     with hold(folder, "python -m experiments.babyai"), advice_on_memory(advice):
@@ -674,8 +688,10 @@ def begin(cfg: Config, folder: Path, agent: RoutedAgent, optimizer) -> tuple[dic
     now, saved, path = {"update": 0, "frames": 0, "seconds": 0.0}, None, folder / CHECKPOINT
     if cfg.resume and path.exists():
         now, saved = load(path, agent, optimizer, cfg)
-    slots = Slots(cfg.levels, cfg.slots, cfg.seed, saved)  # a missing minigrid is told before anything is written
-    cut_log(folder / "log.jsonl", lambda line: undamaged(line)["update"] <= now["update"])
+    slots, log = Slots(cfg.levels, cfg.slots, cfg.seed, saved), folder / "log.jsonl"
+    if len(lines_of(log)) < now["update"]:
+        raise UserError(f"{log} has not all episodes of {path}: begin again in another folder")
+    cut_log(log, lambda line: line["update"] <= now["update"])
     write_json(folder / "config.json", dataclasses.asdict(cfg) | {"resume": False})
     (folder / "result.json").unlink(missing_ok=True)  # of fewer --frames
     if saved:
@@ -753,9 +769,12 @@ SAME = ("method", "levels", "seed", "frames", "output_dir", "save_every", "resum
 NOTE = f"""Success, in %, mean +- standard deviation over seeds, is of training, at the largest number of episodes that
 all runs have ("at"): over all episodes so far, and over the last 1,000. Actions are sampled, and so is Z, but under
 shared, expert and private. "> 0.99 of 100": episodes until all of 100 were successes; "of 1,000": until 991 of 1,000
-were; a figure a seed, - is never. "final": finished agents on {TRIALS} episodes a level that training never saw, the
-same for all runs, without noise of Z. "paper": Polytropon's table 3, episodes to > 0.99 on all of its eight levels.
-In the figure, success begins too high: the first episodes to end are those that succeed.
+were; a figure a seed, - is not within the run, which may have more episodes than "at". "final": finished agents, each
+after its own frames, on {TRIALS} episodes a level that training never saw, the same for all runs, without noise of Z;
+- if a seed is not finished. "frames/s": one run's, also if others ran beside it. "env", "act", "learn": shares of the
+time of environments, acting and learning. "paper": Polytropon's table 3, episodes to > 0.99 on all of its eight
+levels. In the figure, success is the mean of 100 episodes as in the paper, of 1,000 where all runs have 10,000 of each
+level; it begins too high: the first episodes to end are those that succeed.
 """
 
 
@@ -810,12 +829,12 @@ def plot(folders: tuple[str, ...], figure: str):
         runs[name][cfg.seed] = read_run(Path(folder), levels)
     seeds = {name: list(own.values()) for name, own in runs.items()}
     fewest = min(len(run.success[level]) for own in seeds.values() for run in own for level in levels)
-    window = WINDOWS[fewest >= 10 * WINDOWS[1]]
+    window = WINDOWS[1] if fewest >= 10 * WINDOWS[1] else WINDOWS[0]
     panels = {
         level: {name: [moving(run.success[level], window) for run in own] for name, own in seeds.items()}
         for level in (*levels, "all")
     }
-    figures.by_episodes(panels, figure, first=window)
+    figures.by_episodes(panels, figure, window)
     text = f"{at_equal_episodes(seeds, levels)}\n\n{of_runs(seeds)}"
     with whole_file(Path(f"{figure}.md")) as temporary:
         temporary.write_text(f"{NOTE}\n" + "".join(f"    {line}\n" for line in text.splitlines()))
@@ -835,7 +854,7 @@ def at_equal_episodes(runs: dict[str, list[SimpleNamespace]], levels: tuple[str,
             cells = [" / ".join(f"{n:,}" if n else "-" for n in seeds) for seeds in to]
             so_far = [100 * run.success[level][:shared].mean() for run in own] if shared else []
             last = [100 * run.success[level][max(0, shared - window) : shared].mean() for run in own] if shared else []
-            final = [100 * run.result["levels"][level]["final"] for run in own if run.result]
+            final = [100 * run.result["levels"][level]["final"] for run in own] if all(r.result for r in own) else []
             rows.append((level, name, *cells, f"{shared:,}", *(mean_std_text(x) or "-" for x in (so_far, last, final))))
     return aligned(rows)
 
@@ -879,7 +898,8 @@ def refuse_endless(cfg: Config):
         most = f"more than {MOST_SLOTS:,} slots or {MOST_FRAMES:,} frames an update: choose fewer"
         raise UserError(f"--slots {cfg.slots}, --rollout {cfg.rollout} are {most}")
     given = cfg.method in USED_BY["skills"]
-    skills = cfg.skills if given else 1 if cfg.method == "shared" else len(cfg.levels)
+    table = {"shared": 1, "private": len(cfg.levels), "expert": len(needed_skills(cfg))}
+    skills = table.get(cfg.method, cfg.skills)
     if (count := skills * agent_size(cfg.width)) > LARGEST:
         which = f"--skills {skills}, --width {cfg.width}" if given else f"--width {cfg.width} with {skills} skills"
         raise UserError(f"{which} are {count:,} parameters, more than {LARGEST:,}: choose a smaller one")
@@ -888,6 +908,7 @@ def refuse_endless(cfg: Config):
 def main(flags: dict):
     cfg = Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in flags.items()})
     if cfg.plot:
+        say_ignored(flags.keys() - {"plot", "figure"}, "--plot")
         return plot(cfg.plot, cfg.figure)
     cfg.output_dir = cfg.output_dir or f"runs/babyai-{cfg.method}-{cfg.seed}"
     if cfg.resume and (path := Path(cfg.output_dir) / "config.json").exists():
@@ -896,9 +917,16 @@ def main(flags: dict):
         if frames < cfg.frames:
             raise UserError(f"--frames {frames} is less than the run in {path.parent} has, {cfg.frames}: give more")
         cfg.frames = frames
-    if ignored := [name for name in flags if cfg.method not in USED_BY.get(name, METHODS)]:
-        print(f"changes nothing with --method {cfg.method}: --{' --'.join(ignored).replace('_', '-')}")
+    unused = {name for name in flags if cfg.method not in USED_BY.get(name, METHODS)}
+    say_ignored(unused, f"--method {cfg.method}")
+    say_ignored(flags.keys() & {"figure"}, "no --plot")
     return train(cfg)
+
+
+def say_ignored(names: set[str], beside: str):
+    """Name flags that change nothing beside another."""
+    if names:
+        print(f"changes nothing with {beside}: --{' --'.join(sorted(names)).replace('_', '-')}")
 
 
 if __name__ == "__main__":

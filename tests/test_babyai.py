@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +20,11 @@ from experiments import babyai
 from experiments.babyai import LEVELS, Config, Slots
 
 try:
-    babyai.make_env("GoToObj")
+    babyai.need_minigrid()
 except UserError as reason:
     pytest.skip(str(reason), allow_module_level=True)
 
+EPOCHS = babyai.EPOCHS  # which `little` changes
 EASY = ("GoToObj", "GoToRedBallGrey", "PickupLoc")
 TINY = dict(levels=EASY, width=8, slots=4, rollout=8, recurrence=4, batch_size=16, skills=2, heads=4, frames=64, seed=3)
 
@@ -56,8 +56,12 @@ def rolled_out(cfg: Config, noise: int = 5):
 # --- Environments -----------------------------------------------------------------------------------------------------
 
 
-def test_a_known_best_episode_gets_the_papers_reward():
-    """Two steps ahead of the object, two steps forward: 0, then 1 - 0.9 * 2 / 64, and the slot begins anew."""
+@pytest.mark.parametrize("allowed", [64, 2])
+def test_a_known_best_episode_gets_the_papers_reward(allowed, monkeypatch):
+    """Two steps ahead of the object, two steps forward: 0, then 1 - 0.9 * 2 / n_max, of GoToObj's 64 or of 2, the last
+    that is allowed; and the slot begins anew."""
+    if allowed != 64:
+        monkeypatch.setattr(babyai, "make_env", functools.partial(babyai.make_env, max_steps=allowed))
     slots = Slots(("GoToObj",), 2, seed=0)
     env = slots.envs[0, 0]
     (x, y), (obj,) = env.instrs.desc.obj_poss[0], env.instrs.desc.obj_set
@@ -68,8 +72,10 @@ def test_a_known_best_episode_gets_the_papers_reward():
     reward, end, ended = slots.step(torch.tensor([forward, turn]))
     assert reward.tolist() == [0, 0] and not end.any() and ended == []
     reward, end, ended = slots.step(torch.tensor([forward, turn]))
-    assert reward[0].item() == pytest.approx(1 - 0.9 * 2 / 64) and end.tolist() == [True, False]
-    assert ended == [(0, True)] and slots.episode == [1, 0] and slots.actions == [[], [turn, turn]]
+    assert reward.tolist() == [pytest.approx(1 - 0.9 * 2 / allowed), 0] and end.tolist() == [True, allowed == 2]
+    assert ended[0] == (0, True) and slots.episode[0] == 1 and slots.actions[0] == []
+    if allowed == 64:
+        assert ended[1:] == [] and slots.episode[1] == 0 and slots.actions[1] == [turn, turn]
 
 
 def test_time_out_is_an_end_without_success():
@@ -83,7 +89,7 @@ def test_time_out_is_an_end_without_success():
 
 
 def test_words_cover_the_instructions_of_all_levels():
-    """Every word is known, and LENGTH holds the longest instruction; an unknown word is refused."""
+    """Every word is known, and LENGTH holds the longest instruction."""
     for level in LEVELS:
         env = babyai.make_env(level)
         for seed in range(20):
@@ -92,8 +98,6 @@ def test_words_cover_the_instructions_of_all_levels():
             assert [babyai.WORDS[number - 1] for number in numbers] == mission.split()
         assert env.max_steps == {"PutNextLocal": 128, "GoToObjMaze": 576, "GoTo": 576}.get(level, 64)
     assert len(babyai.encode("put the red ball next to the blue key")) == babyai.LENGTH
-    with pytest.raises(RunError, match="unicorn"):
-        babyai.encode("go to the unicorn")
 
 
 def test_levels_are_drawn_uniformly(monkeypatch):
@@ -129,10 +133,18 @@ def test_slots_are_restored_as_they_were():
         assert torch.equal(one.image, two.image) and torch.equal(one.words, two.words)
 
 
-def test_missing_minigrid_is_one_sentence(monkeypatch, tmp_path):
-    """Without minigrid the run says what to install, and leaves no folder."""
-    monkeypatch.setitem(sys.modules, "minigrid", None)
-    with pytest.raises(UserError, match=r"pip install minigrid==\d"):
+@pytest.mark.parametrize("found", [None, "3.1.0"])
+def test_missing_or_other_minigrid_is_one_sentence(found, monkeypatch, tmp_path):
+    """Without minigrid, or with another version, the run says what to install, and leaves no folder."""
+
+    def version(name):
+        assert name == "minigrid"
+        if not found:
+            raise babyai.PackageNotFoundError
+        return found
+
+    monkeypatch.setattr(babyai, "version", version)
+    with pytest.raises(UserError, match=rf"minigrid 3.2.0, here is {found or 'none'}: pip install minigrid==3.2.0$"):
         babyai.train(tiny(output_dir=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
@@ -162,9 +174,23 @@ def test_memory_is_reset_at_every_end(short):
         rows = [seen[name][t][None] for name in ("image", "words", "level")]
         _, value, _ = agent(levels, *rows, torch.zeros(1, 4, dtype=torch.bool), seen["memory"][t] * within[t][:, None])
         torch.testing.assert_close(value[0], seen["value"][t], atol=1e-5, rtol=0)
-    alone = babyai.REWARD * seen["reward"] - seen["value"]
+    alone = 20 * seen["reward"] - seen["value"]
     torch.testing.assert_close(seen["advantage"][seen["end"]], alone[seen["end"]])
     assert not torch.allclose(seen["advantage"][~seen["end"]], alone[~seen["end"]])
+
+
+def test_rewards_count_twenty_times(short, monkeypatch):
+    """What learning is told of a reward of 1 at an end: 20, less the value that was expected."""
+    step = Slots.step
+
+    def rewarded(slots, actions):
+        _, end, over = step(slots, actions)
+        return end.float(), end, over
+
+    monkeypatch.setattr(Slots, "step", rewarded)
+    _, seen = rolled_out(tiny())
+    assert seen["end"].any()
+    torch.testing.assert_close(seen["advantage"][seen["end"]], 20 - seen["value"][seen["end"]])
 
 
 # --- The agent and its routing ----------------------------------------------------------------------------------------
@@ -271,7 +297,7 @@ def test_absent_levels_get_no_gradient():
     assert (rows[:, 1] == 0).all() and (rows.sum(0)[[0, 2]] > 0).all()
 
 
-def test_private_levels_share_nothing():
+def test_private_levels_share_no_parameter():
     """Under `private` a level's agent is its own skill, whole; theta_0 is zero and does not train."""
     agent, seen = rolled_out(tiny(method="private"))
     assert all((p == 0).all() and not p.requires_grad for p in agent.base.parameters())
@@ -336,21 +362,78 @@ def test_gae_equals_its_sum(frames, count, seed):
             assert found[t, n].item() == pytest.approx(float(expected), abs=1e-4)
 
 
-def test_ratios_begin_at_one():
-    """Learning draws the noise of acting again: on a fresh rollout it finds the recorded chances and values."""
-    agent, seen = rolled_out(tiny(), noise=11)
-    names = ("image", "words", "level", "first")
-    logits, value, _ = agent(agent.mixed(11), *(seen[name] for name in names), seen["memory"][0])
-    chance = torch.distributions.Categorical(logits=logits).log_prob(seen["action"])
-    torch.testing.assert_close(chance, seen["log_prob"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(value, seen["value"], atol=1e-5, rtol=0)
-    logits, *_ = agent(agent.mixed(12), *(seen[name] for name in names), seen["memory"][0])
-    assert not torch.allclose(torch.distributions.Categorical(logits=logits).log_prob(seen["action"]), chance)
+def test_settings_are_those_that_the_docstring_says():
+    """Of PPO, and two batches a rollout; the noise of Z and the trials' episodes are not among them."""
+    cfg, constants = Config(), (babyai.GAMMA, babyai.LAMBDA, babyai.REWARD, babyai.CLIP, babyai.ENTROPY, babyai.NORM)
+    assert constants == (0.99, 0.99, 20, 0.2, 0.01, 0.5) and EPOCHS == 4
+    assert (cfg.slots, cfg.rollout, cfg.recurrence, cfg.slots * cfg.rollout / cfg.batch_size) == (64, 40, 20, 2)
+    assert (cfg.lr, cfg.lr_z, cfg.skills, cfg.density, cfg.width) == (1e-4, 1e-2, 9, 0.1, 128)
 
 
-def test_ratios_begin_at_one_over_ends(short):
-    """So too in the sequences that learning cuts from a rollout of many ends, some of which begin with an episode, some
-    within one; without the resets the chances would differ."""
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10**6))
+def test_loss_equals_ppo_written_out(seed):
+    """Loss and gradients frame by frame, for chances and values that have moved by more than the clip and by less."""
+    chance = torch.Generator().manual_seed(seed)
+    logits, value = torch.randn(3, 4, 7, generator=chance), torch.randn(3, 4, generator=chance)
+    moved, advantage, old = (torch.randn(3, 4, generator=chance) * size for size in (0.4, 1, 0.4))
+    action = torch.randint(7, (3, 4), generator=chance)
+    log_prob = logits.log_softmax(-1).gather(-1, action[..., None])[..., 0]
+    batch = dict(action=action, log_prob=log_prob - moved, value=value - old, advantage=advantage, memory=[None])
+    inputs = dict.fromkeys(("image", "words", "level", "first"))
+
+    class Stub:
+        def mixed(self, noise):
+            assert noise == 5
+
+        def __call__(self, *_):
+            return logits, value, None
+
+    logits.requires_grad_(), value.requires_grad_()
+    loss, _ = babyai.loss_of(Stub(), batch | inputs, 5)
+    terms = []
+    for at in np.ndindex(3, 4):
+        p = logits[at].softmax(-1)
+        ratio, gain = p[action[at]] / batch["log_prob"][at].exp(), advantage[at]
+        if gain * ratio > gain * (1 + 0.2 * gain.sign()):  # it pays to have moved further than the clip: no gradient
+            ratio = 1 + 0.2 * gain.sign()
+        before, goal = batch["value"][at], batch["value"][at] + gain
+        near = min(max(value[at], before - 0.2), before + 0.2)
+        terms.append(0.5 * max((value[at] - goal) ** 2, (near - goal) ** 2) - gain * ratio + 0.01 * (p * p.log()).sum())
+    slow = sum(terms) / 12
+    torch.testing.assert_close(loss, slow, atol=1e-5, rtol=1e-4)
+    for a, b in zip(*(torch.autograd.grad(x, (logits, value)) for x in (loss, slow)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+def test_each_epoch_learns_from_all_frames_once(monkeypatch):
+    """A rollout of 32 frames in batches of 16, three times: 6 steps, in each epoch every frame; clipped gradients."""
+    cfg, batches, norms, clip = tiny(), [], [], torch.nn.utils.clip_grad_norm_
+    agent, seen = rolled_out(cfg)
+    real, numbered = babyai.loss_of, seen | {"number": torch.arange(32).view(8, 4)}
+    numbered["advantage"] = 100 * seen["advantage"]  # so that there is something to clip
+
+    def loss_of(agent, batch, noise):
+        batches.append(batch["number"].flatten().tolist())
+        return real(agent, batch, noise)
+
+    def clipped(parameters, most):
+        norm = clip(parameters, most)
+        norms.append(torch.cat([p.grad.flatten() for p in agent.parameters() if p.grad is not None]).norm().item())
+        return norm
+
+    monkeypatch.setattr(babyai, "EPOCHS", 3)
+    monkeypatch.setattr(babyai, "loss_of", loss_of)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
+    babyai.learn(agent, babyai.make_optimizer(agent, cfg), numbered, cfg, 5)
+    assert len(batches) == 6 and all(sorted(batches[k] + batches[k + 1]) == list(range(32)) for k in (0, 2, 4))
+    assert batches[0] not in batches[2:] and all(norm < 0.501 for norm in norms) and max(norms) > 0.49
+
+
+def test_ratios_begin_at_one(short):
+    """Learning draws the noise of acting again: in the sequences that it cuts from a fresh rollout of many ends (some
+    begin with an episode, some within one) it finds the recorded chances and values. Without the resets, or with other
+    noise, the chances would differ."""
     agent, seen = rolled_out(tiny(), noise=11)
     cut = babyai.sequences(seen, 4)
     assert cut["level"].shape == (4, 8) and cut["first"][1:].any() and len(cut["first"][0].unique()) == 2
@@ -361,10 +444,9 @@ def test_ratios_begin_at_one_over_ends(short):
         reset = first is cut["first"]
         assert torch.allclose(log_prob, cut["log_prob"], atol=1e-5) == reset
         assert torch.allclose(value, cut["value"], atol=1e-5) == reset
-    loss, _ = babyai.loss_of(agent, cut, 11)
-    entropy = torch.distributions.Categorical(logits=agent(agent.mixed(11), *rows, cut["first"], cut["memory"][0])[0])
-    expected = 0.5 * (cut["advantage"] ** 2).mean() - cut["advantage"].mean() - 0.01 * entropy.entropy().mean()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    logits, *_ = agent(agent.mixed(12), *rows, cut["first"], cut["memory"][0])
+    other = torch.distributions.Categorical(logits=logits).log_prob(cut["action"])
+    assert not torch.allclose(other, cut["log_prob"], atol=1e-5)
 
 
 def test_chance_of_updates():
@@ -385,10 +467,17 @@ def test_gradients_that_are_not_finite_end_the_run():
 
 
 def test_rates_of_z():
-    """Z has a learning rate of its own, but for `single-speed`; a given table does not train."""
-    for method, rates in {"skilled": [1e-4, 1e-2], "single-speed": [1e-4, 1e-4], "expert": [1e-4]}.items():
+    """Every Z has a learning rate of its own, and nothing else has it, but for `single-speed`; a given table does not
+    train, all else does."""
+    for method in babyai.METHODS:
         cfg = tiny(method=method)
-        assert [group["lr"] for group in babyai.make_optimizer(babyai.build(cfg), cfg).param_groups] == rates
+        agent = babyai.build(cfg)
+        rates = {p: g["lr"] for g in babyai.make_optimizer(agent, cfg).param_groups for p in g["params"]}
+        z = {router.Z for router in agent.routers}
+        own = 1e-4 if method == "single-speed" else 1e-2
+        expected = {p: 1e-4 for p in agent.parameters() if p not in z} | dict.fromkeys(z, own)
+        assert all(p.requires_grad == (method not in ("shared", "expert", "private")) for p in z)
+        assert rates == {p: rate for p, rate in expected.items() if p.requires_grad}, method
 
 
 @pytest.mark.parametrize(("method", "times"), [("dense", 2), ("expert", 1.1), ("skilled", 1.1), ("private", 1)])
@@ -563,12 +652,17 @@ def test_large_seeds_run(tmp_path, short):
 
 
 def test_flags_that_change_nothing_are_named(capsys, monkeypatch):
-    """A flag that the method does not use is said, and no other."""
+    """A flag that the method, --plot or training does not use is said, and no other."""
     monkeypatch.setattr(babyai, "train", lambda cfg: None)
+    monkeypatch.setattr(babyai, "plot", lambda folders, figure: None)
     babyai.main({"method": "dense", "density": 0.5, "skills": 3, "lr_z": 1.0})
     assert capsys.readouterr().out == "changes nothing with --method dense: --density\n"
     babyai.main({"method": "expert", "density": 0.5, "skills": 3, "lr_z": 1.0})
-    assert capsys.readouterr().out == "changes nothing with --method expert: --skills --lr-z\n"
+    assert capsys.readouterr().out == "changes nothing with --method expert: --lr-z --skills\n"
+    babyai.main({"method": "skilled", "figure": "x"})
+    assert capsys.readouterr().out == "changes nothing with no --plot: --figure\n"
+    babyai.main({"plot": ["x"], "figure": "x", "frames": 9, "save_every": "1"})
+    assert capsys.readouterr().out == "changes nothing with --plot: --frames --save-every\n"
     babyai.main({"method": "skilled", "density": 0.5, "skills": 3, "lr_z": 1.0})
     assert capsys.readouterr().out == ""
 
@@ -696,6 +790,22 @@ def test_a_damaged_log_is_refused_before_anything_is_written(begun, tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("lost", ["first", "last", "all"])
+def test_no_run_goes_on_without_its_episodes(lost, begun, tmp_path):
+    """A checkpoint whose log has lost a line, or is gone: one sentence, and nothing is written."""
+    cfg = tiny(output_dir=str(tmp_path), save_every="1")
+    babyai.train(cfg)
+    log = tmp_path / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text({"first": lines[1], "last": lines[0], "all": ""}[lost])
+    if lost == "all":
+        log.unlink()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=f"{log}.*again in another folder"):
+        babyai.main(TINY | dict(frames=128, resume=True, save_every="1", output_dir=str(tmp_path)))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize("width", [1, 8, 33])
 def test_the_size_of_an_agent_is_known_beforehand(width):
     """So that what fits no machine is refused before any of it is made."""
@@ -728,7 +838,10 @@ def written_run(folder: Path, episodes: list, final: float | None = None, **chan
     cfg = tiny(**changes)
     babyai.write_json(folder / "config.json", dataclasses.asdict(cfg))
     times = {"env": 1.0, "act": 0.5, "learn": 2.5}
-    lines = [times | {"frames": 4000 * k, "episodes": own} for k, own in ((1, episodes[:50]), (2, episodes[50:]))]
+    lines = [
+        times | {"update": k, "frames": 4000 * k, "episodes": own}
+        for k, own in ((1, episodes[:50]), (2, episodes[50:]))
+    ]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if final is not None:
         levels = {level: {"final": final} for level in (*cfg.levels, "all")}
@@ -746,7 +859,7 @@ def test_plot_writes_figure_and_table(tmp_path, capsys):
     babyai.main({"plot": runs, "figure": str(tmp_path / "figure")})
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (tmp_path / "figure.svg").read_text()
     printed, written = capsys.readouterr().out, (tmp_path / "figure.md").read_text()
-    rows = [line for line in printed.splitlines() if line.startswith((*EASY, "level", "all  "))]
+    rows = [line for line in printed.splitlines() if line.startswith((*EASY, "level  ", "all  "))]
     rows += [line for line in printed.splitlines() if line.startswith(("run  ", "skilled  ", "shared  "))]
     assert len(rows) == 1 + 4 * 2 + 1 + 2 and all(f"    {row}\n" in written for row in rows)
     other = written_run(tmp_path / "c", two, levels=("GoTo",))
@@ -760,8 +873,9 @@ def test_plot_writes_figure_and_table(tmp_path, capsys):
 @pytest.mark.parametrize(
     "line",
     [
-        "{", "[]", "null", '{"frames": 1}', "[" * 3000, "\xff", '{"frames": 4000, "episodes": [[0, 1]]}',
-        *(json.dumps(dict(frames=4000, env=1, act=1, learn=1, episodes=[[0, 1]]) | odd) for odd in (
+        "{", "[]", "null", '{"update": 3}', "[" * 3000, "\xff", '{"update": 3, "frames": 4000, "episodes": [[0, 1]]}',
+        *(json.dumps(dict(update=3, frames=12000, env=1, act=1, learn=1, episodes=[[0, 1]]) | odd) for odd in (
+            {"update": 2}, {"update": 4},
             {"frames": "x"}, {"frames": 10**400}, {"env": None}, {"env": 0}, {"learn": float("nan")}, {"act": True},
             {"episodes": 1}, {"episodes": [[0]]}, {"episodes": [[0, 1, 0, 1]]}, {"episodes": [["0", "1"]]},
             {"episodes": [[8, 1]]}, {"episodes": [[0, 0.5]]},
@@ -772,7 +886,7 @@ def test_plot_refuses_a_damaged_line_of_a_log(line, tmp_path):
     """One sentence that names file and line; no figure."""
     log = Path(written_run(tmp_path / "a", [[0, 1]] * 60)) / "log.jsonl"
     log.write_bytes(log.read_bytes() + line.encode("latin-1") + b"\n")
-    with pytest.raises(UserError, match=f"{log}:3 is damaged: delete this line, or leave the run out"):
+    with pytest.raises(UserError, match=f"{log}:3 is damaged, or not the line of update 3.*: leave the run out"):
         babyai.main({"plot": [str(tmp_path / "a")], "figure": str(tmp_path / "figure")})
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
@@ -811,6 +925,21 @@ def test_table_compares_at_equal_episodes(tmp_path, capsys, monkeypatch):
     assert rows[at + 2] == ["shared width=16", "1", "-", "8,000", "1,000", "25", "12", "62", "3,544,294"]
 
 
+@pytest.mark.parametrize(("episodes", "window"), [(99, 3), (100, 10)])
+def test_the_figure_has_the_papers_window_but_in_long_runs(episodes, window, tmp_path, monkeypatch):
+    """The larger of WINDOWS where all runs have ten times as many episodes of each level; else the paper's."""
+    drawn = []
+    monkeypatch.setattr(babyai, "WINDOWS", (3, 10))
+    monkeypatch.setattr(babyai.figures, "by_episodes", lambda panels, stem, window: drawn.append((panels, window)))
+    long = written_run(tmp_path / "long", [[0, 1]] * 500, levels=("GoTo",))
+    short = written_run(tmp_path / "short", [[0, k % 2] for k in range(episodes)], levels=("GoTo",), seed=1)
+    babyai.main({"plot": [long, short], "figure": str(tmp_path / "figure")})
+    ((panels, found),) = drawn
+    assert found == window and panels.keys() == {"GoTo", "all"}
+    ((one, two),) = panels["GoTo"].values()
+    assert (one == 1).all() and len(one) == 501 - window and two[0] == sum(k % 2 for k in range(window)) / window
+
+
 def test_names_say_in_what_runs_differ():
     """Seeds and frames share a name; a setting that differs, also from its default, is named where a method uses it."""
     runs = [tiny(), tiny(seed=1, frames=999), tiny(lr_z=0.1), tiny(method="shared", lr_z=0.1), tiny(method="mhr")]
@@ -826,7 +955,8 @@ def test_names_say_in_what_runs_differ():
         ({"method": "mhr", "heads": 3}, "--heads 3"), ({"levels": ("GoTo", "GoTo")}, "--levels"),
         ({"save_every": "x"}, "--save-every"), ({"lr": -1.0}, "--lr"), ({"seed": 2**63}, "--seed"),
         ({"skills": 2**31 - 1}, "--skills"), ({"slots": 2**31 - 1}, "--slots"), ({"width": 2**31 - 1}, "--width"),
-        ({"method": "shared", "width": 2**31 - 1}, "--width"), ({"rollout": 2**31 - 4}, "--rollout"),
+        ({"method": "shared", "width": 2**31 - 1}, "--width"), ({"method": "expert", "width": 600}, "with 5 skills"),
+        ({"rollout": 2**31 - 4}, "--rollout"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_fit_are_refused_by_name(flags, named, tmp_path):
