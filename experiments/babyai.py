@@ -28,7 +28,7 @@ What [1] leaves open, and what was chosen:
   update, 4 epochs of 2 batches, gradients through 20 frames, clipping 0.2 (value too), entropy 0.01, gradients of
   norm 0.5 at most, over all levels together, under private too. A time-out is an end.
 * theta_0 and Phi have one learning rate, so theta_l moves by the steps of both: under dense up to twice as far as under
-  private, which has no theta_0. `--lr 2e-4` of shared and of private is the control for it.
+  private, which has no theta_0. Private at `--lr 2e-4` beside dense at 1e-4 is the control for it.
 * Noise of Z (eq. 2): one draw an update, the same while acting and learning, so that PPO's ratios begin at one.
 * The learning rate of Z is 1e-2: A.1 has none; A.2, for language, 1e-2 to 1e-1.
 * Private is read as section 3.3 has it, "disjoint parameters for each task"; with a shared theta_0 they would not be.
@@ -39,16 +39,17 @@ What [1] leaves open, and what was chosen:
 * mhr: a layer with a tensor whose rows --heads does not divide keeps one Z; of 8, look-up tables and last layers.
 
 One process steps all slots; `share_of_time` in result.json says how much of a run was the environments, acting and
-learning. All methods and two controls, two runs side by side on two cores, in rounds to half a million, one and two
-million frames each, so that whenever time ends most have equally many. The same again goes on where it was cut off;
-a run that is in a later round it skips, and says so:
+learning. All methods at [1]'s learning rate to half a million frames each, and at twice the rate to a million in two
+rounds, two runs side by side on two cores. The same again goes on where it was cut off; a run that is in a later round
+it skips, and says so:
 
-    for frames in 500000 1000000 2000000; do for seed in 0 1; do
-      for method in skilled shared expert private mhr single-speed dense; do
-        echo --frames $frames --seed $seed --method $method; done
-      for method in shared private; do
-        echo --frames $frames --seed $seed --method $method --lr 2e-4 --output-dir runs/babyai-$method-fast-$seed; done
-    done; done | OMP_NUM_THREADS=1 xargs -P 2 -L 1 \
+    { for seed in 0 1; do for method in skilled shared expert private mhr single-speed dense; do
+        echo --frames 500000 --seed $seed --method $method; done; done
+      for frames in 500000 1000000; do for seed in 0 1; do
+        for method in skilled dense expert shared private mhr single-speed; do
+          echo --frames $frames --seed $seed --method $method --lr 2e-4 --output-dir runs/babyai-$method-fast-$seed
+        done; done; done
+    } | OMP_NUM_THREADS=1 xargs -P 2 -L 1 \
       python -m experiments.babyai --resume --width 32 --levels GoToObj GoToRedBallGrey GoToRedBall
 
 Shape key: t frames in time, n slots, m rows of frames, s skills, k entries of a skill.
