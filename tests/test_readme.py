@@ -160,6 +160,28 @@ def test_the_numbers_of_what_we_found_are_those_of_the_claims():
         assert (ROOT / figure).exists()
 
 
+def test_what_is_said_of_babyai():
+    """The numbers, the order and the levels reached that results/babyai.md names are those of its tables."""
+    page, tables = ((ROOT / "results" / f"babyai{name}.md").read_text() for name in ("", "-curves"))
+    rows = [re.split(r" {2,}", line.strip()) for line in tables.splitlines() if line[:5].strip(" ") and line[:4] == "    "]
+    split = next(k for k, row in enumerate(rows) if row[:2] == ["run", "seeds"])
+    levels, runs = rows[1:split], rows[split + 1 :]
+    assert set(re.findall(r"\d+\.\d ± \d+\.\d", page)) <= {cell.replace("+-", "±") for row in levels for cell in row}
+    reached = {(level, run.split()[0]) for level, run, _, to, *_ in levels if set(to) - set("- /")}
+    assert reached == {("GoToObj", "private")} and "by private only" in page
+    so_far = {run: cells[3] for level, run, *cells in levels if level == "all" and "=" not in run}
+    order = sorted(so_far, key=lambda run: -float(so_far[run].split()[0]))
+    lowest, highest = (so_far[order[k]].split()[0] for k in (-1, 0))
+    text = " ".join(page.split())
+    assert f"between {lowest} and {highest}," in text and f"by the mean alone: {', '.join(order)}." in text
+    speeds = [int(row[4]) for row in runs]
+    mean = round(sum(speeds) / len(speeds))
+    assert f"{mean} frames a second in the mean, {min(speeds)} to {max(speeds)} by the method" in text
+    shares = [[int(row[k]) for row in runs] for k in (5, 6, 7)]
+    said = [f"{min(x)} to {max(x)}" if min(x) < max(x) else f"{x[0]}" for x in shares]
+    assert "environments are {} % of the time, acting {} %, learning {} %".format(*said) in text
+
+
 def test_every_module_is_in_the_file_table():
     listed = {name for names in FILES for name in re.findall(r"`([^`]+)`", names)}
     assert {path.name for path in ROOT.glob("*.py")} <= listed
