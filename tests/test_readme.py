@@ -163,7 +163,9 @@ def test_the_numbers_of_what_we_found_are_those_of_the_claims():
 def test_what_is_said_of_babyai():
     """The numbers, the order and the levels reached that results/babyai.md names are those of its tables."""
     page, tables = ((ROOT / "results" / f"babyai{name}.md").read_text() for name in ("", "-curves"))
-    rows = [re.split(r" {2,}", line.strip()) for line in tables.splitlines() if line[:5].strip(" ") and line[:4] == "    "]
+    rows = [
+        re.split(r" {2,}", line.strip()) for line in tables.splitlines() if line[:5].strip(" ") and line[:4] == "    "
+    ]
     split = next(k for k, row in enumerate(rows) if row[:2] == ["run", "seeds"])
     levels, runs = rows[1:split], rows[split + 1 :]
     assert set(re.findall(r"\d+\.\d ± \d+\.\d", page)) <= {cell.replace("+-", "±") for row in levels for cell in row}
