@@ -366,12 +366,12 @@ def by_episodes(panels: dict[str, dict[str, list[np.ndarray]]], stem, window: in
     episodes, the first of them, those that end an episode later, and so on}}."""
     columns = 2 if len(panels) in (2, 4) else 3
     rows = -(-len(panels) // columns)
-    fig = Figure(figsize=(1.5 * WIDTH, 1.9 * rows + 0.4))
+    fig = Figure(figsize=(1.5 * WIDTH, 2.2 * rows + 0.4))
     axes = fig.subplots(rows, columns, squeeze=False).flat
     for ax, (level, methods) in zip(axes, panels.items(), strict=False):
         for method, style in styles(methods).items():
             shared = min(map(len, methods[method]))
-            kept = np.arange(0, shared, max(1, shared // 300))
+            kept = np.arange(0, shared, max(1, shared // 100))
             rates, line = np.array([rate[kept] for rate in methods[method]]), style | dict(marker=None, linewidth=1.3)
             ax.plot(kept + window, rates.mean(0), label=method, **line)
             ax.fill_between(kept + window, rates.min(0), rates.max(0), color=style["color"], alpha=0.12, linewidth=0)

@@ -39,17 +39,13 @@ What [1] leaves open, and what was chosen:
 * mhr: a layer with a tensor whose rows --heads does not divide keeps one Z; of 8, look-up tables and last layers.
 
 One process steps all slots; `share_of_time` in result.json says how much of a run was the environments, acting and
-learning. All methods at [1]'s learning rate to half a million frames each, and at twice the rate to a million in two
-rounds, two runs side by side on two cores. The same again goes on where it was cut off; a run that is in a later round
-it skips, and says so:
+learning. results/babyai.md is of all methods at [1]'s learning rate for half a million frames and at twice the rate for
+three quarters of a million, two runs side by side on two cores. The same again goes on where it was cut off:
 
-    { for seed in 0 1; do for method in skilled shared expert private mhr single-speed dense; do
-        echo --frames 500000 --seed $seed --method $method; done; done
-      for frames in 500000 1000000; do for seed in 0 1; do
-        for method in skilled dense expert shared private mhr single-speed; do
-          echo --frames $frames --seed $seed --method $method --lr 2e-4 --output-dir runs/babyai-$method-fast-$seed
-        done; done; done
-    } | OMP_NUM_THREADS=1 xargs -P 2 -L 1 \
+    for seed in 0 1; do for method in skilled shared expert private mhr single-speed dense; do
+      echo --frames 500000 --seed $seed --method $method
+      echo --frames 750000 --seed $seed --method $method --lr 2e-4 --output-dir runs/fast/babyai-$method-$seed
+    done; done | OMP_NUM_THREADS=1 xargs -P 2 -L 1 \
       python -m experiments.babyai --resume --width 32 --levels GoToObj GoToRedBallGrey GoToRedBall
 
 Shape key: t frames in time, n slots, m rows of frames, s skills, k entries of a skill.

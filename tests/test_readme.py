@@ -14,6 +14,7 @@ import config
 import evaluate
 import export
 import train
+from experiments import babyai
 from experiments.claims import CLAIMS
 from experiments.methods import METHODS
 
@@ -29,22 +30,19 @@ RECIPES = {
     "evaluate.py": {},
     "export.py": {},
     "analyze.py": {},
+    "-m experiments.babyai": {},
 }
 CONFIGS = {
     "train.py": train.Config, "adapt.py": adapt.Config, "evaluate.py": evaluate.Config, "export.py": export.Config,
-    "analyze.py": analyze.Config,
+    "analyze.py": analyze.Config, "-m experiments.babyai": babyai.Config,
 }  # fmt: skip
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """Every `python SCRIPT.py FLAGS` of the README, also inside && chains, as (script, flags)."""
+    """Every `python SCRIPT.py FLAGS` (or -m) of the documents, also inside && chains, as (script, flags)."""
     paths = [ROOT / "assets" / "tiny" / "README.md", ROOT / "benchmarks" / "README.md", *ROOT.glob("results/*.md")]
     texts = [README, PAPERS, *(path.read_text() for path in paths)]
-    found = [
-        m
-        for text in texts
-        for m in re.findall(r"python ((?:train|adapt|evaluate|export|analyze)\.py)([^&`#\n]*)", text)
-    ]
+    found = [m for text in texts for m in re.findall(rf"python ({'|'.join(map(re.escape, CONFIGS))})([^&`#\n]*)", text)]
     for variable, value in {"$method": "mhr", "$variant": "z", "$seed": "0"}.items():
         found = [(script, flags.replace(variable, value)) for script, flags in found]
     return [(script, flags.split()) for script, flags in found]
