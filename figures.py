@@ -384,5 +384,6 @@ def by_episodes(panels: dict[str, dict[str, list[np.ndarray]]], stem, window: in
         ax.remove()
     fig.supxlabel("episodes", fontsize=9)
     fig.supylabel(f"success (mean of {window:,} episodes)", fontsize=9)
-    fig.legend(handles, labels, loc="outside upper center", ncols=min(5, len(labels)))
+    wide = 6 + max(map(len, labels))  # of a column, in letters
+    fig.legend(handles, labels, loc="outside upper center", ncols=min(5, len(labels), max(1, 90 // wide)))
     save(fig, stem)

@@ -32,7 +32,8 @@ What [1] leaves open, and what was chosen:
 * Noise of Z (eq. 2): one draw an update, the same while acting and learning, so that PPO's ratios begin at one.
 * The learning rate of Z is 1e-2: A.1 has none; A.2, for language, 1e-2 to 1e-1.
 * Private is read as section 3.3 has it, "disjoint parameters for each task"; with a shared theta_0 they would not be.
-* Table 2 has eight skills, the text nine: `expert` has those of the eight that its levels need.
+* Table 2 has eight skills, the text nine: `expert` has those of the eight that its levels need, so for few levels fewer
+  than `skilled`, which in [1] has as many.
 * [2] normalises by batch. That would mix levels, and differ from acting to learning: here by example (GroupNorm).
 * Kaiming uniform is torch's default bound 1 / sqrt(fan-in), 1 for look-up tables. A skill's vectors begin at 0, but
   for private, whose skills are whole agents.
@@ -764,14 +765,15 @@ def finish(cfg: Config, folder: Path, agent: RoutedAgent, now: dict, done: np.nd
 
 SAME = ("method", "levels", "seed", "frames", "output_dir", "save_every", "resume", "plot", "figure")  # in `names_of`
 NOTE = f"""Success, in %, mean +- standard deviation over seeds, is of training, at the largest number of episodes that
-all runs have ("at"): over all episodes so far, and over the last 1,000. Actions are sampled, and so is Z, but under
-shared, expert and private. "> 0.99 of 100": episodes until all of 100 were successes; "of 1,000": until 991 of 1,000
-were; a figure a seed, - is not within the run, which may have more episodes than "at". "final": finished agents, each
-after its own frames, on {TRIALS} episodes a level that training never saw, the same for all runs, without noise of Z;
-- if a seed is not finished. "frames/s": one run's, also if others ran beside it. "env", "act", "learn": shares of the
-time of environments, acting and learning. "paper": Polytropon's table 3, episodes to > 0.99 on all of its eight
-levels. In the figure, success is the mean of 100 episodes as in the paper, of 1,000 where all runs have 10,000 of each
-level; it begins too high: the first episodes to end are those that succeed.
+all runs have ("at"): over all episodes so far, and over the last 1,000, or all of fewer. Actions are sampled, and so is
+Z, but under shared, expert and private. "> 0.99 of 100": episodes until all of 100 were successes; "of 1,000": until
+991 of 1,000 were; a figure a seed, - is not within the run, which may have more episodes than "at". "final": finished
+agents, each after its own frames, on {TRIALS} episodes a level that training never saw, the same for all runs, without
+noise of Z; - if a seed is not finished. "frames": of a run, one after another if they differ. "frames/s": one run's,
+also if others ran beside it. "env", "act", "learn": shares of the time of environments, acting and learning. "paper":
+Polytropon's table 3, episodes to > 0.99 on all of its eight levels. In the figure, success is the mean of 100 episodes
+as in the paper, of 1,000 where all runs have 10,000 of each level; it begins too high: the first episodes to end are
+those that succeed.
 """
 
 
@@ -790,6 +792,13 @@ def names_of(configs: list[Config]) -> list[str]:
         return " ".join([cfg.method, *(f"{name}={value}" for name, value in changed.items())])
 
     return [name_of(cfg) for cfg in configs]
+
+
+def alike(configs: list[Config]) -> str:
+    """The settings that are the same in all runs, of those that can be named: in one line."""
+    fields = [field.name for field in dataclasses.fields(Config) if field.name not in SAME]
+    same = {name: values.pop() for name in fields if len(values := {getattr(cfg, name) for cfg in configs}) == 1}
+    return " ".join(["all:", *(f"{name}={value}" for name, value in same.items())])
 
 
 def read_run(folder: Path, levels: tuple[str, ...]) -> SimpleNamespace:
@@ -832,7 +841,7 @@ def plot(folders: tuple[str, ...], figure: str):
         for level in (*levels, "all")
     }
     figures.by_episodes(panels, figure, window)
-    text = f"{at_equal_episodes(seeds, levels)}\n\n{of_runs(seeds)}"
+    text = f"{at_equal_episodes(seeds, levels)}\n\n{of_runs(seeds)}\n\n{alike(configs)}"
     with whole_file(Path(f"{figure}.md")) as temporary:
         temporary.write_text(f"{NOTE}\n" + "".join(f"    {line}\n" for line in text.splitlines()))
     print(f"{text}\n\n{NOTE}\n{figure}.png, {figure}.svg, {figure}.md")
@@ -857,16 +866,17 @@ def at_equal_episodes(runs: dict[str, list[SimpleNamespace]], levels: tuple[str,
 
 
 def of_runs(runs: dict[str, list[SimpleNamespace]]) -> str:
-    """Aligned, a row for each name: seeds, trained parameters; means over seeds of frames, of one run's frames per
-    second and shares of time; the paper's episodes."""
+    """Aligned, a row for each name: seeds, trained parameters, frames; means over seeds of one run's frames per second
+    and shares of time; the paper's episodes."""
     from evaluate import aligned
 
     rows = [("run", "seeds", "parameters", "frames", "frames/s", "env %", "act %", "learn %", "paper")]
     for name, own in runs.items():
         counts = [sum(run.result["parameters"].values()) for run in own if run.result]
-        means = [np.mean([run.frames for run in own]), np.mean([run.speed["frames_per_second"] for run in own])]
+        frames = " / ".join(f"{n:,}" for n in sorted({run.frames for run in own}))
+        means = [np.mean([run.speed["frames_per_second"] for run in own])]
         shares = [np.mean([100 * run.speed["share_of_time"][part] for run in own]) for part in ("env", "act", "learn")]
-        cells = [f"{counts[0]:,}" if counts else "-", *(f"{mean:,.0f}" for mean in (*means, *shares))]
+        cells = [f"{counts[0]:,}" if counts else "-", frames, *(f"{mean:,.0f}" for mean in (*means, *shares))]
         rows.append((name, str(len(own)), *cells, PAPER.get(name.split()[0], "-")))
     return aligned(rows, left=1)
 
@@ -909,7 +919,8 @@ def main(flags: dict):
         return plot(cfg.plot, cfg.figure)
     cfg.output_dir = cfg.output_dir or f"runs/babyai-{cfg.method}-{cfg.seed}"
     if cfg.resume and (path := Path(cfg.output_dir) / "config.json").exists():
-        cfg = resumed(Config, path, {name: value for name, value in flags.items() if name != "frames"})
+        same = {name: value for name, value in flags.items() if name not in ("frames", "figure")}
+        cfg = resumed(Config, path, same | {"output_dir": cfg.output_dir})  # it may have been moved
         frames = flags.get("frames", cfg.frames)  # nothing is scheduled by them
         if frames < cfg.frames:
             raise UserError(f"--frames {frames} is less than the run in {path.parent} has, {cfg.frames}: give more")

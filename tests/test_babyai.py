@@ -179,6 +179,18 @@ def test_memory_is_reset_at_every_end(short):
     assert not torch.allclose(seen["advantage"][~seen["end"]], alone[~seen["end"]])
 
 
+def test_a_rollout_that_is_cut_counts_what_the_agent_expects_after_it():
+    """The last advantage of a slot that is not at an end: 20 r + 0.99 V - v, V the value of what it shows then."""
+    cfg = tiny()
+    agent, slots = babyai.build(cfg), Slots(cfg.levels, cfg.slots, cfg.seed)
+    memory, first = torch.zeros(cfg.slots, 256), torch.ones(cfg.slots, dtype=torch.bool)
+    seen, *_ = babyai.roll_out(agent, slots, memory, first, cfg.rollout, 5)
+    _, value, _ = agent(agent.mixed(5), *(x[None] for x in (slots.image, slots.words, slots.level, first)), memory)
+    assert not first.any() and value.abs().min() > 1e-3
+    expected = 20 * seen["reward"][-1] + 0.99 * value[0] - seen["value"][-1]
+    torch.testing.assert_close(seen["advantage"][-1], expected, atol=1e-5, rtol=0)
+
+
 def test_rewards_count_twenty_times(short, monkeypatch):
     """What learning is told of a reward of 1 at an end: 20, less the value that was expected."""
     step = Slots.step
@@ -285,6 +297,20 @@ def test_mhr_keeps_one_z_where_heads_do_not_divide():
     agent = babyai.build(tiny(method="mhr", heads=8))
     one = {name.rpartition(".")[0] for k, name in agent.names if agent.routers[k].Z.dim() == 2}
     assert one == {"see.tiles", "see.words", "decide.actor.2", "decide.critic.2"}
+
+
+def test_film_is_a_residual_told_by_the_instruction():
+    """x + relu(norm(scale * conv(relu(norm(conv(x)))) + shift)) written out, scale and shift of each channel from the
+    instruction; so other words give other features."""
+    film, x, text = babyai.FiLM(4), torch.randn(3, 4, 7, 7), torch.randn(3, 128)
+    y, scale, shift = film.second(film.norm(film.first(x)).clamp(min=0)), film.scale(text), film.shift(text)
+    y = torch.stack([y[m, c] * scale[m, c] + shift[m, c] for m in range(3) for c in range(4)]).view_as(y)
+    y = (y - y.mean((1, 2, 3), keepdim=True)) / y.std((1, 2, 3), keepdim=True, correction=0)
+    torch.testing.assert_close(film(x, text), x + y.clamp(min=0), atol=1e-4, rtol=1e-4)
+    see, image = babyai.fresh_agent(8)["see"], torch.ones(2, 7, 7, 3, dtype=torch.uint8)
+    for colour in ("red", "blue"):
+        words = torch.stack([babyai.encode(f"go to the {one} ball") for one in ("red", colour)])
+        assert torch.allclose(*see(image, words)) == (colour == "red")
 
 
 def test_absent_levels_get_no_gradient():
@@ -447,6 +473,17 @@ def test_ratios_begin_at_one(short):
     logits, *_ = agent(agent.mixed(12), *rows, cut["first"], cut["memory"][0])
     other = torch.distributions.Categorical(logits=logits).log_prob(cut["action"])
     assert not torch.allclose(other, cut["log_prob"], atol=1e-5)
+    loss, figure = babyai.loss_of(agent, cut | {"advantage": torch.ones(4, 8)}, 11)  # ratios and value errors of 1
+    torch.testing.assert_close(loss, torch.tensor(0.5 - 1 - 0.01 * figure["entropy"]), atol=1e-4, rtol=0)
+
+
+def test_learning_draws_the_noise_of_acting(monkeypatch, tmp_path, short):
+    """In each update of a run both are given the same seed of Z's noise, another one in each."""
+    acted, learned, roll_out, learn = [], [], babyai.roll_out, babyai.learn
+    monkeypatch.setattr(babyai, "roll_out", lambda *args: acted.append(args[-1]) or roll_out(*args))
+    monkeypatch.setattr(babyai, "learn", lambda *args: learned.append(args[-1]) or learn(*args))
+    babyai.train(tiny(output_dir=str(tmp_path)))
+    assert acted == learned == [babyai.chance(3, update)[1] for update in (1, 2)]
 
 
 def test_chance_of_updates():
@@ -472,7 +509,9 @@ def test_rates_of_z():
     for method in babyai.METHODS:
         cfg = tiny(method=method)
         agent = babyai.build(cfg)
-        rates = {p: g["lr"] for g in babyai.make_optimizer(agent, cfg).param_groups for p in g["params"]}
+        groups = babyai.make_optimizer(agent, cfg).param_groups
+        rates = {p: g["lr"] for g in groups for p in g["params"]}
+        assert all(g["eps"] == 1e-5 for g in groups)  # [2]'s
         z = {router.Z for router in agent.routers}
         own = 1e-4 if method == "single-speed" else 1e-2
         expected = {p: 1e-4 for p in agent.parameters() if p not in z} | dict.fromkeys(z, own)
@@ -577,6 +616,21 @@ def test_frames_may_grow(short, tmp_path, capsys):
     assert (tmp_path / "grown" / "result.json").exists()
 
 
+def test_a_moved_folder_goes_on_where_it_is(short, tmp_path, monkeypatch, capsys):
+    """--resume without --output-dir finds the default folder, and stays in it, whatever its config.json says; --figure
+    is named as unused."""
+    monkeypatch.chdir(tmp_path)
+    babyai.main(TINY | dict(output_dir="first"))
+    Path("runs").mkdir()
+    Path("first").rename("runs/babyai-skilled-3")
+    babyai.main({"seed": 3, "frames": 96, "resume": True, "figure": "x"})
+    assert not Path("first").exists() and "changes nothing with no --plot: --figure" in capsys.readouterr().out
+    config, result = (
+        json.loads(Path(f"runs/babyai-skilled-3/{name}.json").read_text()) for name in ("config", "result")
+    )
+    assert config["output_dir"] == "runs/babyai-skilled-3" and result["frames"] == 96
+
+
 def test_the_log_is_on_disk_before_a_checkpoint(monkeypatch, tmp_path, short):
     """Whenever a checkpoint is written, the log has been synced with all its lines."""
     synced, sizes, fsync, save = {}, [], os.fsync, babyai.save
@@ -598,33 +652,34 @@ def test_the_log_is_on_disk_before_a_checkpoint(monkeypatch, tmp_path, short):
 
 def test_trials_are_the_same_unseen_episodes(monkeypatch):
     """`score`: each level's success over episodes of fixed seeds that no training episode has, without noise, as
-    counted one environment at a time; environments that ended do not act any more."""
+    counted one environment at a time by what the agent is shown; it remembers; environments that ended act no more."""
     monkeypatch.setattr(babyai, "TRIALS", 12)
     real, seeds, noises, acted = babyai.reset, [], [], []
     monkeypatch.setattr(babyai, "reset", lambda env, seed: seeds.append(seed) or real(env, seed))
 
-    def choose(image):  # left, right or forward, by what is seen
-        return int(image.long().sum()) % 3
+    def choose(image, words, level):  # left, right or forward
+        return int(image.long().sum() + words.long().sum() + level) % 3
 
     class Stub:
         def mixed(self, noise):
             noises.append(noise)
 
         def __call__(self, levels, image, words, level, first, memory):
+            assert (memory == len(acted)).all() and not first.any()
             acted.append(len(image[0]))
-            actions = torch.tensor([choose(x) for x in image[0]])
-            return 1e6 * torch.eye(7)[actions][None], torch.zeros(level.shape), memory
+            actions = torch.tensor([choose(*row) for row in zip(image[0], words[0], level[0], strict=True)])
+            return 1e6 * torch.eye(7)[actions][None], torch.zeros(level.shape), memory + 1
 
     found = babyai.score(Stub(), tiny())
     assert noises == [None] and seeds == [2**31 + k for _ in EASY for k in range(12)]
     steps = 0
-    for level in EASY:
+    for number, level in enumerate(EASY):
         env, successes = babyai.make_env(level), []
         for k in range(12):
-            image, _ = real(env, 2**31 + k)
+            image, words = real(env, 2**31 + k)
             over = False
             while not over:
-                shown, reward, terminated, truncated, _ = env.step(choose(image))
+                shown, reward, terminated, truncated, _ = env.step(choose(image, words, number))
                 image, over, steps = torch.from_numpy(shown["image"]), terminated or truncated, steps + 1
             successes.append(reward > 0)
         assert found[level] == pytest.approx(np.mean(successes), abs=1e-3)
@@ -633,6 +688,21 @@ def test_trials_are_the_same_unseen_episodes(monkeypatch):
     seeds.clear()
     Slots(EASY, 50, seed=0)
     assert max(seeds) < 2**31
+
+
+def test_trials_sample_their_actions(monkeypatch):
+    """Of seven actions that are equally likely other seeds take others; the same seed the same."""
+    monkeypatch.setattr(babyai, "TRIALS", 12)
+
+    class Stub:
+        def mixed(self, noise):
+            pass
+
+        def __call__(self, levels, image, words, level, first, memory):
+            return torch.zeros(*level.shape, 7), torch.zeros(level.shape), memory
+
+    one, two, again = (babyai.score(Stub(), tiny(seed=seed)) for seed in (3, 4, 3))
+    assert one == again != two
 
 
 def test_little_memory_is_one_sentence(monkeypatch, tmp_path):
@@ -938,6 +1008,39 @@ def test_the_figure_has_the_papers_window_but_in_long_runs(episodes, window, tmp
     assert found == window and panels.keys() == {"GoTo", "all"}
     ((one, two),) = panels["GoTo"].values()
     assert (one == 1).all() and len(one) == 501 - window and two[0] == sum(k % 2 for k in range(window)) / window
+
+
+def test_the_figures_lines_are_means_and_its_bands_the_seeds(monkeypatch):
+    """From the window-th episode on, as far as all seeds go: the mean, from the lowest to the highest; `all` too."""
+    drawn = []
+    monkeypatch.setattr(babyai.figures, "save", lambda fig, stem: drawn.append(fig))
+    seeds = [np.linspace(0, 1, 50), np.linspace(1, 0.5, 80)]
+    babyai.figures.by_episodes({"GoTo": {"skilled": seeds}, "all": {"skilled": seeds}}, "unused", 100)
+    axes = drawn[0].axes
+    assert [ax.get_title() for ax in axes] == ["GoTo", "all"]
+    for ax in axes:
+        ((line,), (band,)) = ax.lines, ax.collections
+        at = np.arange(50)
+        assert line.get_xdata().tolist() == (at + 100).tolist()
+        np.testing.assert_allclose(line.get_ydata(), (seeds[0] + seeds[1][:50]) / 2)
+        corners = {(x, round(y, 6)) for x, y in band.get_paths()[0].vertices}
+        assert {(k + 100, round(s[k], 6)) for k in at for s in seeds} <= corners
+
+
+def test_frames_that_differ_and_settings_that_are_alike_are_said(tmp_path, capsys, monkeypatch):
+    """Seeds of unlike frames show both; what all runs share stands below the tables."""
+    monkeypatch.setattr(babyai.figures, "by_episodes", lambda *args, **kwargs: None)
+    one, two = (written_run(tmp_path / str(k), [[0, 1]] * 120, seed=k, lr=2e-4) for k in (0, 1))
+    log = Path(two) / "log.jsonl"
+    log.write_text(log.read_text().replace("8000", "9000"))
+    babyai.main({"plot": [one, two], "figure": str(tmp_path / "figure")})
+    out = capsys.readouterr().out
+    assert re.search(r"^skilled +2 +- +8,000 / 9,000 ", out, re.M)
+    assert re.search(r"^all: skills=2 heads=4 density=0.1 width=8 lr=0.0002 lr_z=0.01 .*batch_size=16$", out, re.M)
+    babyai.main(
+        {"plot": [one, written_run(tmp_path / "2", [[0, 1]] * 120, lr=1e-4)], "figure": str(tmp_path / "figure")}
+    )
+    assert " lr=" not in re.search(r"^all: .*", capsys.readouterr().out, re.M).group()
 
 
 def test_names_say_in_what_runs_differ():
