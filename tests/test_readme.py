@@ -158,28 +158,63 @@ def test_the_numbers_of_what_we_found_are_those_of_the_claims():
         assert (ROOT / figure).exists()
 
 
-def test_what_is_said_of_babyai():
-    """The numbers, the order and the levels reached that results/babyai.md names are those of its tables."""
-    page, tables = ((ROOT / "results" / f"babyai{name}.md").read_text() for name in ("", "-curves"))
-    rows = [
-        re.split(r" {2,}", line.strip()) for line in tables.splitlines() if line[:5].strip(" ") and line[:4] == "    "
-    ]
+def babyai_tables(name: str) -> tuple[dict[tuple[str, str], list[str]], dict[str, list[str]]]:
+    """results/NAME.md: {(level, run): cells of the table at equal episodes}, {run: cells of the table of runs}."""
+    lines = re.findall(r"^    ((?!all:)\S.*)", (ROOT / "results" / f"{name}.md").read_text(), re.M)
+    rows = [re.split(r" {2,}", line) for line in lines]
     split = next(k for k, row in enumerate(rows) if row[:2] == ["run", "seeds"])
-    levels, runs = rows[1:split], rows[split + 1 :]
-    assert set(re.findall(r"\d+\.\d ± \d+\.\d", page)) <= {cell.replace("+-", "±") for row in levels for cell in row}
-    reached = {(level, run.split()[0]) for level, run, _, to, *_ in levels if set(to) - set("- /")}
-    assert reached == {("GoToObj", "private")} and "by private only" in page
-    so_far = {run: cells[3] for level, run, *cells in levels if level == "all" and "=" not in run}
+    return {(level, run): cells for level, run, *cells in rows[1:split]}, {run: row for run, *row in rows[split + 1 :]}
+
+
+@pytest.mark.parametrize(("name", "rate"), [("babyai-curves", "2e-4"), ("babyai-paper-rate", "1e-4")])
+def test_what_is_said_of_babyai(name, rate):
+    """Of results/babyai.md: levels reached, order, trials, frames and settings at each rate are those of its tables."""
+    text = " ".join((ROOT / "results" / "babyai.md").read_text().split())
+    levels, runs = babyai_tables(name)
+    reached: dict[str, list[str]] = {}
+    for (level, run), (_, to, *_) in levels.items():
+        if seeds := sum(episodes != "-" for episodes in to.split(" / ")):
+            reached.setdefault(level, []).append(f"{run} ({seeds} of {runs[run][0]})")
+    by = "; ".join(f"{'all levels together' if x == 'all' else x} by {', '.join(y)}" for x, y in reached.items())
+    assert f"At {rate}: {by}." in text
+    so_far = {run: cells[3] for (level, run), cells in levels.items() if level == "all"}
     order = sorted(so_far, key=lambda run: -float(so_far[run].split()[0]))
-    lowest, highest = (so_far[order[k]].split()[0] for k in (-1, 0))
-    text = " ".join(page.split())
-    assert f"between {lowest} and {highest}," in text and f"by the mean alone: {', '.join(order)}." in text
-    speeds = [int(row[4]) for row in runs]
+    assert f"At {rate}: {', '.join(f'{run} {so_far[run]}'.replace('+-', '±') for run in order)}." in text
+    assert order[:2] == ["dense", "private"] and order.index("skilled") > max(map(order.index, ("shared", "expert")))
+    in_level = {
+        level: {y: float(cells[3].split()[0]) for (x, y), cells in levels.items() if x == level} for level, _ in levels
+    }
+    assert max(in_level["GoToObj"], key=in_level["GoToObj"].get) == "private"
+    assert min(in_level["GoToRedBall"], key=in_level["GoToRedBall"].get) == "private"
+    trials = {run: float(cells[5].split()[0]) for (level, run), cells in levels.items() if level == "all"}
+    ends = [
+        f"{x} % ({', '.join(y for y in trials if trials[y] == x)})" for x in (f(trials.values()) for f in (min, max))
+    ]
+    assert f"at {rate} from {ends[0]} to {ends[1]}" in text
+    page = (ROOT / "results" / f"{name}.md").read_text()
+    assert f" width=32 lr={float(rate)} " in re.search(r"^    all: .*", page, re.M).group()
+    (frames,), (episodes,) = {cells[2] for cells in runs.values()}, {x[2] for (y, _), x in levels.items() if y == "all"}
+    assert f"at {rate} {frames} frames a run, {episodes} episodes" in text and {x[0] for x in runs.values()} == {"2"}
+
+
+def test_what_is_said_of_babyais_speed():
+    """Of results/babyai.md: frames per second, shares of time and hours are those of its two tables of runs; and every
+    mean with a deviation is in the others."""
+    text = " ".join((ROOT / "results" / "babyai.md").read_text().split())
+    rows = [row for name in ("babyai-curves", "babyai-paper-rate") for row in babyai_tables(name)[1].values()]
+    speeds = [int(row[3]) for row in rows]
     mean = round(sum(speeds) / len(speeds))
     assert f"{mean} frames a second in the mean, {min(speeds)} to {max(speeds)} by the method" in text
-    shares = [[int(row[k]) for row in runs] for k in (5, 6, 7)]
+    assert f"two cores {2 * mean:,}, {2 * min(speeds):,} to {2 * max(speeds):,}" in text
+    shares = [[int(row[k]) for row in rows] for k in (4, 5, 6)]
     said = [f"{min(x)} to {max(x)}" if min(x) < max(x) else f"{x[0]}" for x in shares]
     assert "environments are {} % of the time, acting {} %, learning {} %".format(*said) in text
+    hours = sum(int(row[0]) * int(row[2].replace(",", "")) / int(row[3]) for row in rows) / 3600
+    assert f"{hours:.1f} hours of runs" in text
+    tables = " ".join((ROOT / "results" / f"{x}.md").read_text() for x in ("babyai-curves", "babyai-paper-rate"))
+    assert set(re.findall(r"\d+\.\d ± \d+\.\d", text)) <= set(
+        re.findall(r"\d+\.\d ± \d+\.\d", tables.replace("+-", "±"))
+    )
 
 
 def test_every_module_is_in_the_file_table():
