@@ -369,6 +369,7 @@ def by_episodes(panels: dict[str, dict[str, list[np.ndarray]]], stem, window: in
     fig = Figure(figsize=(1.5 * WIDTH, 2.2 * rows + 0.4))
     axes = fig.subplots(rows, columns, squeeze=False).flat
     for ax, (level, methods) in zip(axes, panels.items(), strict=False):
+        ax.axhline(0.99, color="0.5", linewidth=0.8, linestyle=":")  # what counts as solved
         for method, style in styles(methods).items():
             shared = min(map(len, methods[method]))
             kept = np.arange(0, shared, max(1, shared // 100))

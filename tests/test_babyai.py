@@ -1019,7 +1019,8 @@ def test_the_figures_lines_are_means_and_its_bands_the_seeds(monkeypatch):
     axes = drawn[0].axes
     assert [ax.get_title() for ax in axes] == ["GoTo", "all"]
     for ax in axes:
-        ((line,), (band,)) = ax.lines, ax.collections
+        (solved, line), (band,) = ax.lines, ax.collections
+        assert list(solved.get_ydata()) == [0.99, 0.99]
         at = np.arange(50)
         assert line.get_xdata().tolist() == (at + 100).tolist()
         np.testing.assert_allclose(line.get_ydata(), (seeds[0] + seeds[1][:50]) / 2)
