@@ -874,9 +874,9 @@ def of_runs(runs: dict[str, list[SimpleNamespace]]) -> str:
     for name, own in runs.items():
         counts = [sum(run.result["parameters"].values()) for run in own if run.result]
         frames = " / ".join(f"{n:,}" for n in sorted({run.frames for run in own}))
-        means = [np.mean([run.speed["frames_per_second"] for run in own])]
+        rate = np.mean([run.speed["frames_per_second"] for run in own])
         shares = [np.mean([100 * run.speed["share_of_time"][part] for run in own]) for part in ("env", "act", "learn")]
-        cells = [f"{counts[0]:,}" if counts else "-", frames, *(f"{mean:,.0f}" for mean in (*means, *shares))]
+        cells = [f"{counts[0]:,}" if counts else "-", frames, *(f"{mean:,.0f}" for mean in (rate, *shares))]
         rows.append((name, str(len(own)), *cells, PAPER.get(name.split()[0], "-")))
     return aligned(rows, left=1)
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call
 
-from config import RunError, UserError
+from config import RunError, UserError, explicit_flags
 from experiments import babyai
 from experiments.babyai import LEVELS, Config, Slots
 
@@ -98,6 +99,19 @@ def test_words_cover_the_instructions_of_all_levels():
             assert [babyai.WORDS[number - 1] for number in numbers] == mission.split()
         assert env.max_steps == {"PutNextLocal": 128, "GoToObjMaze": 576, "GoTo": 576}.get(level, 64)
     assert len(babyai.encode("put the red ball next to the blue key")) == babyai.LENGTH
+
+
+def test_the_three_levels_of_our_runs_need_no_instruction():
+    """GoToObj has one object, and the two others always ask for a red ball: what results/babyai.md says of them."""
+    objects = []
+    for seed in range(30):
+        env = babyai.make_env("GoToObj")
+        env.reset(seed=seed)
+        objects.append(sum(cell is not None and cell.type != "wall" for cell in env.grid.grid))
+    assert set(objects) == {1}
+    for level in ("GoToRedBallGrey", "GoToRedBall"):
+        missions = {babyai.make_env(level).reset(seed=seed)[0]["mission"] for seed in range(30)}
+        assert missions <= {"go to the red ball", "go to a red ball"}
 
 
 def test_levels_are_drawn_uniformly(monkeypatch):
@@ -614,6 +628,19 @@ def test_frames_may_grow(short, tmp_path, capsys):
     with pytest.raises(UserError, match="its checkpoint.safetensors is gone"):
         babyai.main(grown | dict(frames=256))
     assert (tmp_path / "grown" / "result.json").exists()
+
+
+def test_the_loop_at_the_top_makes_every_run_of_the_page():
+    """Each method, two seeds, two rates, and no two in one folder; `echo` in the place of the script."""
+    loop = babyai.__doc__.split("cut off:\n")[1].split("\nShape key")[0].replace("python -m experiments.babyai", "echo")
+    printed = subprocess.run(["bash", "-c", loop], capture_output=True, text=True, check=True).stdout
+    runs = [explicit_flags(Config, {}, line.split()) for line in printed.splitlines()]
+    assert all((run["width"], len(run["levels"]), run["resume"]) == (32, 3, True) for run in runs)
+    found = sorted((run["method"], run["seed"], run.get("lr", 1e-4), run["frames"]) for run in runs)
+    budgets = ((1e-4, 500_000), (2e-4, 750_000))
+    assert found == sorted((m, seed, *budget) for m in babyai.METHODS for seed in (0, 1) for budget in budgets)
+    folders = [run["output_dir"] for run in runs if "output_dir" in run]
+    assert len(set(folders)) == 14 and all("lr" in run for run in runs if "output_dir" in run)
 
 
 def test_a_moved_folder_goes_on_where_it_is(short, tmp_path, monkeypatch, capsys):

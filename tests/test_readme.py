@@ -208,7 +208,7 @@ def test_the_levels_that_babyai_reaches(name, rate):
 @BABYAI
 def test_the_order_of_babyais_methods(name, rate):
     """Of results/babyai.md: both orders, and what is said of single methods and of seeds, are those of its tables."""
-    text, (levels, _) = babyai_page(), babyai_tables(name)
+    text, (levels, rows) = babyai_page(), babyai_tables(name)
     so_far = {level: {y: mean_and_spread(c[3]) for (x, y), c in levels.items() if x == level} for level, _ in levels}
     order = sorted(so_far["all"], key=lambda run: -so_far["all"][run][0])
     assert f"At {rate}: {', '.join('{} {} ± {}'.format(x, *so_far['all'][x]) for x in order)}." in text
@@ -220,6 +220,10 @@ def test_the_order_of_babyais_methods(name, rate):
     for ranks in filter(None, (order, sooner)):
         assert ranks[-1] != "private" and ranks.index("dense") < ranks.index("skilled")
         assert ranks.index("skilled") > max(ranks.index("shared"), ranks.index("expert"))
+    paper = [rows[run][-1] for run in ("dense", "skilled", "shared", "expert")]
+    said = "dense {:.1f}, skilled {:.1f}, shared {:.1f}, expert {:.1f}, private above 6;"
+    assert said.format(*(int(cell.replace(",", "")) / 1e6 for cell in paper)) in text
+    assert rows["private"][-1] == "> 6,000,000" and rows["mhr"][-1] == "-"
     means = [mean for mean, _ in so_far["all"].values()]
     apart = sum(std * 2**0.5 > max(means) - min(means) for _, std in so_far["all"].values())  # of two seeds
     single, skilled = (so_far["all"][run] for run in ("single-speed", "skilled"))
