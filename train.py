@@ -4,111 +4,98 @@
     python train.py --method mhr --heads 8 --dataset t0             the papers' recipe; needs the hub and a large GPU
     python train.py --method mhr --heads 8 --dataset t0 --data-dir assets/samples/t0 --backbone tiny --steps 100
     python train.py --from-run RUN --method mu --steps 1000         average RUN's skills, train that one adapter on
-    python train.py --resume --output-dir RUN                       go on with a run that was cut off
+    python train.py --resume --output-dir RUN                       resume an interrupted run
 
 Writes to the run folder: config.json (every setting), adapter.safetensors (adapters and routers; method full: the
-folder backbone/ instead), tasks.json (the names of tasks, and of skills where they have names), log.jsonl (one line a
-logged step) and result.json; method adapter-soup also embeddings.safetensors; checkpoint.safetensors until it is done.
+folder backbone/ instead), tasks.json (the names of tasks, and of skills if they have names), log.jsonl (one line a
+logged step) and result.json; method adapter-soup also embeddings.safetensors; until it is done checkpoint.safetensors.
 """
 
 from dataclasses import dataclass
 
-from config import (
-    GIVEN, METHODS, PRETRAINING, ROUTED, UserError, check_ranges, describe, exit_on_user_error,
-    explicit_flags, flag, read_config, read_json, recipe, resumed, unused, write_json,
-)  # fmt: skip
+from plumbing.errors import UserError, exit_on_user_error
+from plumbing.flags import check_ranges, explicit_flags, fit_to_method, flag, setting, unused
+from plumbing.folders import continued_config, read_config, read_json, resumed_config, write_config, write_json
+from recipes import METHODS, PRETRAINING, recipe
 
 
 @dataclass
 class Config:
-    """Pre-train adapters on many tasks at once."""
+    """Pre-train adapters on many tasks at once.
 
-    # What to learn, and on what
-    method: str = flag(
-        "mhr", "what is trained (shared: one adapter for all tasks, as lora and ia3; mu: see --from-run)", METHODS
-    )
-    from_run: str = flag("", "go on from a run folder, with its settings; --method mu averages its skills first")
+    examples:
+      python train.py --method mhr --heads 8 --dataset strings
+      python train.py --method mhr --heads 8 --dataset superni --data-dir DIR --device cuda
+    """
+
+    method: str = flag("mhr", "what is trained (mu: see --from-run)", METHODS, group="what to learn, and on what")
+    from_run: str = flag("", "start from a finished run, with its settings; --method mu averages its skills first")
     dataset: str = flag("strings", "benchmark", ("strings", "strings-single", "t0", "superni", "crossfit"))
-    data_dir: str = flag("", "folder of the benchmark's files; none: t0 and superni come from the hub")
-    split: str = flag("0", "strings: number that the examples are drawn from")
+    data_dir: str = flag("", "folder of the benchmark's files; none: t0 and superni come from the hub", metavar="DIR")
+    split: str = flag("0", "strings: seed of the examples; crossfit: which few-shot split is trained on")
     instructions: bool = flag(False, "strings: the input names the operations")
-    partition: str = flag("random.json", "crossfit: file that says which tasks are for training, dev and test")
+    partition: str = flag("random.json", "crossfit: file that lists the training, dev and test tasks", metavar="FILE")
     backbone: str = flag("tiny", "tiny (bundled), scratch (the same, untrained), or a Hugging Face name or folder")
-    # Adapter and routing
-    adapter: str = flag("lora", "what a skill is", ("lora", "ia3", "sft"))
-    layers: str = flag(
-        "",
-        "layers to adapt: lora, ia3, light, attention, self-attention, or a regular expression; none: by adapter",
-    )
+    adapter: str = flag("lora", "what a skill is", ("lora", "ia3", "sft"), group="adapter and routing")
+    layers: str = flag("", "lora, ia3, light, attention, self-attention or a regular expression; none: by adapter")
     rank: int = flag(1, "rank r of LoRA")
-    density: float = flag(0.1, "sft: share of a layer's weights that may change")
-    skills: int = flag(8, "skills s in a layer's inventory (private, expert, adapter-soup: 0, as the tasks say)")
+    density: float = setting(0.1, "sft: share of a layer's weights that may change")
+    skills: int = flag(8, "skills s of a layer (private, expert, adapter-soup: set by the tasks)")
     heads: int = flag(8, "heads h of mhr; must divide every adapted layer")
     routing: str = flag("gumbel", "how training turns logits into weights", ("gumbel", "sigmoid", "straight-through"))
     granularity: str = flag(
         "linear", "which layers share a router: linear (none), layer (attention or feed-forward), block, coder, model",
         ("linear", "layer", "block", "coder", "model"),
     )  # fmt: skip
-    top_k: int = flag(2, "task-moe: skills that a task uses")
-    random_by: str = flag("example", "random: what draws its skills, each example or each task", ("example", "task"))
-    encoder: str = flag("", "adapter-soup: name or folder of the model that embeds tasks; none: the backbone")
-    # Optimisation
-    steps: int = flag(0, "optimiser steps; 0: by --epochs")
-    epochs: int = flag(0, "passes over the training examples, in place of --steps")
+    top_k: int = setting(2, "task-moe: skills that a task uses")
+    random_by: str = flag("example", "random: each example or each task draws its skills", ("example", "task"))
+    encoder: str = setting("", "adapter-soup: name or folder of the model that embeds tasks; none: the backbone")
+    steps: int = flag(0, "optimiser steps; 0: by the recipe's epochs", group="optimisation")
+    epochs: int = setting(0, "passes over the training examples, if steps is 0")
     batch_size: int = flag(64, "examples per step")
-    micro_batch: int = flag(0, "examples at a time, to save memory: gradients of a step add up; 0: all")
-    optimizer: str = flag("adamw", "adamw, or adafactor with these learning rates as they are", ("adamw", "adafactor"))
-    lr: float = flag(1e-3, "learning rate of adapters (or of the backbone, method full)")
-    lr_z: float = flag(1e-1, "learning rate of Z (dual-speed, Polytropon section 2.3)")
-    weight_decay: float = flag(0.0, "of adapters; Z is never decayed")
-    warmup: float = flag(0.06, "share of steps with rising learning rate; it then falls to 0")
+    micro_batch: int = flag(0, "examples per forward pass, to save memory; gradients of a step add up; 0: all")
+    optimizer: str = setting("adamw", "adafactor: without relative steps or scaling", ("adamw", "adafactor"))
+    lr: float = flag(1e-3, "learning rate of adapters (method full: of the backbone)")
+    lr_z: float = flag(1e-1, "learning rate of Z (dual speed, Polytropon section 2.3)")
+    weight_decay: float = setting(0.0, "of adapters; Z is never decayed")
+    warmup: float = setting(0.06, "share of the steps in which learning rates rise; they then fall to 0")
     clip: float = flag(1.0, "largest gradient norm")
     max_input: int = flag(512, "tokens of an input")
     max_output: int = flag(64, "tokens of an output")
-    precision: str = flag(
-        "fp32", "of the backbone: bf16 (on a GPU, where not said otherwise) or fp32", ("fp32", "bf16")
-    )
+    precision: str = flag("fp32", "of the backbone: bf16 (default on a GPU only) or fp32", ("fp32", "bf16"))
     checkpointing: bool = flag(False, "gradient checkpointing: less memory, more time")
-    # The run
-    seed: int = flag(0, "seed of initial values, order and noise")
+    seed: int = flag(0, "seed of initial values, order and noise", group="the run")
     eval_examples: int = flag(0, "test examples per training task to score at the end; 0: none")
     log_every: int = flag(50, "steps between lines of log.jsonl")
-    output_dir: str = flag("", "run folder; none: runs/DATASET-METHOD-SEED")
-    keep_every: int = flag(0, "also keep what is trained at every N-th step, as adapter-N.safetensors; 0: only the end")
-    save_every: str = flag("10m", "how often to save a checkpoint: 200 is every 200 steps, 10m every 10 minutes")
-    resume: bool = flag(False, "go on with the run in --output-dir where it was cut off; begin it if it is not there")
-    deterministic: bool = flag(False, "on CUDA: the same bits in every run, slower (on a CPU it is so anyhow)")
-    device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one", ("auto", "cpu", "cuda"))
+    output_dir: str = flag("", "run folder; none: runs/DATASET-METHOD-SEED", metavar="DIR")
+    keep_every: int = flag(0, "also keep the adapters of every N-th step, as adapter-N.safetensors; 0: only the last")
+    save_every: str = flag("10m", "checkpoint interval: 200 is 200 steps, 10m is 10 minutes", metavar="STEPS|MINUTESm")
+    resume: bool = flag(False, "resume the run in --output-dir, or start it if it is not there")
+    deterministic: bool = flag(False, "on CUDA: bit-identical runs, slower (on a CPU they always are)")
+    device: str = flag("auto", "cpu, cuda, or auto: cuda if there is one", ("auto", "cpu", "cuda"))
 
 
-if __name__ == "__main__":  # Read the flags before the slow imports, so that --help and mistakes answer at once
+if __name__ == "__main__":  # read the flags before the slow imports: --help and mistakes answer at once
     FLAGS = explicit_flags(Config, PRETRAINING)
 
 import dataclasses
-import os
-import signal
-import sys
-import time
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
+import benchmarks
 import data
-import parallel
 from baselines.adapter_soup import embed_tasks
-from baselines.fixed import given_table, skill_names
-from evaluate import evaluate_tasks, mean
-from inject import fingerprint, routers, save_adapters, task_ids, write_tensors
-from backbone import (
-    average_skills, build_model, load_run, make_deterministic, pick_device, save_backbone, warn_if_too_large,
-)  # fmt: skip
-from resume import (
-    CHECKPOINT, Every, Progress, Signals, advice_on_memory, cut_log, finished, hold, load_checkpoint, marks_of_tasks,
-    refuse_nonfinite, refuse_other_tasks, save_checkpoint, sync, tidy, write_line,
-)  # fmt: skip
+from inject import fingerprint, routers, task_ids, write_tensors
+from methods import count_parameters, names_of_skills, save_run, starting_point, use_checkpointing
+from plumbing import processes
+from plumbing.backbones import pick_device, warn_if_too_large
+from plumbing.checkpoint import marks_of_tasks, run_tensors
+from plumbing.folders import refuse_other_tasks, remove_checkpoint
+from plumbing.run import Run, refuse_nonfinite, run_in_folder
+from scoring import score_training_tasks, tasks_to_score
 
 # --- Optimisation -----------------------------------------------------------------------------------------------------
 
@@ -128,16 +115,22 @@ def make_optimizer(model: nn.Module, cfg) -> torch.optim.Optimizer:
     ]
     groups = [group for group in groups if group["params"]]
     if cfg.optimizer == "adafactor":  # T-Few's and MHR's setting: no relative steps, no scaling by the parameters' size
-        from transformers import Adafactor  # here: it takes seconds to import, and peft where that is installed
+        from transformers import Adafactor  # here: it takes seconds to import, and peft if that is installed
 
         return Adafactor(groups, scale_parameter=False, relative_step=False, warmup_init=False)
     return torch.optim.AdamW(groups, fused=True)
 
 
 def warmup_then_decay(step: int, steps: int, warmup: float) -> float:
-    """Factor on the learning rate: up in a line over the first warmup * steps steps, then down in a line to 0."""
+    """Factor on the learning rate: linear up over the first warmup * steps steps, then linear down to 0."""
     rise = max(1, round(warmup * steps))
     return (step + 1) / rise if step < rise else (steps - step) / max(1, steps - rise)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rates: list[float], factor: float):
+    """Each parameter group's learning rate: its own, times a factor."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate * factor
 
 
 def batch_loss(model, tokenizer, items: list[data.Item], max_input: int, max_output: int) -> torch.Tensor:
@@ -154,7 +147,7 @@ def token_loss(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     inputs, labels = {k: v for k, v in batch.items() if k != "labels"}, batch["labels"]
     decoder = model.prepare_decoder_input_ids_from_labels(labels)
     logits = model(**inputs, decoder_input_ids=decoder, use_cache=False).logits
-    # not left to the model: T5 would take the loss of bfloat16 logits in bfloat16
+    # not the model's own loss: T5 computes it in bfloat16 from bfloat16 logits
     return cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
 
@@ -168,9 +161,9 @@ def backward_in_parts(loss_of, items: list[data.Item], micro_batch: int, weight=
     """Forward and backward over a batch in parts of micro_batch examples (0: all at once); returns the mean loss.
 
     loss_of(items): a scalar, an average over what weight(items) counts, examples or tokens. All parts draw the same
-    routing noise, so a batch in parts has the loss and gradients of the whole (but for dropout in the backbone, and
+    routing noise, so a batch in parts has the loss and gradients of the whole (except for dropout in the backbone, and
     random routing by example, which repeat their draws in each part).
-    batch: the items of all processes, where `items` is one's share.
+    batch: the items of all processes, if `items` is one's share.
     """
     batch, total, size = batch or items, 0.0, micro_batch or max(1, len(items))
     ids, undivided = [item.task for item in batch], len(items) == len(batch) <= size
@@ -185,128 +178,89 @@ def backward_in_parts(loss_of, items: list[data.Item], micro_batch: int, weight=
     return total
 
 
-def use_checkpointing(model):
-    """Keep the inputs of blocks only, and compute the rest again in the backward pass."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Trainable parameters: Z of the routers, and all others (skills, adapters, or the whole backbone)."""
-    z = sum(router.Z.numel() for router in routers(model) if router.Z.requires_grad)
-    return {"adapters": sum(p.numel() for p in model.parameters() if p.requires_grad) - z, "routing": z}
-
-
 # --- The loop ---------------------------------------------------------------------------------------------------------
 
 
+def train_steps(model, tokenizer, tasks: list[data.Task], steps: int, cfg: Config, folder: Path) -> Run:
+    """The training loop. Returns the run, with its last loss. Raises RunError if loss or gradients are not finite.
+
+    `plumbing/run.py` does the rest: it resumes, sums over processes, logs, saves, and stops on a signal.
+    """
+    optimizer = make_optimizer(model, cfg)
+    made_with = {"backbone": fingerprint(model), "data set": marks_of_tasks(tasks)}
+    trainable = [p for group in optimizer.param_groups for p in group["params"]]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    loss_of = lambda items: batch_loss(model, tokenizer, items, cfg.max_input, cfg.max_output)  # noqa: E731
+    weight = lambda items: output_tokens(model, tokenizer, items, cfg.max_output)  # noqa: E731
+    beside = dict(save_every=cfg.save_every, log_every=cfg.log_every, resume=cfg.resume, made_with=made_with)
+    with Run(folder, run_tensors(model), optimizer, **beside) as run:
+        batches = data.batches(tasks, cfg.batch_size, cfg.seed, start=batches_before(cfg) + run.now.step)
+        for step in run.steps(steps, f"train {cfg.method}"):
+            batch = next(batches)  # 1  take a batch of many tasks
+            set_rates(optimizer, rates, warmup_then_decay(step - 1, steps, cfg.warmup))  # 2  set the two learning rates
+            loss = backward_in_parts(loss_of, processes.share(batch), cfg.micro_batch, weight, batch)  # 3  forward,
+            loss = run.sum_over_processes(loss)  #                             backward, each example under its own task
+            norm = nn.utils.clip_grad_norm_(trainable, cfg.clip).item()  # 4  clip
+            refuse_nonfinite(loss, norm, step, batch, tasks)
+            optimizer.step()  # 5  step
+            optimizer.zero_grad()
+            if cfg.keep_every and step % cfg.keep_every == 0:
+                save_run(model, tokenizer, folder, f"-{step}")
+            run.record(loss, norm)  # 6  record
+    return run
+
+
 def train(cfg: Config) -> dict:
-    """Pre-train as cfg says and write the run folder; returns what result.json holds."""
-    check_ranges(cfg)
-    Every(cfg.save_every)
-    if cfg.deterministic:
-        make_deterministic()
-    parallel.join(cfg.device)
-    folder = Path(cfg.output_dir)
+    """Pre-train as cfg says and write the run folder; returns the content of result.json."""
     advice = "a smaller --micro-batch (the same batch in parts) or --checkpointing"
-    with hold(folder, "python train.py"), advice_on_memory(advice):
-        return finished(folder, cfg.resume) or run(cfg, folder)
+    return run_in_folder(train_in, cfg, "train.py", advice)
 
 
-def run(cfg: Config, folder: Path) -> dict:
-    """`train` in a folder that this process holds."""
-    print(describe(cfg))
+def train_in(folder: Path, cfg: Config) -> dict:
+    """`train` in a folder that this process has locked."""
     warn_if_too_large(cfg)
-    tasks = load_tasks(cfg, cfg.split, ("train",)).train
+    tasks = benchmarks.load_for(cfg, cfg.split, ("train",)).train
     steps, scored = steps_to_take(cfg, tasks), tasks_to_score(cfg, tasks)
     torch.manual_seed(cfg.seed)
     skills = names_of_skills(cfg, tasks)
     cfg.skills = len(skills) or cfg.skills
-    if (folder / "tasks.json").exists() and (folder / "config.json").exists():  # a run to go on with
+    if (folder / "tasks.json").exists() and (folder / "config.json").exists():  # a run to resume
         refuse_other_tasks(folder, cfg.method, tasks)
     model, tokenizer = starting_point(cfg, tasks, skills)
     if cfg.checkpointing:
         use_checkpointing(model)
-    embeddings = embed_tasks(cfg, tasks) if cfg.method == "adapter-soup" else None  # now: a wrong --encoder is told
-    if parallel.first() and not (folder / "config.json").exists():  # which says that the rest is there
+    embeddings = embed_tasks(cfg, tasks) if cfg.method == "adapter-soup" else None  # early, to refuse a wrong encoder
+    if processes.first() and not (folder / "config.json").exists():  # config.json comes last: it marks a run
         write_json(folder / "tasks.json", {"tasks": [task.name for task in tasks], "skills": skills})
-        write_json(folder / "config.json", dataclasses.asdict(cfg) | {"resume": False})
+        write_config(folder, cfg)
     counts, sizes = count_parameters(model), [len(task.train) for task in tasks if len(task.train)]
     print(f"{len(sizes)} training tasks, {sum(sizes):,} examples, {steps:,} steps,", end=" ")
     print(f"{len(routers(model))} routers; trainable:", *(f"{name} {count:,}" for name, count in counts.items()))
-    done = train_steps(model.train(), tokenizer, tasks, steps, cfg, folder)
-    if parallel.first():
-        save_run(model, tokenizer, cfg, folder)
-        if embeddings is not None:
-            write_tensors({"embeddings": embeddings}, folder / "embeddings.safetensors")
+    done = train_steps(model.train(), tokenizer, tasks, steps, cfg, folder).now
+    save_run(model, tokenizer, folder)
+    if processes.first() and embeddings is not None:
+        write_tensors({"embeddings": embeddings}, folder / "embeddings.safetensors")
     result = {"steps": steps, "loss": done.loss, "seconds": round(done.seconds, 1), "parameters": counts}
-    result |= score(model, tokenizer, tasks, scored, cfg)
-    if parallel.first():
+    result |= score_training_tasks(model, tokenizer, tasks, scored, cfg)
+    if processes.first():
         write_json(folder / "result.json", result)
-        tidy(folder)
-    parallel.wait()
+        remove_checkpoint(folder)
+    processes.wait()
     print(f"{done.seconds:.0f} s of training, final loss {done.loss:.4f}, saved in {folder}")
     return result
 
 
-def score(model, tokenizer, tasks: list[data.Task], scored: list[int], cfg: Config) -> dict:
-    """{"mean", "tasks": {name: main score}} of the training tasks with these numbers, {} if there are none."""
-    if not scored:
-        return {}
-    mine, lengths = parallel.share(scored), (cfg.max_input, cfg.max_output)
-    found = evaluate_tasks(model, tokenizer, [tasks[t] for t in mine], mine, lengths, cfg.eval_examples)
-    found = parallel.together(found)
-    scores = {tasks[t].name: found[tasks[t].name] for t in scored}
-    print(f"training tasks, {cfg.eval_examples} unseen examples each: mean score {mean(scores):.1f}")
-    return {"mean": mean(scores), "tasks": scores}
-
-
 def steps_to_take(cfg: Config, tasks: list[data.Task]) -> int:
-    """--steps, or what --epochs makes. Raises UserError if there is nothing to train."""
-    examples = sum(len(task.train) for task in tasks)
-    if examples == 0:
+    """--steps, or what the recipe's epochs make. Raises UserError if there is nothing to train."""
+    if (examples := sum(len(task.train) for task in tasks)) == 0:
         raise UserError(f"--data-dir {cfg.data_dir}: the training tasks have no examples")
-    steps = cfg.steps or cfg.epochs * -(-examples // cfg.batch_size)
-    if steps == 0:
-        raise UserError("nothing to train: give --steps or --epochs above 0")
-    return steps
+    if not (cfg.steps or cfg.epochs):
+        raise UserError("nothing to train: give --steps above 0")
+    return cfg.steps or cfg.epochs * -(-examples // cfg.batch_size)
 
 
-def tasks_to_score(cfg: Config, tasks: list[data.Task]) -> list[int]:
-    """The numbers of the training tasks to score at the end. Raises UserError if --eval-examples finds none."""
-    scored = [t for t, task in enumerate(tasks) if task.test] if cfg.eval_examples else []
-    if cfg.eval_examples and not scored:
-        raise UserError(f"--eval-examples {cfg.eval_examples}: no training task has test examples")
-    return scored
-
-
-def load_tasks(cfg: Config, split: str, parts: tuple[str, ...]) -> data.Benchmark:
-    """The benchmark that a run is about: `data.load` with the run's settings."""
-    return data.load(cfg.dataset, cfg.data_dir, split, parts, cfg.instructions, cfg.partition)
-
-
-def names_of_skills(cfg: Config, tasks: list[data.Task]) -> list[str]:
-    """The skills of a method whose allocation is given, by name; [] for the others. UserError if there are none."""
-    seen = [task for task in tasks if len(task.train)]  # a skill that nothing trains would only dilute averages
-    names = skill_names(cfg.method, seen) if cfg.method in GIVEN else []
-    if cfg.method == "expert" and not names:
-        raise UserError(f"--method expert: nothing is known of the skills of these tasks of {cfg.dataset}")
-    return names
-
-
-def starting_point(cfg: Config, tasks: list[data.Task], skills: list[str]):
-    """(model, tokenizer) before training: fresh adapters, or those of --from-run, averaged for method mu."""
-    if not cfg.from_run:
-        return build_model(cfg, len(tasks), given_table(cfg.method, tasks, skills) if skills else None)
-    base = read_config(Config, Path(cfg.from_run) / "config.json")
-    refuse_other_tasks(Path(cfg.from_run), cfg.method, tasks)
-    model, tokenizer = load_run(Path(cfg.from_run), dataclasses.replace(cfg, method=base.method))
-    if cfg.method == "mu":
-        average_skills(model, cfg.adapter)
-    return model, tokenizer
-
-
-def steps_before(cfg: Config) -> int:
-    """How many batches of this very order --from-run has seen: training goes on after them. 0 if the order differs."""
+def batches_before(cfg: Config) -> int:
+    """Batches that --from-run has already consumed, if the data order is unchanged; else 0."""
     if not cfg.from_run:
         return 0
     base = read_config(Config, Path(cfg.from_run) / "config.json")
@@ -314,98 +268,25 @@ def steps_before(cfg: Config) -> int:
     return read_json(Path(cfg.from_run) / "result.json", steps=int)["steps"] if same else 0
 
 
-def train_steps(model, tokenizer, tasks: list[data.Task], steps: int, cfg: Config, folder: Path) -> Progress:
-    """The loop: batch, learning rate, forward, backward, step, log, save. With --resume it begins where the checkpoint
-    is. Raises RunError if loss or gradients are no longer finite."""
-    optimizer, every, checkpoint = make_optimizer(model, cfg), Every(cfg.save_every), folder / CHECKPOINT
-    now, made_with = Progress(), {"backbone": fingerprint(model), "data set": marks_of_tasks(tasks)}
-    if cfg.resume and checkpoint.exists():
-        now = load_checkpoint(checkpoint, model, optimizer, made_with)
-        print(f"going on after step {now.step:,}")
-    parallel.wait()  # until all have read it
-    if parallel.first():
-        cut_log(folder / "log.jsonl", lambda line: line["step"] <= now.step)
-    loss_of = lambda items: batch_loss(model, tokenizer, items, cfg.max_input, cfg.max_output)  # noqa: E731
-    weight = lambda items: output_tokens(model, tokenizer, items, cfg.max_output)  # noqa: E731
-    batches = data.batches(tasks, cfg.batch_size, cfg.seed, start=steps_before(cfg) + now.step)
-    trainable = [p for group in optimizer.param_groups for p in group["params"]]
-    rates, start = [group["lr"] for group in optimizer.param_groups], time.monotonic() - now.seconds
-    bar = tqdm(
-        range(now.step + 1, steps + 1), f"train {cfg.method}", steps, initial=now.step, unit="step", disable=None
-    )
-    with open(folder / "log.jsonl" if parallel.first() else os.devnull, "a") as log, Signals() as signals:
-        for step in bar:
-            batch = next(batches)
-            set_rates(optimizer, rates, warmup_then_decay(step - 1, steps, cfg.warmup))
-            loss = backward_in_parts(loss_of, parallel.share(batch), cfg.micro_batch, weight, batch)
-            loss, stop = parallel.add_up(trainable, loss, signals.caught)
-            norm = nn.utils.clip_grad_norm_(trainable, cfg.clip).item()
-            refuse_nonfinite(loss, norm, step, batch, tasks)
-            optimizer.step()
-            optimizer.zero_grad()
-            now = now.after(step, loss, time.monotonic() - start)
-            if step % cfg.log_every == 0 or step == steps:
-                now = now.logged()
-                write_line(log, bar, now, norm, optimizer.param_groups[0]["lr"], cfg.log_every)
-            if cfg.keep_every and step % cfg.keep_every == 0 and parallel.first():
-                save_run(model, tokenizer, cfg, folder, f"-{step}")
-            if (every.due(step) or stop or step == steps) and parallel.first():
-                sync(log)
-                save_checkpoint(checkpoint, model, optimizer, now, made_with)
-            if stop:
-                print(f"stopped after step {step}")
-                parallel.wait()  # until it is saved: launchers kill the others when one ends
-                sys.exit(128 + (signals.caught or signal.SIGTERM))
-    return now
-
-
-def set_rates(optimizer: torch.optim.Optimizer, rates: list[float], factor: float):
-    """Each parameter group's learning rate: its own, times a factor."""
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate * factor
-
-
-def save_run(model, tokenizer, cfg: Config, folder: Path, mark: str = ""):
-    """Save what was trained: adapters and routers, or for method full a Hugging Face model folder. mark: added to the
-    name."""
-    if cfg.method == "full":
-        save_backbone(model, tokenizer, folder / f"backbone{mark}")
-    else:
-        save_adapters(model, str(folder / f"adapter{mark}.safetensors"))
+# --- Settings ---------------------------------------------------------------------------------------------------------
 
 
 def make_config(**flags) -> Config:
-    """A Config from explicit flags; what they leave open comes from the run that is gone on from, or from the recipe of
-    the data set and method. Raises UserError if the flags contradict that run."""
+    """A Config from explicit flags; the rest comes from --from-run, or from the recipe of benchmark and method.
+
+    Raises UserError if the flags contradict that run, or the run that --resume finds.
+    """
     start = Config(**flags)
-    if start.resume and start.output_dir and (path := Path(start.output_dir) / "config.json").exists():
-        cfg = resumed(Config, path, flags)
-        cfg.device = pick_device(cfg.device)
-        return cfg
-    if start.steps and start.epochs:
-        raise UserError(f"--steps {start.steps} and --epochs {start.epochs}: give one of them")
-    duration = {"epochs": 0} if start.steps else {"steps": 0} if start.epochs else {}  # it replaces the recipe's
+    if cfg := resumed_config(Config, flags):
+        return dataclasses.replace(cfg, device=pick_device(cfg.device))
     if start.from_run:
-        cfg = _config_from_run(start, flags)
+        cfg = continued_config(Config, flags)
     else:
-        if start.method == "mu":
-            raise UserError("--method mu averages the skills of a finished run: give it by --from-run")
-        cfg = Config(**recipe(PRETRAINING, start.dataset, start.method) | duration | flags)
-        if cfg.method in ("lora", "ia3"):
-            if flags.get("adapter", cfg.method) != cfg.method:
-                raise UserError(f"--adapter {cfg.adapter} does not fit --method {cfg.method}: leave --adapter out")
-            cfg.adapter = cfg.method
-        if cfg.method in GIVEN:
-            if "skills" in flags:
-                raise UserError(f"--skills does not fit --method {cfg.method}, whose tasks say how many: leave it out")
-            cfg.skills = 0
-        if cfg.method == "task-moe" and not 2 <= cfg.top_k <= cfg.skills:
-            raise UserError(f"--top-k {cfg.top_k} must be at least 2 and at most --skills {cfg.skills}")
-        if cfg.adapter == "ia3" and "layers" not in flags:
-            cfg.layers = ""  # the recipes' layers are LoRA's
+        cfg = Config(**recipe(PRETRAINING, start.dataset, start.method) | flags)
+        fit_to_method(cfg, flags)
     if ignored := unused(cfg, flags):
         given = f"--method {cfg.method} --adapter {cfg.adapter} --dataset {cfg.dataset}"
-        print(f"changes nothing with {given}: {', '.join(ignored)}")
+        print(f"ignored with {given}: {', '.join(ignored)}")
     cfg.device = pick_device(cfg.device)
     if cfg.device == "cpu" and "precision" not in flags:
         cfg.precision = "fp32"  # bfloat16 saves a GPU's memory; on a CPU it only costs time
@@ -417,28 +298,13 @@ def make_config(**flags) -> Config:
     return cfg
 
 
-FIXED_BY_RUN = (
-    "dataset", "backbone", "adapter", "layers", "rank", "density", "skills", "heads", "granularity", "top_k", "encoder",
-    "random_by", "instructions", "partition",
-)  # fmt: skip
-
-
-def _config_from_run(start: Config, flags: dict) -> Config:
-    """The settings of --from-run, changed by the flags that may change."""
-    base = read_config(Config, Path(start.from_run) / "config.json")
-    if "steps" not in flags:
-        raise UserError("--from-run needs --steps: how many to train on")
-    for name in FIXED_BY_RUN:
-        if name in flags and flags[name] != getattr(base, name):
-            given = f"--{name.replace('_', '-')} {flags[name]}"
-            raise UserError(f"{given} does not fit --from-run {start.from_run}, whose is {getattr(base, name)}")
-    method = flags.get("method", base.method)
-    if method != base.method and not (method == "mu" and base.method in ROUTED):
-        raise UserError(
-            f"--method {method} cannot go on from a run of method {base.method}: mu goes on from a routed method"
-        )
-    own = {"method": method, "output_dir": start.output_dir, "device": start.device, "epochs": 0}  # device: of here
-    return dataclasses.replace(base, **flags | own)
+def run_config(folder: str, data_dir: str = "", device: str = "auto") -> Config:
+    """The settings of a run of train.py, as they are on this machine. Raises UserError for any other folder."""
+    base = read_config(Config, Path(folder) / "config.json")
+    check_ranges(base)
+    device = pick_device(device)
+    precision = base.precision if device == "cuda" else "fp32"  # as in `make_config`
+    return dataclasses.replace(base, data_dir=data_dir or base.data_dir, device=device, precision=precision)
 
 
 def main(flags: dict) -> dict:

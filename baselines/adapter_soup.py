@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from backbone import load_backbone
+from plumbing.backbones import load_backbone
 from data import Task, collate
 
 EXAMPLES = 200

@@ -1,1 +1,54 @@
-"""The benchmarks, one a file: each turns its official files into tasks (see `data.load`)."""
+"""The papers' benchmarks, each read from its official files into tasks, and their scores.
+
+    strings, strings-single   embedded: compositions of string operations, with a known task-skill table
+    t0                        P3's prompted data sets (Sanh et al. 2021), the papers' main benchmark
+    superni                   Super-NaturalInstructions (Wang et al. 2022)
+    crossfit                  the NLP Few-shot Gym (Ye et al. 2021)
+"""
+
+import importlib
+from collections.abc import Sequence
+
+from data import PARTS, Benchmark, Task
+from plumbing.errors import UserError
+
+READERS = {"strings": "strings", "strings-single": "strings", "t0": "t0", "superni": "superni", "crossfit": "crossfit"}
+
+
+def load(
+    dataset: str, data_dir: str = "", split: str = "0", parts: Sequence[str] = PARTS, instructions: bool = False,
+    partition: str = "random.json",
+) -> Benchmark:  # fmt: skip
+    """Read a benchmark by name.
+
+    split: which few-shot examples dev and test tasks get (see each reader). parts: the lists of tasks that are needed;
+    the others may be empty. instructions: for strings. partition: for crossfit.
+    Raises UserError for an unknown name, or a missing or damaged file.
+    """
+    if dataset not in READERS:
+        raise UserError(f"--dataset {dataset} is unknown: choose {', '.join(READERS)}")
+    reader = importlib.import_module(f"benchmarks.{READERS[dataset]}")  # its libraries take seconds to import
+    options = {"strings": dict(instructions=instructions), "crossfit": dict(partition=partition)}
+    return reader.load(dataset, data_dir, split, parts, **options.get(dataset, {}))
+
+
+def load_for(cfg, split: str, parts: Sequence[str]) -> Benchmark:
+    """`load` with the settings of a run. cfg: a `train.Config`."""
+    return load(cfg.dataset, cfg.data_dir, split, parts, cfg.instructions, cfg.partition)
+
+
+def held_out(benchmark: Benchmark, names: str) -> list[Task]:
+    """The dev or test tasks that --tasks names: all (test tasks), dev, or names joined by commas.
+
+    Raises UserError for a name that is neither a dev nor a test task, or if there are none.
+    """
+    if names in ("all", "dev"):
+        tasks = benchmark.test if names == "all" else benchmark.dev
+        if not tasks:
+            raise UserError(f"--tasks {names}: there are no held-out {'test' if names == 'all' else 'dev'} tasks here")
+        return tasks
+    known = {task.name: task for task in benchmark.dev + benchmark.test}
+    for name in names.split(","):
+        if name not in known:
+            raise UserError(f"--tasks {name} is no held-out task: choose all, dev, or from {', '.join(known)}")
+    return [known[name] for name in dict.fromkeys(names.split(","))]

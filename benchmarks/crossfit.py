@@ -17,8 +17,10 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from config import UserError, read_json
-from data import PARTS, Benchmark, Example, Task, say_once
+from plumbing.errors import UserError
+from plumbing.folders import read_json
+from benchmarks.tables import say_once
+from data import PARTS, Benchmark, Example, Task
 
 SPLITS = ("100", "13", "21", "42", "87")
 TEST_LINES = 10_000  # the official code scores no more than the first so many lines of a test file

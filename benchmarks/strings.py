@@ -11,8 +11,9 @@ import functools
 import itertools
 import random
 
-from config import UserError
-from data import Benchmark, Example, Task, split_number
+from plumbing.errors import UserError
+from data import Benchmark, Example, Task
+from plumbing.flags import split_number
 
 LETTERS = "abcdefghij"
 PARTITION = 176  # the first number for which each operation is in >= 3 held-out tasks and >= 2 dev tasks

@@ -21,8 +21,12 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 
-from config import UserError, read_json
-from data import Benchmark, Example, Rows, Task, parts_of, reach_hub, say_once, split_number, table_of
+from plumbing.errors import UserError
+from plumbing.folders import read_json
+from benchmarks.tables import Rows, parts_of, say_once, table_of
+from data import Benchmark, Example, Task
+from plumbing.backbones import reach_hub
+from plumbing.flags import split_number
 
 REPOSITORY = "Muennighoff/natural-instructions"  # made from the official tasks folder at commit 6174af6 of Dec 2022
 REVISION = "a29a9757125f4bb1c26445ad0d2ef7d9b2cc9c4c"

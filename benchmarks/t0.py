@@ -30,8 +30,10 @@ import pyarrow.dataset
 import pyarrow.parquet
 from tqdm import tqdm
 
-from config import UserError
-from data import Benchmark, Example, Rows, Task, parts_of, reach_hub, say_once, table_of, unwritten_cache
+from plumbing.errors import UserError
+from benchmarks.tables import Rows, parts_of, say_once, table_of, unwritten_cache
+from data import Benchmark, Example, Task
+from plumbing.backbones import reach_hub
 
 REPOSITORY = "bigscience/P3"
 REVISION = "main"  # not changed since db48520 of March 2024, the first as parquet; a hash would have to be in full

@@ -56,10 +56,9 @@ Shape key: t frames in time, n slots, m rows of frames, s skills, k entries of a
 
 from dataclasses import dataclass
 
-from config import (
-    RunError, UserError, check_numbers, check_ranges, describe, exit_on_user_error, explicit_flags, flag, read_config,
-    read_json, refuse_used, resumed, whole_file, write_json,
-)  # fmt: skip
+from plumbing.errors import RunError, UserError, exit_on_user_error
+from plumbing.flags import check_ranges, describe, explicit_flags, flag
+from plumbing.folders import check_numbers, read_config, read_json, refuse_used, resumed, whole_file, write_json
 
 LEVELS = {  # table 2 of [1], its numbers: room, distracting boxes, distractors, go to, put, pick up, location, maze
     "GoToObj": (1,), "GoToRedBallGrey": (1, 2), "GoToRedBall": (1, 2, 3), "GoToLocal": (1, 2, 3, 4),
@@ -130,14 +129,15 @@ from torch.func import functional_call
 from torch.nn.functional import relu
 from tqdm import tqdm
 
-import figures
+from tools import figures
 from baselines.fixed import FixedRouter
 from inject import read_tensors, write_tensors
 from mhr import MHRRouter
 from poly import PolyRouter
-from resume import (
-    CHECKPOINT, Every, Signals, advice_on_memory, by_parameter, check_tensors, cut_log, flat_state, hold,
-)  # fmt: skip
+from plumbing.backbones import advice_on_memory
+from plumbing.checkpoint import by_parameter, check_tensors, flat_state
+from plumbing.folders import CHECKPOINT, locked_folder
+from plumbing.run import Every, Signals, truncate_log
 from sft import SFT, dense
 
 GAMMA, LAMBDA, EPOCHS, CLIP, ENTROPY, VALUE, NORM, REWARD = 0.99, 0.99, 4, 0.2, 0.01, 0.5, 0.5, 20.0
@@ -668,7 +668,7 @@ def train(cfg: Config) -> dict:
     need_minigrid()
     folder = Path(cfg.output_dir)
     advice = "fewer --slots or a smaller --width in a new folder, or a machine that has more"
-    with hold(folder, "python -m experiments.babyai"), advice_on_memory(advice):
+    with locked_folder(folder, "python -m experiments.babyai"), advice_on_memory(advice):
         if not (cfg.resume and (folder / "config.json").exists()):
             refuse_used(cfg.output_dir)
         elif (folder / "result.json").exists():
@@ -689,7 +689,7 @@ def begin(cfg: Config, folder: Path, agent: RoutedAgent, optimizer) -> tuple[dic
     slots, log = Slots(cfg.levels, cfg.slots, cfg.seed, saved), folder / "log.jsonl"
     if len(lines_of(log)) < now["update"]:
         raise UserError(f"{log} has not all episodes of {path}: begin again in another folder")
-    cut_log(log, lambda line: line["update"] <= now["update"])
+    truncate_log(log, lambda line: line["update"] <= now["update"])
     write_json(folder / "config.json", dataclasses.asdict(cfg) | {"resume": False})
     (folder / "result.json").unlink(missing_ok=True)  # of fewer --frames
     if saved:
@@ -849,7 +849,7 @@ def plot(folders: tuple[str, ...], figure: str):
 
 def at_equal_episodes(runs: dict[str, list[SimpleNamespace]], levels: tuple[str, ...]) -> str:
     """Aligned, a row for each level and name. runs: {name: for each seed its `read_run`}."""
-    from evaluate import aligned, mean_std_text  # here: it loads the data sets' library
+    from plumbing.tables import aligned, mean_std_text  # here: it loads the data sets' library
 
     window = WINDOWS[-1]
     rows = [("level", "run", *(f"> 0.99 of {w:,}" for w in WINDOWS), "at", "so far", f"last {window:,}", "final")]
@@ -868,7 +868,7 @@ def at_equal_episodes(runs: dict[str, list[SimpleNamespace]], levels: tuple[str,
 def of_runs(runs: dict[str, list[SimpleNamespace]]) -> str:
     """Aligned, a row for each name: seeds, trained parameters, frames; means over seeds of one run's frames per second
     and shares of time; the paper's episodes."""
-    from evaluate import aligned
+    from plumbing.tables import aligned
 
     rows = [("run", "seeds", "parameters", "frames", "frames/s", "env %", "act %", "learn %", "paper")]
     for name, own in runs.items():

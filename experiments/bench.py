@@ -37,12 +37,12 @@ from tqdm import tqdm
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.utils import logging
 
-from choices import _encoder_decoder_logits
-from config import exit_on_user_error
-from evaluate import aligned
+from benchmarks.choices import _encoder_decoder_logits
+from plumbing.errors import exit_on_user_error
+from plumbing.tables import aligned
 from inject import LORA_LAYERS, freeze, inject, merge, task_ids, unmerge
 from lora import LoRA, LoRALinear
-from memory import training_memory
+from tools.estimate_memory import training_memory
 from mhr import MHRLinear, MHRRouter
 from poly import PolyLinear, PolyRouter
 

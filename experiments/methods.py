@@ -4,7 +4,7 @@
     python -m experiments.methods --tune            a search of learning rates, on dev tasks, seed 0
 
 Every line is a few runs of `train.py` and `adapt.py`, in runs/; a run that is there is not made again, so the command
-can be stopped at any time and goes on where it was. Two run side by side, with one thread each (--jobs).
+can be stopped at any time and resumes. Two run side by side, with one thread each (--jobs).
 """
 
 import argparse
@@ -16,11 +16,12 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from config import FEW_SHOT, LEARNED, PRETRAINING, exit_on_user_error
-from evaluate import aligned, mean_std_text
+from plumbing.errors import exit_on_user_error
+from recipes import FEW_SHOT, LEARNED, PRETRAINING
+from plumbing.tables import aligned, mean_std_text
 
 ROOT = Path(__file__).resolve().parents[1]
-KEEP = 300  # steps between the looks at training that `analyze.py` takes
+KEEP = 300  # steps between the looks at training that `tools/analyze.py` takes
 RECIPE = [PRETRAINING["strings"], FEW_SHOT["strings"], KEEP]  # what flags leave open: a run of another is another run
 RUNS = ROOT / "runs" / f"methods-{zlib.crc32(json.dumps(RECIPE).encode()):08x}"
 
@@ -57,11 +58,12 @@ RATES = {  # what --tune found: flags of train.py, then of adapt.py for each var
 
 
 def run(script: str, flags: list[str], made: Path) -> dict:
-    """What a script writes to the JSON file `made`, and the "commit" of this tree that made it; if the file is there,
-    the script is not run again."""
+    """What a script (train.py) or command (tools.analyze) writes to the JSON file `made`, and the "commit" of this tree
+    that made it. If the file is there, the script is not run again."""
     if not made.exists():
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        command, code = [sys.executable, script, *flags], commit()
+        entry = [script] if script.endswith(".py") else ["-m", script]
+        command, code = [sys.executable, *entry, *flags], commit()
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\nended with code {done.returncode}:\n{done.stderr[-2000:]}")

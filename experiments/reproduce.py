@@ -5,7 +5,7 @@
     python -m experiments.reproduce --claim mu --results again --runs again/runs     from scratch, elsewhere
 
 A measure is a pre-training run on `strings` and what is then asked of it: the held-out score after an adaptation, a
-zero-shot score, or a number of `analyze.py`. Each value of a measure and seed is a line of results/claims.jsonl, with
+zero-shot score, or a number of `tools/analyze.py`. Each value of a measure and seed is a line of results/claims.jsonl, with
 the flags that made it, and is not made again as long as these flags are the same. What is missing is made by the
 project's own commands, in runs/methods/ (which `experiments/methods.py` shares), two side by side.
 
@@ -32,9 +32,12 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-import analyze
-import figures
-from config import FEW_SHOT, PRETRAINING, VARIANTS, UserError, check_numbers, exit_on_user_error
+from tools import analyze
+from tools import figures
+
+from plumbing.errors import UserError, exit_on_user_error
+from plumbing.folders import check_numbers
+from recipes import FEW_SHOT, PRETRAINING, VARIANTS
 from experiments.claims import (
     AS_ONE, CLAIMS, EXTRA, GRAINS, HEADS, MEASURES, ROUTED_OR_NOT, SHAPES, SKILLS, Claim, Measure, measures_of,
     parts_of,
@@ -121,7 +124,7 @@ def ask(measure: Measure, checkpoint: Path, trained: dict, seed: int) -> tuple[f
     flags = ["--checkpoint", str(checkpoint), "--output-dir", str(folder)]
     same_run = (m for m in MEASURES.values() if (m.method, m.flags) == (measure.method, measure.flags))
     flags += [] if any(m.then.startswith("alignment") for m in same_run) else ["--no-alignment"]  # it takes a minute
-    found = run("analyze.py", flags, folder / "analysis.json")
+    found = run("tools.analyze", flags, folder / "analysis.json")
     if measure.then.startswith("alignment"):
         return {line["step"]: line[measure.then] for line in found["over_steps"]}, None, 0.0, found["commit"]
     value = found

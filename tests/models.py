@@ -11,9 +11,9 @@ from transformers import (
 )  # fmt: skip
 
 import train
-from backbone import SINGLE as ONE_LAYER
-from backbone import make_adapter, make_router
-from config import ONE_ADAPTER
+from methods import SINGLE as ONE_LAYER
+from methods import make_adapter, make_router
+from recipes import ONE_ADAPTER
 from inject import adapter_parameters, freeze, inject, named_layers, task_ids
 from mhr import MHRLinear
 from poly import PolyLinear

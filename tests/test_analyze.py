@@ -20,19 +20,18 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import adapt
-import analyze
-import figures
+from tools import analyze
+from tools import figures
+
 import models
 import train
-from analyze import choose, gradient_alignment
-from backbone import build_model
+from tools.analyze import choose, gradient_alignment
+from methods import build_model
 from benchmarks.strings import OPERATIONS, strings
-from config import RunError, UserError
+from plumbing.errors import RunError, UserError
 from data import Example, Item, Task
 from inject import adapted_layers, adapter_parameters, routers, task_ids
-from measures import (
-    MEASURES, allocations, discreteness, hierarchy, overlap, recovery, sparsity, spearman, task_similarity, usage,
-)  # fmt: skip
+from tools.measures import MEASURES, allocations, discreteness, hierarchy, overlap, recovery, sparsity, spearman, task_similarity, usage
 
 BLOCKS = np.kron(np.eye(2), np.ones((4, 2)))  # 8 tasks, 4 skills: the first four tasks use the first two skills
 

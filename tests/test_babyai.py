@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call
 
-from config import RunError, UserError, explicit_flags
+from plumbing.errors import RunError, UserError
+from plumbing.flags import explicit_flags
 from experiments import babyai
 from experiments.babyai import LEVELS, Config, Slots
 

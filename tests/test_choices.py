@@ -15,8 +15,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-import choices
-from choices import choice_log_probs, choice_scores, choose, t_few_loss
+from benchmarks import choices
+from benchmarks.choices import choice_log_probs, choice_scores, choose, t_few_loss
 from data import Example
 from inject import adapter_parameters, task_ids
 from models import IDS, NAMES, TASKS, adapted, difference

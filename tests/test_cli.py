@@ -29,21 +29,33 @@ from torch import nn
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import adapt
-import analyze
-import backbone
-import config
+from benchmarks import load
+from plumbing.errors import exit_on_user_error
+from plumbing.flags import explicit_flags
+from plumbing.folders import write_json
+from recipes import FIXED_TABLE, ROUTED
+from benchmarks import metrics
+from plumbing import errors
+from plumbing import folders as folders_module
+import recipes as recipes_module
+from tools import analyze
+import backbone  # TODO
+
 import data
 import evaluate
-import metrics
+
 import sft
 import train
-from backbone import build_model, load_backbone, tiny_from_scratch
+from methods import build_model
+from plumbing.backbones import load_backbone, tiny_from_scratch
 from baselines import adapter_soup
 from baselines.adapter_soup import embed
 from benchmarks import crossfit, strings
-from config import FEW_SHOT, PRETRAINING, RunError, UserError, read_config
+from plumbing.errors import RunError, UserError
+from plumbing.folders import read_config
+from recipes import FEW_SHOT, PRETRAINING
 from inject import adapted_layers, adapter_parameters, merge, read_tensors, routers, write_tensors
-from resume import refuse_other_tasks
+from plumbing.folders import refuse_other_tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"train": (train, PRETRAINING), "adapt": (adapt, FEW_SHOT), "evaluate": (evaluate, {})}
@@ -119,7 +131,7 @@ def skills_of(name: str) -> int:
 
 def flags_of(name: str, **more) -> dict:
     """Flags of a small pre-training run; methods whose tasks say how many skills there are take no --skills."""
-    small = {flag: value for flag, value in SMALL.items() if flag != "skills" or METHOD[name] not in config.GIVEN}
+    small = {flag: value for flag, value in SMALL.items() if flag != "skills" or METHOD[name] not in FIXED_TABLE}
     return small | METHODS[name] | more
 
 
@@ -360,7 +372,7 @@ def test_a_run_writes_its_folder(runs, name):
 def test_the_adapter_file_holds_what_was_trained_and_nothing_else(runs, name):
     tensors = load_file(runs(name) / "adapter.safetensors")
     routing = {key: value for key, value in tensors.items() if key.endswith(".router.Z")}
-    given = routing if METHOD[name] not in config.LEARNED else {}
+    given = routing if METHOD[name] not in recipes_module.LEARNED else {}
     trained = {key: value for key, value in tensors.items() if key not in given and not key.endswith(".place")}
     z = sum(value.numel() for key, value in trained.items() if key in routing)
     assert (sum(value.numel() for value in trained.values()) - z, z) == SIZES[name]
@@ -370,7 +382,7 @@ def test_the_adapter_file_holds_what_was_trained_and_nothing_else(runs, name):
     if z:
         assert all(value.abs().max() > 1e-3 for value in routing.values())  # all but HyperFormer's start within 1e-3
     else:
-        assert len(routing) == (LAYERS if METHOD[name] == "random" else METHOD[name] in config.GIVEN)  # one for all
+        assert len(routing) == (LAYERS if METHOD[name] == "random" else METHOD[name] in FIXED_TABLE)  # one for all
 
 
 def test_tables_that_are_given(runs):
@@ -532,9 +544,9 @@ def test_granularity_of_the_others(folder, backbones, name):
 
 # --- Adaptation -------------------------------------------------------------------------------------------------------
 
-VARIANTS = {"all": config.METHODS, "z": config.LEARNED, "mu": config.ROUTED, "lora": ("full",)}
+VARIANTS = {"all": recipes_module.METHODS, "z": recipes_module.LEARNED, "mu": ROUTED, "lora": ("full",)}
 ADAPTED = [(name, variant) for variant, fits in VARIANTS.items() for name in METHODS if METHOD[name] in fits]
-LEARNED = [name for name in METHODS if METHOD[name] in config.LEARNED]
+LEARNED = [name for name in METHODS if METHOD[name] in recipes_module.LEARNED]
 
 
 @pytest.mark.parametrize("name, variant", ADAPTED)
@@ -603,7 +615,7 @@ def layers_off(tensors: dict[str, torch.Tensor]) -> tuple[str, ...]:
     return tuple(r.removesuffix("router.") for r, values in hidden.items() if not bool((values > 0).any()))
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if METHOD[n] in config.ROUTED and METHOD[n] not in OWN])
+@pytest.mark.parametrize("name", [n for n in METHODS if METHOD[n] in ROUTED and METHOD[n] not in OWN])
 def test_all_changes_skills_and_z(runs, adapted, name):
     """And keeps which places an SFT changes, and what is given of the routing: see `test_expert`."""
     before = load_file(runs(name) / "adapter.safetensors")
@@ -1059,17 +1071,17 @@ OTHER_PAIRS = {  # (method, adapter): parameters in pre-training; what METHODS a
 
 def test_every_adapter_is_in_the_tests_under_every_routed_method():
     tested = {(METHOD[name], ADAPTER[name]) for name in METHODS} | OTHER_PAIRS.keys()
-    assert {(method, adapter) for method in config.ROUTED for adapter in ("lora", "ia3", "sft")} <= tested
+    assert {(method, adapter) for method in ROUTED for adapter in ("lora", "ia3", "sft")} <= tested
 
 
 @pytest.mark.parametrize("method, adapter", OTHER_PAIRS)
 def test_the_other_pairs_of_method_and_adapter(backbones, tmp_path, method, adapter):
     """They train, adapt in each of their variants, and what is saved scores as it did."""
-    flags = {k: v for k, v in SMALL.items() if k != "skills" or method not in config.GIVEN} | dict(eval_examples=0)
+    flags = {k: v for k, v in SMALL.items() if k != "skills" or method not in FIXED_TABLE} | dict(eval_examples=0)
     flags |= dict(method=method, adapter=adapter, density=0.01, backbone=backbones[0], output_dir=str(tmp_path / "run"))
     counts = train.main(flags)["parameters"]
     assert (counts["adapters"], counts["routing"]) == OTHER_PAIRS[method, adapter]
-    for variant in [variant for variant, fits in config.VARIANTS.items() if method in fits]:
+    for variant in [variant for variant, fits in recipes_module.VARIANTS.items() if method in fits]:
         few = FEW | dict(checkpoint=str(tmp_path / "run"), variant=variant, tasks=HELD_OUT[0], steps=2)
         result = adapt.main(few | dict(output_dir=str(tmp_path / variant)))
         assert result["splits"]["0"]["stops"][HELD_OUT[0]]["stopped"] == 2
@@ -1183,7 +1195,7 @@ def test_a_decoder_only_adaptation(llama_run, folder, variant):
 
 
 def test_epochs(gym, llama, folder):
-    examples = sum(len(task.train) for task in data.load("crossfit", str(gym), "100").train)
+    examples = sum(len(task.train) for task in load("crossfit", str(gym), "100").train)
     assert examples > 20 and examples % 8
     flags = dict(dataset="crossfit", data_dir=gym, split="100", backbone=llama, method="ia3", epochs=2, batch_size=8)
     result = train.main(flags | dict(max_input=40, max_output=8, output_dir=str(folder / "epochs")))
@@ -1225,7 +1237,7 @@ def command(script: str, argv: list[str], capsys) -> str:
     signal.alarm(120)
     try:
         with pytest.raises(SystemExit) as end:
-            config.exit_on_user_error(module.main, config.explicit_flags(module.Config, recipes, argv))
+            exit_on_user_error(module.main, explicit_flags(module.Config, recipes, argv))
     finally:
         signal.alarm(0)
     said = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
@@ -1595,7 +1607,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path, capsys):
     odd = os.fsdecode(b"run\xff")
     for Script, argv in ((train.Config, ["--output-dir", odd]), (adapt.Config, ["--split", "0", odd])):
         with pytest.raises(SystemExit) as end:
-            config.explicit_flags(Script, {}, argv)
+            explicit_flags(Script, {}, argv)
         assert end.value.code == 2 and f"argument {argv[0]}: it is not UTF-8" in capsys.readouterr().err
 
 
@@ -1623,12 +1635,12 @@ def test_interrupting_is_no_traceback(capsys):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as end:
-        config.exit_on_user_error(interrupted)
+        exit_on_user_error(interrupted)
     assert end.value.code == 130 and "Traceback" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "error", [UserError("a\nb is\r\nwrong"), OSError(2, "is gone", "a\nb"), config.RunError("x\ny")]
+    "error", [UserError("a\nb is\r\nwrong"), OSError(2, "is gone", "a\nb"), errors.RunError("x\ny")]
 )
 def test_a_failure_is_one_line(capsys, error):
     """Also where the name of a file in it has line ends."""
@@ -1637,16 +1649,16 @@ def test_a_failure_is_one_line(capsys, error):
         raise error
 
     with pytest.raises(SystemExit):
-        config.exit_on_user_error(fail)
+        exit_on_user_error(fail)
     assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "result.json"
-    config.write_json(path, {"name": "é", "value": 1})
+    write_json(path, {"name": "é", "value": 1})
     assert read(path) == {"name": "é", "value": 1}
     with pytest.raises(TypeError):
-        config.write_json(path, {"value": object()})
+        write_json(path, {"value": object()})
     assert read(path) == {"name": "é", "value": 1}
 
 
@@ -1674,12 +1686,12 @@ def test_a_run_has_no_value_that_its_flags_cannot_have(script, tmp_path):
     for field in dataclasses.fields(Config):
         for value in field.metadata["choices"]:
             cfg = Config(**{field.name: value})
-            config.write_json(path, dataclasses.asdict(cfg))
-            assert config.read_config(Config, path) == cfg
+            write_json(path, dataclasses.asdict(cfg))
+            assert folders_module.read_config(Config, path) == cfg
         for odd in ["nonsense"] * bool(field.metadata["choices"]) + [[], [5], [{}]] * (field.type is tuple):
             path.write_text(json.dumps(dataclasses.asdict(Config()) | {field.name: odd}))
             with pytest.raises(UserError, match=rf"config\.json: field '{field.name}' is") as refused:
-                config.read_config(Config, path)
+                folders_module.read_config(Config, path)
             assert repr(odd) in str(refused.value)
 
 
@@ -1688,11 +1700,11 @@ def test_levels_of_an_agent_are_checked_one_by_one(tmp_path):
     from experiments import babyai
 
     cfg, path = babyai.Config(levels=tuple(babyai.LEVELS)[1:3]), tmp_path / "config.json"
-    config.write_json(path, dataclasses.asdict(cfg))
-    assert config.read_config(babyai.Config, path) == cfg
-    config.write_json(path, dataclasses.asdict(cfg) | {"levels": [tuple(babyai.LEVELS)[0], "nonsense"]})
+    write_json(path, dataclasses.asdict(cfg))
+    assert folders_module.read_config(babyai.Config, path) == cfg
+    write_json(path, dataclasses.asdict(cfg) | {"levels": [tuple(babyai.LEVELS)[0], "nonsense"]})
     with pytest.raises(UserError, match="field 'levels' is 'nonsense', which is none of"):
-        config.read_config(babyai.Config, path)
+        folders_module.read_config(babyai.Config, path)
 
 
 def test_embeddings_that_are_none(runs, tmp_path):
@@ -1806,5 +1818,5 @@ def test_an_ignored_signal_stays_so_during_imports(number):
 def test_flags_of_somebody_else_change_no_handler():
     """Only a script that reads its own command line handles signals; fuzzing and tests call the reader too."""
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-    config.explicit_flags(train.Config, PRETRAINING, [])
+    explicit_flags(train.Config, PRETRAINING, [])
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import transformers
 
-import counts
+from methods import count_parameters
+from tools import count_parameters
 import evaluate
 import train
-from backbone import add_adapters
-from config import UserError
+from methods import add_adapters
+from plumbing.errors import UserError
 from tests.models import small_config
 
 XL = {  # T5-XL, 313 tasks: trained on all tasks, Z, and for one new task all, z, mu
@@ -38,7 +39,7 @@ XL = {  # T5-XL, 313 tasks: trained on all tasks, Z, and for one new task all, z
 
 @pytest.mark.parametrize("name", XL)
 def test_t5_xl(name):
-    found = counts.count("t5-xl", 313, **counts.ROWS[name])
+    found = count_parameters.count("t5-xl", 313, **count_parameters.ROWS[name])
     keys = ("adapters", "Z", "all", "z", "mu")
     assert {k: found[k] for k in keys if k in found} == {
         k: v for k, v in zip(keys, XL[name], strict=True) if v is not None
@@ -46,27 +47,27 @@ def test_t5_xl(name):
 
 
 def test_t5_xxl():
-    assert counts.count("t5-xxl", 313, **counts.ROWS["(IA)^3"])["all"] == 1_081_344
-    assert counts.count("t5-xxl", 1, **counts.ROWS["MHR, 64 heads"])["z"] == 221_184
+    assert count_parameters.count("t5-xxl", 313, **count_parameters.ROWS["(IA)^3"])["all"] == 1_081_344
+    assert count_parameters.count("t5-xxl", 1, **count_parameters.ROWS["MHR, 64 heads"])["z"] == 221_184
 
 
 def test_bart_large():
     """Polytropon's skills: LoRA of rank 16 on self-attention, 3,145,728 parameters each."""
-    found = counts.count("bart-large", 120, method="poly", rank=16, layers="self-attention")
+    found = count_parameters.count("bart-large", 120, method="poly", rank=16, layers="self-attention")
     assert found == {
         "adapters": 8 * 3_145_728, "Z": 120 * 8 * 96, "all": 8 * (3_145_728 + 96), "z": 8 * 96, "mu": 3_145_728,
     }  # fmt: skip
-    cross = counts.count("bart-large", 120, method="lora", rank=16, layers="attention")
+    cross = count_parameters.count("bart-large", 120, method="lora", rank=16, layers="attention")
     assert cross["all"] == 4_718_592  # the authors' older code adapts cross-attention too
 
 
 def test_full_fine_tuning_then_lora():
-    assert counts.count("t5-xl", 1, method="full")["lora"] == 2_211_840
+    assert count_parameters.count("t5-xl", 1, method="full")["lora"] == 2_211_840
 
 
 def test_hyperformer_on_bart_large():
     """The paper's 4l(2he + 2e)e, with rank 16 for the e in brackets, is 0.07 % more: its hidden layers are larger."""
-    found = counts.count("bart-large", 120, method="hyperformer", rank=16, layers="self-attention")
+    found = count_parameters.count("bart-large", 120, method="hyperformer", rank=16, layers="self-attention")
     assert found["adapters"] == 8 * 3_145_728 + 96 * 72 == 25_172_736
     assert 4 * 24 * (2 * 1024 * 16 + 2 * 16) * 8 == 25_190_400
 
@@ -110,33 +111,33 @@ def test_the_readmes_table():
 
 def test_the_table_shows_every_row(capsys, monkeypatch):
     few = ("LoRA", "MHR, 64 heads", "Poly SFT, 10 %")
-    monkeypatch.setattr(counts, "ROWS", {name: counts.ROWS[name] for name in few})
+    monkeypatch.setattr(count_parameters, "ROWS", {name: count_parameters.ROWS[name] for name in few})
     evaluate.main(dict(count_parameters=True, backbone="bart-large", training_tasks=10))
     head, *lines = capsys.readouterr().out.splitlines()
     assert "Z of 10 tasks" in head and [line.split("  ")[0] for line in lines] == list(few)
     assert len({len(line) for line in (head, *lines)}) == 1
-    monkeypatch.setattr(counts, "ROWS", {"MHR": dict(method="mhr", heads=7)})
+    monkeypatch.setattr(count_parameters, "ROWS", {"MHR": dict(method="mhr", heads=7)})
     evaluate.main(dict(count_parameters=True, backbone="bart-large", training_tasks=10))
     assert capsys.readouterr().out.splitlines()[1].split()[2:] == ["-"] * 6  # 7 heads do not divide a layer
 
 
-@pytest.mark.parametrize("name", [name for name in counts.ROWS if "64 heads" not in name])  # they do not divide 32
+@pytest.mark.parametrize("name", [name for name in count_parameters.ROWS if "64 heads" not in name])  # they do not divide 32
 def test_what_is_counted_is_what_a_run_of_so_many_tasks_trains(tmp_path, name):
     """`counts.count` on one task, multiplied, is what the adapters of three tasks have."""
     small_config("t5").save_pretrained(tmp_path)
-    settings = counts.ROWS[name] | (dict(heads=8) if "heads" in counts.ROWS[name] else {})
-    found = counts.count(str(tmp_path), 3, **settings)
-    model, cfg = counts.meta_backbone(str(tmp_path), "cpu"), train.Config(**settings)
+    settings = count_parameters.ROWS[name] | (dict(heads=8) if "heads" in count_parameters.ROWS[name] else {})
+    found = count_parameters.count(str(tmp_path), 3, **settings)
+    model, cfg = count_parameters.meta_backbone(str(tmp_path), "cpu"), train.Config(**settings)
     cfg.skills = 3 if cfg.method == "private" else cfg.skills
     if cfg.method != "full":
         add_adapters(model, cfg, 3)
-    assert train.count_parameters(model) == {"adapters": found["adapters"], "routing": found["Z"]}
+    assert count_parameters(model) == {"adapters": found["adapters"], "routing": found["Z"]}
 
 
 def test_as_many_tasks_as_the_flag_allows():
     """2^31 - 1 of them are counted, not made."""
-    assert counts.count("t5-xl", 2**31 - 1, method="private")["adapters"] == (2**31 - 1) * 2_211_840
-    assert counts.count("t5-xl", 2**31 - 1, method="mhr", heads=64)["Z"] == (2**31 - 1) * 221_184
+    assert count_parameters.count("t5-xl", 2**31 - 1, method="private")["adapters"] == (2**31 - 1) * 2_211_840
+    assert count_parameters.count("t5-xl", 2**31 - 1, method="mhr", heads=64)["Z"] == (2**31 - 1) * 221_184
 
 
 BROKEN = {  # what a config.json says, and what is said of it
@@ -172,7 +173,7 @@ def test_backbones_that_cannot_be_counted(tmp_path, kind, says):
 
 @pytest.mark.parametrize("name", ["no/such/folder", "t5-xxxl"])
 def test_a_backbone_that_is_none(name, monkeypatch):
-    monkeypatch.setattr(counts, "reach_hub", lambda: monkeypatch.setenv("HF_HUB_OFFLINE", "1"))
+    monkeypatch.setattr(count_parameters, "reach_hub", lambda: monkeypatch.setenv("HF_HUB_OFFLINE", "1"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=rf"--backbone {name}: .* \(bundled: bart-large, t5-xl, t5-xxl\)"):
-        counts.meta_backbone(name)
+        count_parameters.meta_backbone(name)

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import benchmarks
 from benchmarks import crossfit
 from benchmarks.crossfit import METRIC, SPLITS, TEST_LINES, TYPE, read_tsv
-from config import UserError
+from plumbing.errors import UserError
 from data import PARTS, Example
 
 CROSSFIT = Path(__file__).parents[2] / "shared" / "data" / "crossfit"
@@ -22,7 +23,7 @@ SAMPLE = Path(__file__).parents[1] / "assets" / "samples" / "crossfit"
 
 
 def load(root, split="100", parts=PARTS, **options) -> data.Benchmark:
-    return data.load("crossfit", str(root), split, parts, **options)
+    return benchmarks.load("crossfit", str(root), split, parts, **options)
 
 
 def write_task(root: Path, name: str, rows: list[str], k=4):

@@ -11,13 +11,16 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-import config
+import config  # TODO
+from benchmarks import load
+from benchmarks.tables import table_of
+from plumbing.errors import exit_on_user_error
 import data
-from config import UserError
+from plumbing.errors import UserError
 from benchmarks import strings
 from benchmarks.strings import LETTERS, OPERATIONS, compose
 from data import Example, Item, Task, batches, by_length, collate
-from metrics import score
+from benchmarks.metrics import score
 
 PAIRS_AND_TRIPLES = [c for n in (2, 3) for c in itertools.combinations(OPERATIONS, n)]
 
@@ -181,13 +184,13 @@ def test_strings_single():
 
 
 def test_load_by_name():
-    assert data.load("strings", split="4", instructions=True) == strings.strings(4, True)
-    assert len(data.load("strings-single").train) == 8
+    assert load("strings", split="4", instructions=True) == strings.strings(4, True)
+    assert len(load("strings-single").train) == 8
     with pytest.raises(UserError, match="--dataset nonsense is unknown"):
-        data.load("nonsense")
+        load("nonsense")
     for split in ("x", "-1", "1.5", ""):
         with pytest.raises(UserError, match="--split .*whole number"):
-            data.load("strings", split=split)
+            load("strings", split=split)
 
 
 # --- Batches ----------------------------------------------------------------------------------------------------------
@@ -405,13 +408,13 @@ def test_a_cache_that_cannot_be_written(dataset, count, limit, tmp_path, monkeyp
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         with pytest.raises(SystemExit) as ended:
-            config.exit_on_user_error(data.load, dataset, str(sample), split, ("test",))
+            exit_on_user_error(load, dataset, str(sample), split, ("test",))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     said = capsys.readouterr().err
     assert ended.value.code == 1 and said.count("\n") == 1
     assert said.startswith(f"error: {tmp_path}: ") and "large" in said and "HF_DATASETS_CACHE" in said
-    assert count(data.load(dataset, str(sample), split, ("test",))) > 0
+    assert count(load(dataset, str(sample), split, ("test",))) > 0
 
 
 def test_an_error_of_a_reader_stays_what_it_is(tmp_path, monkeypatch):
@@ -420,11 +423,11 @@ def test_an_error_of_a_reader_stays_what_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(data.datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="^a file$"):
-        data.table_of(_refusing, [tmp_path / "file"], {"text": "string"})
+        table_of(_refusing, [tmp_path / "file"], {"text": "string"})
     with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / 'file'))} cannot be read: Input/output error"):
-        data.table_of(_unreadable, [tmp_path / "file"], {"text": "string"})
+        table_of(_unreadable, [tmp_path / "file"], {"text": "string"})
     with pytest.raises(data.datasets.exceptions.DatasetGenerationError):
-        data.table_of(_mistaken, [tmp_path / "file"], {"text": "string"})
+        table_of(_mistaken, [tmp_path / "file"], {"text": "string"})
 
 
 def _refusing(path):

@@ -21,18 +21,20 @@ from transformers import ByT5Tokenizer, T5Config, T5ForConditionalGeneration
 
 import adapt
 import data
+from benchmarks import load
 import evaluate
 import train
-from config import FEW_SHOT, RunError, UserError
+from plumbing.errors import RunError, UserError
+from recipes import FEW_SHOT
 from data import Example, Task
-from evaluate import (
-    all_scores, by_group, compare, constant_scores, evaluate_tasks, main_scores, mean, predict, print_scores,
-)  # fmt: skip
-from metrics import METRICS, score
+from evaluate import print_scores
+from scoring import all_scores, by_group, constant_scores, evaluate_tasks, main_scores, mean, predict
+from tools.compare import compare
+from benchmarks.metrics import METRICS, score
 from inject import LORA_LAYERS, adapter_parameters, inject, routers, task_ids
 from lora import LoRA
 from mhr import MHRLinear, MHRRouter
-from resume import advice_on_memory
+from plumbing.backbones import advice_on_memory
 
 
 def examples(*references) -> list[Example]:
@@ -297,7 +299,7 @@ def test_accuracy_of_choices_is_exact():
 def test_gold_answers_of_the_bundled_samples_score_100(name, split, tmp_path, monkeypatch):
     """Every task, each of its metrics, each of the references."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)  # tables are not written to the user's cache
-    benchmark = data.load(name, str(Path(evaluate.__file__).parent / "assets" / "samples" / name), split)
+    benchmark = load(name, str(Path(evaluate.__file__).parent / "assets" / "samples" / name), split)
     tasks = [task for part in (benchmark.train, benchmark.dev, benchmark.test) for task in part if len(task.test)]
     assert len(tasks) >= 8
     for task in tasks:

@@ -20,12 +20,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, ByT5Tokenizer
 
 import adapt
-import backbone as backbones
-import config
-import export
+from methods import average_skills, collapse, load_run
+from plumbing.backbones import load_backbone
+from plumbing.errors import RunError
+from plumbing.folders import read_config
+from recipes import FIXED_TABLE, ONE_ADAPTER
+from tools import export
+
+
 import train
 from baselines.fixed import FixedRouter
-from config import UserError, write_json
+from plumbing.errors import UserError
+from plumbing.folders import write_json
 from inject import adapted_layers, read_tensors, save_adapters, write_tensors
 
 peft = pytest.importorskip("peft")
@@ -47,7 +53,7 @@ def folders(tmp_path_factory):
 
 def make_run(folders, folder, name, method, adapter, **settings):
     """A run folder as train.py leaves it, of a random adapted model; returns the model."""
-    shared = {"router": FixedRouter(TABLES[method])} if method in config.GIVEN else {}  # a given table is one for all
+    shared = {"router": FixedRouter(TABLES[method])} if method in FIXED_TABLE else {}  # a given table is one for all
     model = adapted(name, method, adapter, **shared, **settings)
     by = dict(method="random", random_by="task") if method == "random-by-task" else dict(method=method)
     skills = TASKS if method in ("private", "adapter-soup") else SKILLS
@@ -88,7 +94,7 @@ def adapted_in_peft(model) -> set[str]:
 def test_one_task_in_peft(name, method, adapter, folders, tmp_path):
     """A PEFT folder gives the run's logits for every exported task, and adapts the run's layers and no others."""
     model, batch = make_run(folders, tmp_path / "run", name, method, adapter), inputs(name)
-    tasks = [""] if method in config.ONE_ADAPTER else ["ante", "mu2", "mu"] if name == "t5" else ["mu2", "mu"]
+    tasks = [""] if method in ONE_ADAPTER else ["ante", "mu2", "mu"] if name == "t5" else ["mu2", "mu"]
     for task in tasks:
         out = run_export(tmp_path / "run", tmp_path / f"out-{task}", task=task)
         theirs = peft.PeftModel.from_pretrained(backbone(name), str(out))
@@ -96,7 +102,7 @@ def test_one_task_in_peft(name, method, adapter, folders, tmp_path):
         assert not any(re.search("missing|unexpected", key) for key in load_file(out / "adapter_model.safetensors"))
         routed = copy.deepcopy(model)
         if task == "mu":
-            backbones.average_skills(routed, adapter)
+            average_skills(routed, adapter)
         ids = [NAMES_OF_TASKS.index(task)] * 4 if task in NAMES_OF_TASKS else [0] * 4
         ours = logits(routed, batch, ids)
         assert difference(plain_logits(theirs, batch), ours) < NEAR
@@ -107,7 +113,7 @@ def test_one_task_in_peft(name, method, adapter, folders, tmp_path):
 def test_merged_model_is_plain(name, method, adapter, folders, tmp_path):
     """The merged folder loads with from_pretrained alone, with nothing left over, and is the routed model."""
     model, batch = make_run(folders, tmp_path / "run", name, method, adapter), inputs(name)
-    single = method in config.ONE_ADAPTER
+    single = method in ONE_ADAPTER
     out = run_export(tmp_path / "run", tmp_path / "out", "merged", task="" if single else "b.c")
     merged, info = auto(name).from_pretrained(out, output_loading_info=True)
     assert not any(info.values())
@@ -191,10 +197,10 @@ def test_poly_that_peft_saved(name, heads, folders, tmp_path):
                 p.normal_(0, 2.0 if "logits" in parameter else 0.4)
     theirs.eval().save_pretrained(tmp_path / "peft")
     run_export(tmp_path / "peft", tmp_path / "run", "run", backbone=str(folders / name), dataset="crossfit")
-    base = config.read_config(train.Config, tmp_path / "run" / "config.json")
+    base = read_config(train.Config, tmp_path / "run" / "config.json")
     assert (base.method, base.skills, base.rank) == ("poly" if heads == 1 else "mhr", 3, 2)
     assert (base.dataset, base.routing, base.batch_size) == ("crossfit", "gumbel", 32)
-    model, _ = backbones.load_run(tmp_path / "run", base)
+    model, _ = load_run(tmp_path / "run", base)
     assert adapted_layers(model).keys() == adapted_in_peft(theirs)
     batch = inputs(name)
     with torch.no_grad():
@@ -264,11 +270,11 @@ def test_authors_file_is_the_same_function(name, changed, routing, folders, tmp_
     """Every task of a file in the authors' layout gives the logits of a naive mixture of its tensors."""
     state, hyper = authors_file(tmp_path / "finish.pt", folders, name, **changed)
     run = run_export(tmp_path / "finish.pt", tmp_path / "run", "run")
-    base = config.read_config(train.Config, run / "config.json")
+    base = read_config(train.Config, run / "config.json")
     assert (base.routing, base.rank, base.skills) == (routing, hyper["lora_rank"], 3)
     assert (base.method, base.heads) == (("mhr", hyper["n_splits"]) if hyper["n_splits"] > 1 else ("poly", 8))
     assert base.dataset == {"t0": "t0", "ni": "superni", "xfit": "crossfit"}[hyper["dataset"]]
-    model, _ = backbones.load_run(run, dataclasses.replace(base, precision="fp32"))
+    model, _ = load_run(run, dataclasses.replace(base, precision="fp32"))
     batch = inputs(name)
     for task in range(TASKS):
         ours = logits(model.eval(), batch, [task] * 4)
@@ -281,7 +287,7 @@ def test_authors_file_on_another_backbone_and_data_set(folders, tmp_path):
     authors_file(tmp_path / "a.ckpt", folders, layers=light, model="nowhere/to-be-found", dataset="sordonia/flat")
     flags = dict(backbone=str(folders / "t5"), dataset="superni")
     run = run_export(tmp_path / "a.ckpt", tmp_path / "run", "run", **flags)
-    base = config.read_config(train.Config, run / "config.json")
+    base = read_config(train.Config, run / "config.json")
     assert base.layers == r"(.*\.)?(k|v|wi_1)" and base.clip == 0.1
 
 
@@ -502,9 +508,9 @@ def test_tasks_of_an_adaptation_run(method, adapter, variant, folders, tmp_path)
     run = adapt.Config(checkpoint=str(tmp_path / "run"), variant=variant, split=("0", "1"), device="cpu")
     base, found = adapt.train_config(run), {}
     for split, task in (("0", "a.b"), ("1", "ζ c")):
-        model, _ = backbones.load_run(tmp_path / "run", base)
+        model, _ = load_run(tmp_path / "run", base)
         if method == "adapter-soup":  # its start needs the tasks' examples
-            backbones.collapse(model, adapter, lambda layer: None)
+            collapse(model, adapter, lambda layer: None)
         else:
             adapt.prepare(model, base, run)
         torch.manual_seed(len(found))
@@ -537,12 +543,12 @@ def test_pretraining_and_adaptation(tmp_path):
     path = few / "0" / f"{task}.safetensors"
     saved, metadata = read_tensors(str(path))
     write_tensors({key: p + 0.1 * torch.randn_like(p) for key, p in saved.items()}, path, backbone=metadata["backbone"])
-    (_, _, model, _, _), *_ = adapt.load_adapted(config.read_config(adapt.Config, few / "config.json"), few)
+    (_, _, model, _, _), *_ = adapt.load_adapted(read_config(adapt.Config, few / "config.json"), few)
     out = run_export(few, tmp_path / "peft", task=task)
     theirs, batch = peft.AutoPeftModelForSeq2SeqLM.from_pretrained(str(out)), inputs("t5")
     y = logits(model.eval(), batch, [0] * 4)
     assert difference(plain_logits(theirs, batch), y) < NEAR
-    assert difference(plain_logits(backbones.load_backbone("tiny", "cpu")[0], batch), y) > 0.01
+    assert difference(plain_logits(load_backbone("tiny", "cpu")[0], batch), y) > 0.01
 
 
 # --- Files that are not what they seem --------------------------------------------------------------------------------
@@ -568,6 +574,6 @@ def test_an_export_without_memory_is_one_sentence(folders, tmp_path, monkeypatch
 
     make_run(folders, tmp_path / "run", "t5", "poly", "lora")
     monkeypatch.setattr(export, "load_run", full)
-    with pytest.raises(config.RunError, match="^there is not enough memory: try a machine that has more") as failed:
+    with pytest.raises(RunError, match="^there is not enough memory: try a machine that has more") as failed:
         run_export(tmp_path / "run", tmp_path / "out", task="mu")
     assert "--resume" not in str(failed.value) and not (tmp_path / "out").exists()

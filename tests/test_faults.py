@@ -24,13 +24,16 @@ import torch
 import tqdm
 
 import adapt
-import config
+from plumbing.checkpoint import Progress
+from plumbing.errors import RunError, UserError, exit_on_user_error
+from plumbing.flags import explicit_flags
+from plumbing.folders import CHECKPOINT
 import data
 import inject
-import resume
+import resume  # TODO
 import train
-from backbone import load_backbone
-from experiments import faults, kills, longrun, scale, targets
+from plumbing.backbones import load_backbone
+from tests.stress import faults, kills, longrun, scale, targets
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 6
@@ -61,7 +64,7 @@ def failed(capsys, main, flags: dict) -> tuple[int, str]:
     """The exit code and the one sentence of a program that fails."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
-        config.exit_on_user_error(main, flags)
+        exit_on_user_error(main, flags)
     said = [line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if "Loading weights" not in line and line]
     assert len(said) == 1 and said[0].startswith("error: ")
     return stopped.value.code, said[0]
@@ -158,7 +161,7 @@ def test_the_folder_becomes_read_only(monkeypatch, capsys, reference, tmp_path):
         patch.setattr(os, "replace", after(6, os, "replace", refuse))  # config, tasks, log; checkpoints 1 and 2
         code, said = failed(capsys, train.main, now)
     assert code == 1 and said.startswith(
-        f"error: {folder / resume.CHECKPOINT}: cannot be written: Read-only file system"
+        f"error: {folder / CHECKPOINT}: cannot be written: Read-only file system"
     )
     assert not list(folder.glob("*.tmp"))
     train.main(now | dict(resume=True))
@@ -206,11 +209,11 @@ def test_a_limit_on_the_size_of_files(monkeypatch, capsys, reference, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(train, "refuse_nonfinite", after(4, train, "refuse_nonfinite", lambda: sys.exit(1)))
         pytest.raises(SystemExit, train.main, now)
-    before = (folder / resume.CHECKPOINT).read_bytes()
+    before = (folder / CHECKPOINT).read_bytes()
     with files_up_to(len(before) // 2):
         code, said = failed(capsys, train.main, now | dict(resume=True))
-    assert code == 1 and said.startswith(f"error: {folder / resume.CHECKPOINT}: cannot be written: ")
-    assert "File too large" in said and (folder / resume.CHECKPOINT).read_bytes() == before
+    assert code == 1 and said.startswith(f"error: {folder / CHECKPOINT}: cannot be written: ")
+    assert "File too large" in said and (folder / CHECKPOINT).read_bytes() == before
     assert not list(folder.glob("*.tmp"))
     train.main(now | dict(resume=True))
     same(folder, reference)
@@ -262,7 +265,7 @@ def test_only_the_first_process_shows_progress(monkeypatch):
             patch.setenv("RANK", rank)
             patch.setattr(sys, "stdout", io.StringIO())
             patch.setattr(sys, "stderr", fake)
-            config.explicit_flags(train.Config, {}, [])
+            explicit_flags(train.Config, {}, [])
             assert tqdm.tqdm([], disable=None).disable is (True if hidden else None)
             print("an error", file=sys.stderr)
     assert fake.getvalue().count("an error") == 2
@@ -335,9 +338,9 @@ def test_what_makes_two_runs_different(tmp_path):
 def test_a_step_that_is_saved_again_is_noticed():
     seen = [0, 3, 0]
     save = kills.counted(lambda *args: None, seen)
-    save("path", "model", "optimizer", resume.Progress(4), {})
+    save("path", "model", "optimizer", Progress(4), {})
     assert seen == [0, 4, 0]
-    save("path", "model", "optimizer", resume.Progress(4), {})
+    save("path", "model", "optimizer", Progress(4), {})
     assert seen == [0, 4, 1]
 
 
@@ -371,7 +374,7 @@ def test_what_watches_a_reader(monkeypatch, tmp_path):
     once, and a number does the same again."""
 
     def refuse(text):
-        raise config.UserError(text)
+        raise UserError(text)
 
     kinds = {
         "fine": lambda chance: None, "refuses": lambda chance: refuse("no"),
@@ -448,7 +451,7 @@ def test_a_backbone_of_endless_layers_or_tokens(tmp_path, file, name):
     folder = Path(kills.small_backbone(tmp_path / "backbone"))
     settings = json.loads((folder / file).read_text())
     (folder / file).write_text(json.dumps(settings | {name: 20_000}))
-    with pytest.raises(config.UserError, match=f"cannot be loaded: its {name} is more than 10,000"):
+    with pytest.raises(UserError, match=f"cannot be loaded: its {name} is more than 10,000"):
         load_backbone(str(folder), "cpu")
 
 
@@ -521,5 +524,5 @@ def test_rows_that_cannot_be_read(monkeypatch):
     monkeypatch.setattr(scale, "write_rows", lambda folder, rows: None)
     failed = SimpleNamespace(returncode=1, stdout="", stderr="error: the disk is full\n")
     monkeypatch.setattr(scale.subprocess, "run", lambda *args, **options: failed)
-    with pytest.raises(config.RunError, match="reading 10 rows failed: error: the disk is full"):
+    with pytest.raises(RunError, match="reading 10 rows failed: error: the disk is full"):
         scale.measure((10,))

@@ -22,7 +22,7 @@ from transformers import BartConfig, BartForConditionalGeneration, T5Config
 import adapt
 import inject as inject_module
 import train
-from backbone import add_adapters, average_skills
+from methods import add_adapters, average_skills
 from ia3 import IA3, IA3Linear
 from inject import (
     GRANULARITIES, LIKE_LLAMA, LIKE_T5, adapted_layers, adapter_parameters, add_tasks, fingerprint, freeze, inject,

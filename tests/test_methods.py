@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import config
+from recipes import FEW_SHOT, PRETRAINING, VARIANTS, recipe
 from experiments import methods
 
 
@@ -71,21 +71,21 @@ def test_the_recipes_have_the_rates_of_the_table(name):
     but for Poly, whose variants differ: there it is that of mu."""
     method = methods.METHODS[name][0].split()[1]
     pretraining = dict(pair.lstrip("-").split("=") for pair in methods.RATES[name][0].split())
-    assert config.recipe(config.PRETRAINING, "strings", method)["lr"] == float(pretraining["lr"])
+    assert recipe(PRETRAINING, "strings", method)["lr"] == float(pretraining["lr"])
     few = methods.RATES[name][1]["mu" if name == "Poly" else methods.METHODS[name][1][0]]
-    assert config.recipe(config.FEW_SHOT, "strings", method)["lr"] == float(few.removeprefix("--lr="))
+    assert recipe(FEW_SHOT, "strings", method)["lr"] == float(few.removeprefix("--lr="))
 
 
 def test_flags_give_all_that_a_methods_own_recipe_sets():
     """So that the name of RUNS, which holds the recipe of all methods, names the whole recipe."""
-    for recipes in (config.PRETRAINING, config.FEW_SHOT):
+    for recipes in (PRETRAINING, FEW_SHOT):
         own = [values for key, values in recipes.items() if key[0] == "strings"]
         assert own and all(set(values) == {"lr"} for values in own)
 
 
 def test_every_method_has_rates_for_its_variants():
     for name, (_, variants) in methods.METHODS.items():
-        assert set(methods.RATES[name][1]) == set(variants) <= set(config.VARIANTS)
+        assert set(methods.RATES[name][1]) == set(variants) <= set(VARIANTS)
 
 
 def test_what_was_made_is_not_made_again(monkeypatch, tmp_path):
@@ -120,7 +120,7 @@ def test_another_recipe_is_another_folder():
     again = lambda: runpy.run_path(methods.__file__)["RUNS"].name  # noqa: E731
     assert again() == methods.RUNS.name
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(config.PRETRAINING["strings"], "steps", 7)
+        patch.setitem(PRETRAINING["strings"], "steps", 7)
         assert again() != methods.RUNS.name
 
 

@@ -15,7 +15,8 @@ from torch import nn
 import mhr
 import poly
 import train
-from backbone import add_adapters, tiny_from_scratch
+from methods import add_adapters
+from plumbing.backbones import tiny_from_scratch
 from ia3 import IA3, IA3Linear
 from inject import adapter_parameters, task_ids
 from lora import LoRA, LoRALinear

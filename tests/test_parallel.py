@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import parallel
-from config import UserError
+from plumbing import processes
+from plumbing.errors import UserError
 from inject import _contexts, task_ids
-from resume import CHECKPOINT
+from plumbing.folders import CHECKPOINT
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -56,11 +56,11 @@ def test_what_accelerate_would_do_and_this_does_not_is_refused(monkeypatch, name
     """It is never silently left out; what the launcher sets by default passes."""
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"^accelerate is set to {says}"):
-        parallel.join("cpu")
+        processes.join("cpu")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.delenv(name, raising=False)
-    parallel.join("cpu")
+    processes.join("cpu")
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
@@ -68,7 +68,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match="^process 2 of this machine has no GPU: start 2 processes, or --device cpu$"):
-        parallel.join("cuda")
+        processes.join("cuda")
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +153,8 @@ def test_a_part_draws_the_noise_of_the_whole():
 
 def test_alone_nothing_happens():
     p = torch.nn.Parameter(torch.ones(2))
-    assert parallel.add_up([p], 3.5, 0) == (3.5, False) and p.grad is None
-    assert parallel.share([1, 2, 3]) == [1, 2, 3] and parallel.first() and parallel.together({"a": 1}) == {"a": 1}
-    parallel.join("cpu")
-    parallel.wait()
+    assert processes.add_up([p], 3.5, 0) == (3.5, False) and p.grad is None
+    assert processes.share([1, 2, 3]) == [1, 2, 3] and processes.first() and processes.together({"a": 1}) == {"a": 1}
+    processes.join("cpu")
+    processes.wait()
     assert not torch.distributed.is_initialized()

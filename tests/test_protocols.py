@@ -32,14 +32,23 @@ from transformers import (
 )  # fmt: skip
 
 import adapt
-import backbone
-import config
+from benchmarks.tables import Rows
+from methods import add_adapters, build_model, load_run
+from plumbing.backbones import load_backbone
+from plumbing.flags import check_ranges, explicit_flags
+from recipes import FIXED_TABLE
+from scoring import over_splits
+import benchmarks
+from benchmarks import metrics
+import scoring
+
 import data
 import evaluate
-import metrics
+
 import models
 import train
-from config import FEW_SHOT, PRETRAINING, UserError
+from plumbing.errors import UserError
+from recipes import FEW_SHOT, PRETRAINING
 from data import Benchmark, Example, Item, Task
 from inject import GRANULARITIES, adapter_parameters, inject, named_layers, routers
 from lora import LoRA, LoRALinear
@@ -191,7 +200,7 @@ def test_summary_by_hand():
         "2": split({"a": 2.0, "b": 20.0}, {"a": 20.0, "b": 80.0}),  # 11 and 50
         "3": split({"a": 1.0}, {"a": 26.0}),  # 1 and 26: b had no examples here
     }
-    result = evaluate.over_splits(splits)
+    result = over_splits(splits)
     assert result["mean_before"] == pytest.approx(17 / 3) and result["mean"] == pytest.approx(32)
     assert result["std"] == pytest.approx((((20 - 32) ** 2 + (50 - 32) ** 2 + (26 - 32) ** 2) / 2) ** 0.5)
     assert result["medians"] == {"a": 20.0, "b": 55.0} and result["median"] == 37.5  # of each task, then over tasks
@@ -199,8 +208,8 @@ def test_summary_by_hand():
     assert result["before"] == {"a": 1.0, "b": 15.0} and result["tasks"] == pytest.approx({"a": 56 / 3, "b": 55.0})
     assert result["splits"] == splits
     assert (
-        evaluate.over_splits({"1": splits["1"]})["std"] == 0
-        and evaluate.over_splits({"1": splits["1"]})["median"] == 20
+        over_splits({"1": splits["1"]})["std"] == 0
+        and over_splits({"1": splits["1"]})["median"] == 20
     )
 
 
@@ -233,7 +242,7 @@ def test_constant_answer(flows, dataset, monkeypatch):
     run = flows(dataset).run
     monkeypatch.setattr("metrics.METRICS", TRUE_METRICS)
     scores = score_again(run, constant=True)
-    tasks = data.load(dataset, str(SAMPLES / dataset), SPLITS[dataset][0]).test
+    tasks = benchmarks.load(dataset, str(SAMPLES / dataset), SPLITS[dataset][0]).test
     assert list(scores) == [task.name for task in tasks] == list(METRICS[dataset])
     if dataset == "t0":
         for task in tasks:
@@ -422,7 +431,7 @@ def by_flag(module, recipes: dict, field: dataclasses.Field, value, **more):
     """The settings after this flag on a command line."""
     name, given = f"--{field.name.replace('_', '-')}", [value] if not isinstance(value, tuple) else value
     argv = [name if value else f"--no-{name[2:]}"] if field.type is bool else [name, *map(str, given)]
-    return module.make_config(**more | config.explicit_flags(module.Config, recipes, argv))
+    return module.make_config(**more | explicit_flags(module.Config, recipes, argv))
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
@@ -462,7 +471,7 @@ def test_no_number_may_be_negative(module):
     for field in dataclasses.fields(module.Config):
         if field.type in (int, float):
             with pytest.raises(UserError, match=f"--{field.name.replace('_', '-')} "):
-                config.check_ranges(module.Config(**{field.name: -1}))
+                check_ranges(module.Config(**{field.name: -1}))
 
 
 @pytest.mark.parametrize("method, adapter", [("lora", "ia3"), ("ia3", "lora")])
@@ -547,10 +556,10 @@ def test_zero_shot_of_mu(base, mu):
     """Without a step it is the run whose skills are averaged by hand."""
     scores = score_again(mu, zero_shot=True, test_examples=6)
     cfg = adapt.train_config(adapt.Config(checkpoint=str(base)))
-    model, tokenizer = backbone.load_run(base, cfg)
+    model, tokenizer = load_run(base, cfg)
     adapt.prepare(model, cfg, adapt.Config(variant="mu"))
-    tasks = data.load("crossfit", str(SAMPLES / "crossfit"), "100").test
-    assert scores == evaluate.evaluate_tasks(model, tokenizer, tasks, [0, 0], (40, 6), 6)
+    tasks = benchmarks.load("crossfit", str(SAMPLES / "crossfit"), "100").test
+    assert scores == scoring.evaluate_tasks(model, tokenizer, tasks, [0, 0], (40, 6), 6)
 
 
 def test_adapting_mu(mu, folder):
@@ -572,7 +581,7 @@ def small_runs(folder):
         if method not in made:
             made[method] = folder / f"small-{method}"
             flags = TINY | dict(dataset="crossfit", data_dir=str(SAMPLES / "crossfit"), method=method, steps=1)
-            if method in config.GIVEN:
+            if method in FIXED_TABLE:
                 del flags["skills"]  # the tasks say how many
             train.main(flags | dict(output_dir=str(made[method])))
         return made[method]
@@ -606,13 +615,13 @@ SHAPES = (dict(method="mhr"), dict(method="poly", adapter="sft"), dict(method="t
 def test_every_flag_that_shapes_a_model_is_fixed_by_the_run():
     """Those that change what is in the file of a run, or how a router turns it into weights, but for --routing, which
     may change, and the method, which is checked apart."""
-    whole, _ = backbone.load_backbone("scratch", "cpu")
+    whole, _ = load_backbone("scratch", "cpu")
     small = dict(skills=4, heads=4, layers=r".*0\.SelfAttention\.(q|k)")
 
     def shape(**settings):
         model = copy.deepcopy(whole)
         cfg = train.Config(**small | settings)
-        backbone.add_adapters(model, cfg, 3)
+        add_adapters(model, cfg, 3)
         kinds = [(type(r), getattr(r, "k", 0)) for r in routers(model)]
         return {key: p.shape for key, p in adapter_parameters(model).items()}, kinds
 
@@ -666,7 +675,7 @@ def test_what_cannot_go_on(small_runs, tmp_path, base, flags, named):
 )
 def test_keep_score_keeps_the_values_of_the_best_dev_score(base, monkeypatch, tmp_path, scores, best_step, stopped):
     cfg = adapt.train_config(adapt.Config(checkpoint=str(base)))
-    model, tokenizer = backbone.load_run(base, cfg)
+    model, tokenizer = load_run(base, cfg)
     adapt.prepare(model, cfg, adapt.Config())
     dev = [Example("dev", ("x",))]
     task = Task("t", "EM", [Example("train", ("y",))], dev, [Example("test", ("z",))])
@@ -760,7 +769,7 @@ def even_tasks() -> list[Task]:
 def test_gradients_of_parts_add_up(loss):
     torch.manual_seed(0)
     cfg = train.make_config(backbone="tiny", method="mhr", heads=4, rank=1, skills=2, routing="sigmoid")
-    model, tokenizer = backbone.build_model(cfg, tasks=3)
+    model, tokenizer = build_model(cfg, tasks=3)
     models.randomise(model)
     model.double().train()
     function = train.batch_loss if loss == "batch" else adapt.loss_of_choices
@@ -913,10 +922,10 @@ def test_a_tasks_share_of_an_epoch_is_its_share_of_the_rows():
     assert len(set(log)) == 155
 
 
-def numbers(size: int | None) -> data.Rows:
+def numbers(size: int | None) -> Rows:
     """Rows that say their place in a table of ten."""
     table = datasets.Dataset.from_dict({"n": list(range(10))})
-    return data.Rows(table, lambda row: Example(str(row["n"]), ("",)), size)
+    return Rows(table, lambda row: Example(str(row["n"]), ("",)), size)
 
 
 def test_rows():

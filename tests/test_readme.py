@@ -9,10 +9,14 @@ import pytest
 import torch
 
 import adapt
-import analyze
-import config
+from plumbing.flags import explicit_flags
+from recipes import FEW_SHOT, PRETRAINING, VARIANTS
+import recipes
+from tools import analyze
+from tools import export
+
 import evaluate
-import export
+
 import train
 from experiments import babyai
 from experiments.claims import CLAIMS
@@ -25,8 +29,8 @@ FILES = re.findall(
     r"^\| ((?:`[\w.]+/?`(?:, )?)+) \|", README.split("## Files")[1].split("\n## ")[0], re.M
 )  # first cells
 RECIPES = {
-    "train.py": config.PRETRAINING,
-    "adapt.py": config.FEW_SHOT,
+    "train.py": PRETRAINING,
+    "adapt.py": FEW_SHOT,
     "evaluate.py": {},
     "export.py": {},
     "analyze.py": {},
@@ -54,7 +58,7 @@ def test_every_command_of_the_documents_parses(script, flags):
     known = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(CONFIGS[script])}
     assert {flag for flag in flags if flag.startswith("--")} - {"--help"} <= known
     if "--help" not in flags:
-        config.explicit_flags(CONFIGS[script], RECIPES[script], flags)
+        explicit_flags(CONFIGS[script], RECIPES[script], flags)
 
 
 def test_the_main_command_is_the_recipes_own():
@@ -112,8 +116,8 @@ def test_the_method_table_is_whole():
     """Each method has a line with the variants that it can be adapted by."""
     lines = re.findall(r"^\| ((?:`[\w-]+`(?:, )?)+)(?: \(.*?\))? \|.*\| (.*?) \|$", README.split("## Methods")[1], re.M)
     table = {m: set(re.findall(r"\b(all|z|mu|lora)\b", v)) for names, v in lines for m in re.findall(r"[\w-]+", names)}
-    fits = {v: set(methods) for v, methods in config.VARIANTS.items()}
-    assert set(table) == set(config.METHODS)
+    fits = {v: set(methods) for v, methods in VARIANTS.items()}
+    assert set(table) == set(recipes.METHODS)
     for method, variants in table.items():
         assert variants == {v for v, methods in fits.items() if method in methods}, method
 

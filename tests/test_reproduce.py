@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import adapt
-import config
+from plumbing.errors import UserError
+from plumbing.flags import explicit_flags, unused
+from recipes import FEW_SHOT, PRETRAINING, VARIANTS
 import train
 from experiments import claims, methods, reproduce
 from experiments.claims import CLAIMS, MEASURES, measures_of
@@ -211,22 +213,22 @@ def test_every_measure_is_in_a_claim_and_no_two_are_one():
 def test_the_flags_of_measures_are_flags(measure):
     """train.py and adapt.py take them, and they fit the method."""
     flags = f"{methods.METHODS[measure.method][0]} {methods.RATES[measure.method][0]} {measure.flags}".split()
-    given = config.explicit_flags(train.Config, config.PRETRAINING, [*flags, "--dataset", "strings"])
+    given = explicit_flags(train.Config, PRETRAINING, [*flags, "--dataset", "strings"])
     cfg = train.make_config(**given)
-    assert config.unused(cfg, given) == []
-    if measure.then in config.VARIANTS:
+    assert unused(cfg, given) == []
+    if measure.then in VARIANTS:
         few = methods.few_shot_rates(measure.method, measure.then)
-        config.explicit_flags(adapt.Config, config.FEW_SHOT, [*few, "--variant", measure.then])
-        assert cfg.method in config.VARIANTS[measure.then]
+        explicit_flags(adapt.Config, FEW_SHOT, [*few, "--variant", measure.then])
+        assert cfg.method in VARIANTS[measure.then]
 
 
 def test_one_speed_is_one_speed():
     """The claim about two speeds compares with a Z at the rate of the skills."""
     flags = f"--method poly {methods.RATES['Poly'][0]} {MEASURES['seen tasks, one speed'].flags}".split()
-    cfg = config.explicit_flags(train.Config, config.PRETRAINING, flags)
+    cfg = explicit_flags(train.Config, PRETRAINING, flags)
     assert cfg["lr_z"] == cfg["lr"]
-    usual = config.explicit_flags(train.Config, config.PRETRAINING, f"--method poly {methods.RATES['Poly'][0]}".split())
-    assert (usual.get("lr_z") or config.PRETRAINING["strings"]["lr_z"]) > cfg["lr"]  # else nothing is compared
+    usual = explicit_flags(train.Config, PRETRAINING, f"--method poly {methods.RATES['Poly'][0]}".split())
+    assert (usual.get("lr_z") or PRETRAINING["strings"]["lr_z"]) > cfg["lr"]  # else nothing is compared
 
 
 def test_sides_of_comparisons():
@@ -307,7 +309,7 @@ def test_a_damaged_raw_file_is_one_sentence(tmp_path, odd):
     assert reproduce.read_raw(path) == {("a", 0): WHOLE, ("a", 1): over}
     with open(path, "a") as file:
         file.write(odd + "\n")
-    with pytest.raises(config.UserError, match=f"{path}:3 is damaged"):
+    with pytest.raises(UserError, match=f"{path}:3 is damaged"):
         reproduce.read_raw(path)
 
 

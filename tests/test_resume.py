@@ -20,13 +20,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import adapt
-import config
+from methods import starting_point
+from plumbing.backbones import advice_on_memory
+from plumbing.checkpoint import Progress, load_checkpoint, marks_of_tasks, run_tensors, save_checkpoint
+from plumbing.errors import exit_on_user_error
+from plumbing.flags import explicit_flags
+from plumbing.folders import CHECKPOINT, locked_folder
+from plumbing.run import Every, Signals, truncate_log, write_line
 import data
 import inject
-import resume
+
 import train
-from backbone import tiny_from_scratch
-from config import RunError, UserError
+from plumbing.backbones import tiny_from_scratch
+from plumbing.errors import RunError, UserError
 
 STEPS = 12
 FLAGS = dict(
@@ -150,7 +156,7 @@ def test_stopped_by_a_signal(child, flags, reference, tmp_path, number, code):
     os.kill(process.pid, number)
     process.join()
     assert process.exitcode == code
-    step = resume.load_checkpoint(folder / resume.CHECKPOINT, *made(flags)).step
+    step = load_checkpoint(folder / CHECKPOINT, *made(flags)).step
     assert 5 <= step < STEPS and not (folder / "result.json").exists()
     train.main(flags | dict(output_dir=str(folder), resume=True, save_every="100000"))
     same_but_config = json.loads((folder / "result.json").read_text())["tasks"]
@@ -162,13 +168,13 @@ def slowly(flags: dict):
     """`train.main` as a script, a tenth of a second a step, so that a signal meets it in its steps."""
     real = train.set_rates
     train.set_rates = lambda optimizer, rates, factor: (time.sleep(0.1), real(optimizer, rates, factor))
-    config.exit_on_user_error(train.main, flags)
+    exit_on_user_error(train.main, flags)
 
 
 def made(flags: dict):
     """A model and an optimiser as a run makes them."""
     cfg = train.make_config(**flags)
-    model, _ = train.starting_point(cfg, train.load_tasks(cfg, cfg.split, ("train",)).train, [])
+    model, _ = starting_point(cfg, train.load_tasks(cfg, cfg.split, ("train",)).train, [])
     return model, train.make_optimizer(model, cfg)
 
 
@@ -273,7 +279,7 @@ def test_a_stopped_run_says_how_to_go_on(
     now = flags if script == "train" else FEW | dict(checkpoint=str(reference))
     main = {"train": train.main, "adapt": adapt.main}[script]
     with pytest.raises(SystemExit) as stopped:
-        config.exit_on_user_error(main, now | dict(output_dir=str(tmp_path / "cut")))
+        exit_on_user_error(main, now | dict(output_dir=str(tmp_path / "cut")))
     assert stopped.value.code == code and (tmp_path / "cut").exists() == begun
     command = f"python {script}.py --resume --output-dir {tmp_path / 'cut'}"
     assert (command in capsys.readouterr().out) == begun
@@ -292,7 +298,7 @@ def test_the_last_checkpoint_is_that_of_a_run_never_cut_off(monkeypatch, flags, 
         with pytest.raises(PowerCut):
             train.main(flags | dict(output_dir=str(tmp_path / "cut"), save_every="2"))
     train.main(dict(output_dir=str(tmp_path / "cut"), resume=True))
-    found, states = zip(*(inject.read_tensors(tmp_path / f / resume.CHECKPOINT) for f in ("cut", "whole")), strict=True)
+    found, states = zip(*(inject.read_tensors(tmp_path / f / CHECKPOINT) for f in ("cut", "whole")), strict=True)
     assert found[0].keys() == found[1].keys() and any(name.startswith("optimizer.") for name in found[0])
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     cut, whole = (json.loads(state["state"]) | {"seconds": 0} for state in states)
@@ -329,13 +335,13 @@ def test_what_others_put_into_a_run_folder_stays(flags, tmp_path):
 def test_a_broken_update_does_not_replace_the_last_good_checkpoint(flags, tmp_path):
     """Loss and gradients may be finite and the step that they make not: what is saved is looked at."""
     model, optimizer = made(flags)
-    path = tmp_path / resume.CHECKPOINT
-    resume.save_checkpoint(path, model, optimizer, resume.Progress(1, 1.0, (0.5,)))
+    path = tmp_path / CHECKPOINT
+    save_checkpoint(path, model, optimizer, Progress(1, 1.0, (0.5,)))
     before = path.read_bytes()
     with torch.no_grad():
         next(p for p in model.parameters() if p.requires_grad)[0] = math.inf
     with pytest.raises(RunError, match="is not finite after step 2: nothing of it was saved. Try a lower --lr"):
-        resume.save_checkpoint(path, model, optimizer, resume.Progress(2, 1.0, (0.5,)))
+        save_checkpoint(path, model, optimizer, Progress(2, 1.0, (0.5,)))
     assert path.read_bytes() == before
 
 
@@ -380,7 +386,7 @@ def test_flags_as_they_come_from_the_command_line(reference, tmp_path):
     line = (
         f"--checkpoint {reference} --split 1 2 --output-dir {tmp_path / 'few'} --tasks sort+double --steps 2 --shots 4"
     )
-    found = [adapt.main(config.explicit_flags(adapt.Config, {}, f"{line} --resume".split())) for _ in range(2)]
+    found = [adapt.main(explicit_flags(adapt.Config, {}, f"{line} --resume".split())) for _ in range(2)]
     assert found[0] == found[1] and list(found[0]["splits"]) == ["1", "2"]
 
 
@@ -394,7 +400,7 @@ def test_a_mistake_leaves_no_folder(flags, tmp_path, wrong):
 
 
 def test_damaged_checkpoints_are_refused(cut_off, reference, flags):
-    path = cut_off / resume.CHECKPOINT
+    path = cut_off / CHECKPOINT
     whole = path.read_bytes()
     damaged = {
         "empty": b"", "cut": whole[: len(whole) // 2], "a pickle": b"\x80\x04}q\x00.",
@@ -447,12 +453,12 @@ SPOILT = {  # functions that change the tensors and the state of a checkpoint, w
 def test_checkpoints_of_odd_content_change_nothing(monkeypatch, flags, tmp_path, optimizer):
     """Signed, but with missing, unknown or impossible entries: one sentence; model, optimiser and random numbers are as
     before. The one that nobody changed is then loaded."""
-    path, (model, own) = tmp_path / resume.CHECKPOINT, made(flags | dict(optimizer=optimizer))
+    path, (model, own) = tmp_path / CHECKPOINT, made(flags | dict(optimizer=optimizer))
     monkeypatch.setattr(os, "fsync", lambda number: None)  # it would be most of the time
-    for p in resume.run_tensors(model).values():
+    for p in run_tensors(model).values():
         p.grad = torch.ones_like(p)
     own.step()
-    resume.save_checkpoint(path, model, own, resume.Progress(1, 1.0, (2.0,)))
+    save_checkpoint(path, model, own, Progress(1, 1.0, (2.0,)))
     tensors, metadata = inject.read_tensors(path)
     texts = {
         "no JSON": "{", "nested too deep": NEST, "no object": "5", "an empty list": "[]", "too many digits": "9" * 5000,
@@ -464,7 +470,7 @@ def test_checkpoints_of_odd_content_change_nothing(monkeypatch, flags, tmp_path,
             spoil(odd, state)
         inject.write_tensors(odd, path, state=json.dumps(state) if callable(spoil) else spoil)
         with pytest.raises(UserError, match="delete it to begin the run again") as refused:
-            resume.load_checkpoint(path, model, own)
+            load_checkpoint(path, model, own)
         assert "\n" not in str(refused.value), name
         assert everything(model, own) == before and torch.equal(torch.get_rng_state(), random), name
     inject.write_tensors(tensors, path, state=metadata["state"])
@@ -472,16 +478,16 @@ def test_checkpoints_of_odd_content_change_nothing(monkeypatch, flags, tmp_path,
     path.write_bytes(re.sub(rb"(step\W+)1", rb"\g<1>8", whole, count=1))  # the JSON is under the digest too
     assert path.read_bytes() != whole
     with pytest.raises(UserError, match="is damaged: its content is not what was saved"):
-        resume.load_checkpoint(path, model, own)
+        load_checkpoint(path, model, own)
     path.write_bytes(whole)
-    assert resume.load_checkpoint(path, model, own)[:3] == (1, 1.0, (2.0,))
+    assert load_checkpoint(path, model, own)[:3] == (1, 1.0, (2.0,))
     assert everything(model, own) == before
 
 
 def everything(model, optimizer) -> dict:
     """What a run changes, as plain numbers: adapters, routers and the optimiser's state."""
     states = {f"{k} {n}": v for k, own in optimizer.state_dict()["state"].items() for n, v in own.items()}
-    both = resume.run_tensors(model) | states
+    both = run_tensors(model) | states
     return {name: v.tolist() if isinstance(v, torch.Tensor) else v for name, v in both.items()}
 
 
@@ -524,8 +530,8 @@ def test_the_mark_of_tasks():
         dataclasses.replace(task, dev=examples[1:]), dataclasses.replace(task, test=examples),
         dataclasses.replace(task, train=[*examples[:2], data.Example("x", ("x",))]),
     ]  # fmt: skip
-    marks = [resume.marks_of_tasks(tasks) for tasks in ([task], [], [task, task], *([other] for other in others))]
-    assert len(set(marks)) == 8 and resume.marks_of_tasks([dataclasses.replace(task)]) == marks[0]
+    marks = [marks_of_tasks(tasks) for tasks in ([task], [], [task, task], *([other] for other in others))]
+    assert len(set(marks)) == 8 and marks_of_tasks([dataclasses.replace(task)]) == marks[0]
 
 
 def test_a_task_from_another_pretraining_is_refused(monkeypatch, reference, tmp_path):
@@ -561,7 +567,7 @@ def test_the_log_is_on_the_disk_before_what_follows_it(monkeypatch, flags, refer
         fsync(number)
 
     def watched_replace(old, new):
-        if Path(new).name in (resume.CHECKPOINT, "sort+double.json", "drop+swap.json"):
+        if Path(new).name in (CHECKPOINT, "sort+double.json", "drop+swap.json"):
             seen.append((synced.get(str(folder / "log.jsonl"), 0), (folder / "log.jsonl").stat().st_size))
         replace(old, new)
 
@@ -581,15 +587,15 @@ def test_damaged_lines_of_a_log(tmp_path, damaged):
     log.write_bytes(b"\n".join([good[0], damaged, good[1], b""]))
     before = log.read_bytes()
     with pytest.raises(UserError, match=r"log.jsonl:2 is damaged: delete this line") as refused:
-        resume.cut_log(log, lambda line: line["step"] <= 2)
+        truncate_log(log, lambda line: line["step"] <= 2)
     assert "\n" not in str(refused.value) and log.read_bytes() == before
     log.write_bytes(b"\n".join([*good, damaged]))
-    resume.cut_log(log, lambda line: line["step"] <= 2)
+    truncate_log(log, lambda line: line["step"] <= 2)
     assert log.read_bytes() == good[0] + b"\n" + good[1] + b"\n"
 
 
 def test_a_second_run_in_the_same_folder_is_refused(cut_off, reference):
-    with resume.hold(cut_off, "python train.py"):
+    with locked_folder(cut_off, "python train.py"):
         for main, extra in ((train.main, {}), (adapt.main, dict(checkpoint=str(reference)))):
             with pytest.raises(UserError, match="another process is at work in .*cut"):
                 main(extra | dict(output_dir=str(cut_off), resume=not extra))
@@ -599,14 +605,14 @@ def test_a_second_run_in_the_same_folder_is_refused(cut_off, reference):
 @pytest.mark.parametrize("text", ["", "0", "-5", "10s", "1.5m", "m", "10m ", "9" * 12])
 def test_save_every_is_steps_or_minutes(text):
     with pytest.raises(UserError, match="--save-every"):
-        resume.Every(text)
+        Every(text)
 
 
 def test_when_to_save(monkeypatch):
-    assert [step for step in range(1, 10) if resume.Every("3").due(step)] == [3, 6, 9]
+    assert [step for step in range(1, 10) if Every("3").due(step)] == [3, 6, 9]
     clock = [0.0]
     monkeypatch.setattr(resume.time, "monotonic", lambda: clock[0])
-    every, saved = resume.Every("2m"), []
+    every, saved = Every("2m"), []
     for step in range(10):
         clock[0] += 50
         saved += [step] * every.due(step)
@@ -624,13 +630,13 @@ def test_full_disk(monkeypatch, capsys, cut_off, reference, error):
         Path(path).write_bytes(b"half")
         raise error
 
-    before = (cut_off / resume.CHECKPOINT).read_bytes()
+    before = (cut_off / CHECKPOINT).read_bytes()
     monkeypatch.setattr(inject, "save_file", full)
     with pytest.raises(SystemExit) as failed:
-        config.exit_on_user_error(train.main, dict(output_dir=str(cut_off), resume=True))
+        exit_on_user_error(train.main, dict(output_dir=str(cut_off), resume=True))
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert failed.value.code == 1 and said.startswith(f"error: {cut_off / resume.CHECKPOINT}: cannot be written: ")
-    assert (cut_off / resume.CHECKPOINT).read_bytes() == before and not list(cut_off.glob("*.tmp"))
+    assert failed.value.code == 1 and said.startswith(f"error: {cut_off / CHECKPOINT}: cannot be written: ")
+    assert (cut_off / CHECKPOINT).read_bytes() == before and not list(cut_off.glob("*.tmp"))
     monkeypatch.undo()
     train.main(dict(output_dir=str(cut_off), resume=True))
     same(cut_off, reference)
@@ -756,14 +762,14 @@ def test_out_of_memory_is_one_sentence_with_advice(monkeypatch, flags, reference
     monkeypatch.setattr(adapt, "all_scores", full)
     with pytest.raises(RunError, match="not enough memory: try .*--eval-batch"):
         adapt.main(FEW | dict(checkpoint=str(reference), output_dir=str(tmp_path / "few")))
-    with pytest.raises(RunError, match="not enough memory"), resume.advice_on_memory(""):
+    with pytest.raises(RunError, match="not enough memory"), advice_on_memory(""):
         torch.empty(2**31 - 1, 128, 2**31 - 1)  # the largest --rank and --skills: more bytes than an int64 counts
-    with pytest.raises(RuntimeError, match="^another$"), resume.advice_on_memory(""):
+    with pytest.raises(RuntimeError, match="^another$"), advice_on_memory(""):
         raise RuntimeError("another")
 
 
 def test_a_launcher_repeats_sigterm_a_person_ctrl_c():
-    with resume.Signals() as signals:
+    with Signals() as signals:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.caught == signal.SIGTERM
@@ -777,9 +783,9 @@ def test_nohup_is_respected(monkeypatch):
     before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)}
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with resume.Signals() as signals:
+        with Signals() as signals:
             os.kill(os.getpid(), signal.SIGHUP)
-        config.exit_on_user_error(lambda: os.kill(os.getpid(), signal.SIGHUP))
+        exit_on_user_error(lambda: os.kill(os.getpid(), signal.SIGHUP))
         assert not signals.caught and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         for number, handler in before.items():
@@ -812,5 +818,5 @@ def test_plain_lines_are_some_ten_a_run(capsys, tmp_path, steps, lines):
         bar = resume.tqdm(range(1, steps + 1), disable=True)
         for step in range(1, steps + 1):
             if step % 50 == 0 or step == steps:
-                resume.write_line(log, bar, resume.Progress(step, 1.0, (), 2.0), 1.0, 0.1, 50)
+                write_line(log, bar, Progress(step, 1.0, (), 2.0), 1.0, 0.1, 50)
     assert len(capsys.readouterr().out.splitlines()) == lines

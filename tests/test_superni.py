@@ -17,8 +17,9 @@ from rouge_score import rouge_scorer
 from transformers import ByT5Tokenizer
 
 import data
+from benchmarks import load
 from benchmarks import superni
-from config import UserError
+from plumbing.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "assets" / "samples" / "superni"
@@ -41,7 +42,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def real():
-    return data.load("superni", str(REAL), "13")
+    return load("superni", str(REAL), "13")
 
 
 def task_file(count: int, **changes) -> dict:
@@ -104,11 +105,11 @@ def test_all_references_are_kept_and_stripped():
 def test_older_files(tmp_path):
     """A definition that is a string, an output that is a string, instances without id."""
     old = task_file(1, Definition="Say it", Instances=[{"input": "a", "output": "b"}, {"input": "", "output": "c"}])
-    one, two = data.load("superni", folder_of(tmp_path, test={"task9_z": old}), parts=("test",)).test[0].test
+    one, two = load("superni", folder_of(tmp_path, test={"task9_z": old}), parts=("test",)).test[0].test
     assert one.input == "Task definition: Say it.\nNow complete the following example -\nInput: a.\nOutput:"
     assert one.outputs == ("b",) and two.outputs == ("c",)  # and an empty input is an input
     several = task_file(1, Definition=["First", "Second"], Instances=[{"input": "a", "output": ["b", "B"]}])
-    (task,) = data.load("superni", folder_of(tmp_path / "new", test={"task9_z": several}), parts=("test",)).test
+    (task,) = load("superni", folder_of(tmp_path / "new", test={"task9_z": several}), parts=("test",)).test
     assert "Second" not in task.test[0].input and "First." in task.test[0].input
     assert task.test[0].outputs == ("b", "B") and task.group == "Riddles" and task.metric == "Rouge-L"
 
@@ -145,8 +146,8 @@ def test_a_cut_keeps_the_tail_and_the_limit(tokenizer, text, limit):
 )
 def test_cut_of_a_training_task(tmp_path, count, train, held_out):
     folder = folder_of(tmp_path, train={"task1_a": task_file(count)})
-    (task,) = data.load("superni", folder, "1", ("train",)).train
-    (again,) = data.load("superni", folder, "2", ("train",)).train
+    (task,) = load("superni", folder, "1", ("train",)).train
+    (again,) = load("superni", folder, "2", ("train",)).train
     drawn = answers(task.train) + answers(task.test)
     assert (len(task.train), len(task.dev), len(task.test)) == (train, 0, held_out)
     assert len(set(drawn)) == train + held_out and set(drawn) <= set(range(count))
@@ -167,7 +168,7 @@ def test_cut_of_a_training_task(tmp_path, count, train, held_out):
 )
 def test_cut_of_a_test_task(tmp_path, count, train, dev, test):
     folder = folder_of(tmp_path, test={"task9_z": task_file(count)})
-    (task,) = data.load("superni", folder, "13", ("test",)).test
+    (task,) = load("superni", folder, "13", ("test",)).test
     drawn = answers(task.train) + answers(task.dev)
     assert (len(task.train), len(task.dev), len(task.test)) == (train, dev, test)
     assert answers(task.test) == list(range(test))  # the first 100 in file order
@@ -176,12 +177,12 @@ def test_cut_of_a_test_task(tmp_path, count, train, dev, test):
 
 def test_few_shot_examples_are_a_function_of_the_split(tmp_path):
     folder = folder_of(tmp_path, test={"task9_z": task_file(350)})
-    one, again, other = (data.load("superni", folder, split, ("test",)).test[0] for split in ("13", "13", "42"))
+    one, again, other = (load("superni", folder, split, ("test",)).test[0] for split in ("13", "13", "42"))
     assert answers(one.train) == answers(again.train) and answers(one.dev) == answers(again.dev)
     assert set(answers(one.train)) != set(answers(other.train)) and answers(one.test) == answers(other.test)
     for split in ("x", "-1", "1.5", ""):
         with pytest.raises(UserError, match="--split .*whole number"):
-            data.load("superni", folder, split)
+            load("superni", folder, split)
 
 
 # --- The samples ------------------------------------------------------------------------------------------------------
@@ -217,7 +218,7 @@ def test_real_sample(real):
 @pytest.mark.parametrize("folder", [pytest.param(REAL, marks=needs_real), SAMPLE], ids=["real", "bundled"])
 def test_padding(folder, tokenizer):
     """At most a tenth of the tokens of an epoch are padding, inputs and outputs together."""
-    tasks = data.load("superni", str(folder), parts=("train",)).train
+    tasks = load("superni", str(folder), parts=("train",)).train
     steps = -(-sum(len(task.train) for task in tasks) // 8)
     filled = total = 0
     for batch in itertools.islice(data.batches(tasks, 8, seed=0), steps):
@@ -229,7 +230,7 @@ def test_padding(folder, tokenizer):
 
 def test_gold_answers_score_100():
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
-    benchmark = data.load("superni", str(REAL if REAL.is_dir() else SAMPLE), parts=("test",))
+    benchmark = load("superni", str(REAL if REAL.is_dir() else SAMPLE), parts=("test",))
     for task in benchmark.test:
         for e in task.test:
             if any(scorer._tokenizer.tokenize(output) for output in e.outputs):  # ":-)" has no words to compare
@@ -238,7 +239,7 @@ def test_gold_answers_score_100():
 
 
 def test_bundled_sample():
-    benchmark = data.load("superni", str(SAMPLE), "13")
+    benchmark = load("superni", str(SAMPLE), "13")
     assert (len(benchmark.train), len(benchmark.dev), len(benchmark.test)) == (6, 0, 2)
     assert len({task.group for task in benchmark.test}) == 2 and len({task.group for task in benchmark.train}) == 6
     for task in benchmark.train:
@@ -256,11 +257,11 @@ def test_bundled_sample():
 
 def test_only_the_parts_asked_for_are_read(tmp_path):
     folder = folder_of(tmp_path, train={"task1_a": b"{broken"})
-    benchmark = data.load("superni", folder, parts=("dev", "test"))
+    benchmark = load("superni", folder, parts=("dev", "test"))
     assert benchmark.train == [] and benchmark.dev == [] and len(benchmark.test) == 1
     with pytest.raises(UserError, match="task1_a"):
-        data.load("superni", folder)
-    assert data.load("superni", folder, parts=("dev",)) == data.Benchmark([], [], [])
+        load("superni", folder)
+    assert load("superni", folder, parts=("dev",)) == data.Benchmark([], [], [])
 
 
 def test_absent_tasks_are_named_once_and_keep_their_number(tmp_path, capsys):
@@ -269,7 +270,7 @@ def test_absent_tasks_are_named_once_and_keep_their_number(tmp_path, capsys):
         train={"task1_a": None, "task2_b": task_file(30), "task3_c": None},
         test={"task7_x": task_file(130), "task8_y": None},
     )
-    benchmark = data.load("superni", folder)
+    benchmark = load("superni", folder)
     assert [(task.name, len(task.train)) for task in benchmark.train] == [
         ("task1_a", 0),
         ("task2_b", 15),
@@ -296,7 +297,7 @@ def test_broken_list(tmp_path, content, expected):
     folder = folder_of(tmp_path)
     (tmp_path / "splits" / "default" / "train_tasks.txt").write_bytes(content)
     with pytest.raises(UserError, match=expected):
-        data.load("superni", folder)
+        load("superni", folder)
 
 
 @pytest.mark.parametrize(
@@ -319,7 +320,7 @@ def test_folder_of_something_else(tmp_path, files, expected):
     if files == []:
         folder.mkdir()
     with pytest.raises(UserError, match=rf"^--data-dir \S+ has no splits/default/train_tasks.txt \({expected}\): give"):
-        data.load("superni", str(folder))
+        load("superni", str(folder))
 
 
 # --- Broken files -----------------------------------------------------------------------------------------------------
@@ -357,7 +358,7 @@ GOOD = {"id": "x", "input": "a", "output": ["b"]}
 def test_broken_task_file(tmp_path, content, expected):
     folder = folder_of(tmp_path, train={"task0_good": task_file(3), "task1_a": content})
     with pytest.raises(UserError, match=expected) as caught:
-        data.load("superni", folder)
+        load("superni", folder)
     assert "\n" not in str(caught.value)
 
 
@@ -365,14 +366,14 @@ def test_a_link_to_a_file(tmp_path):
     folder = folder_of(tmp_path, test={"task9_z": task_file(3)})
     path = tmp_path / "tasks" / "task9_z.json"
     path.symlink_to(path.rename(tmp_path / "stored"))
-    assert len(data.load("superni", folder, parts=("test",)).test[0].test) == 3
+    assert len(load("superni", folder, parts=("test",)).test[0].test) == 3
 
 
 def test_a_mended_file_is_read_anew(tmp_path):
     folder = folder_of(tmp_path, test={"task9_z": task_file(3)})
-    assert len(data.load("superni", folder, parts=("test",)).test[0].test) == 3
+    assert len(load("superni", folder, parts=("test",)).test[0].test) == 3
     (tmp_path / "tasks" / "task9_z.json").write_text(json.dumps(task_file(4)))
-    assert len(data.load("superni", folder, parts=("test",)).test[0].test) == 4
+    assert len(load("superni", folder, parts=("test",)).test[0].test) == 4
 
 
 # --- The hub ----------------------------------------------------------------------------------------------------------
@@ -426,7 +427,7 @@ def test_hub_files(hub, capsys):
     root, calls = hub
     hub_folder(root, "train", {TRAIN: hub_lines(TRAIN, 60)})
     hub_folder(root, "test", {TEST: hub_lines(TEST, 140)})
-    benchmark = data.load("superni", "", "13")
+    benchmark = load("superni", "", "13")
     assert [repository for repository, _ in calls] == ["Muennighoff/natural-instructions"] * 2
     for part, (_, options) in zip(("train", "test"), calls, strict=True):
         revision = "a29a9757125f4bb1c26445ad0d2ef7d9b2cc9c4c"
@@ -456,13 +457,13 @@ def test_broken_hub_line(hub, line, expected):
     root, _ = hub
     hub_folder(root, "test", {TEST: [hub_lines(TEST, 1)[0], line]})
     with pytest.raises(UserError, match=f"{TEST}_test.jsonl{expected}"):
-        data.load("superni", "", parts=("test",))
+        load("superni", "", parts=("test",))
 
 
 def test_empty_hub_file(hub):
     hub_folder(hub[0], "test", {TEST: []})
     with pytest.raises(UserError, match="has no instances"):
-        data.load("superni", "", parts=("test",))
+        load("superni", "", parts=("test",))
 
 
 @pytest.fixture
@@ -490,7 +491,7 @@ NO_HUB = (
 def test_no_network(no_network):
     start = time.monotonic()
     with pytest.raises(UserError) as caught:
-        data.load("superni")
+        load("superni")
     assert str(caught.value) == NO_HUB and time.monotonic() - start < 15
 
 
@@ -501,9 +502,9 @@ def test_no_network_but_a_cache(no_network):
     file = hub_folder(snapshot, "test", {TEST: hub_lines(TEST, 140)}) / "test" / f"{TEST}_test.jsonl"
     (repository / "blobs").mkdir()
     file.symlink_to(file.rename(repository / "blobs" / "0123abcd"))
-    assert [task.name for task in data.load("superni", parts=("test",)).test] == [TEST]
+    assert [task.name for task in load("superni", parts=("test",)).test] == [TEST]
     with pytest.raises(UserError) as caught:  # only the test tasks are cached
-        data.load("superni", parts=("train",))
+        load("superni", parts=("train",))
     assert str(caught.value) == NO_HUB
 
 
@@ -514,4 +515,4 @@ def test_a_download_that_breaks_off(hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(UserError, match=r"the download from the hub failed \(OSError\): give --data-dir DIR"):
-        data.load("superni")
+        load("superni")

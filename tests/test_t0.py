@@ -17,8 +17,10 @@ import pyarrow.parquet
 import pytest
 
 import data
+from benchmarks import load
+from benchmarks.tables import Rows, say_once
 from benchmarks import t0
-from config import UserError
+from plumbing.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "assets" / "samples" / "t0"
@@ -200,13 +202,13 @@ def test_a_folder_gives_313_tasks_and_names_what_is_absent(tmp_path, capsys):
     write(tmp_path, TOPIC, "train", [row(n) for n in range(5)])
     write(tmp_path, WORDS, "train", [row(9, "some words", answer_choices=None)])
     write(tmp_path, WORDS, "validation", [row(8, "other words", answer_choices=["not", "read"])])
-    benchmark = data.load("t0", str(tmp_path), "0", ("train",))
+    benchmark = load("t0", str(tmp_path), "0", ("train",))
     assert (len(benchmark.train), benchmark.dev, benchmark.test) == (313, [], [])
     assert [task.name for task in benchmark.train] == [task.config for task in t0.TRAIN]
     assert {task.name: len(task.train) for task in benchmark.train if len(task.train)} == {TOPIC: 5, WORDS: 1}
     topic, words = train_of(tmp_path, TOPIC), train_of(tmp_path, WORDS)
     assert (topic.metric, words.metric, topic.group, words.group) == ("Rank-ACC", "Rouge-L", "ag_news", "glue/mrpc")
-    assert isinstance(topic.train, data.Rows) and len(topic.dev) == len(topic.test) == 0
+    assert isinstance(topic.train, Rows) and len(topic.dev) == len(topic.test) == 0
     assert list(words.dev) == list(words.test) == [data.Example("apple 8?", ("other words",))]
     out = capsys.readouterr().out.splitlines()
     assert (
@@ -346,13 +348,13 @@ def test_the_folder_of_something_else(tmp_path, make, message):
     folder.mkdir()
     make(folder)
     with pytest.raises(UserError, match=f"^--data-dir {re.escape(str(folder))} holds no P3 config .*{message}"):
-        data.load("t0", str(folder), "0")
+        load("t0", str(folder), "0")
 
 
 def test_a_folder_without_training_tasks(tmp_path):
     write(tmp_path, t0.TEST["rte"][0], "train", [row(1)])
     with pytest.raises(UserError, match="holds test tasks only"):
-        data.load("t0", str(tmp_path), "0", ("train",))
+        load("t0", str(tmp_path), "0", ("train",))
 
 
 def test_a_table_of_many_rows_is_not_held(tmp_path):
@@ -392,7 +394,7 @@ def edit(path: Path, number: int, change):
 
 
 def test_the_bundled_sample(capsys):
-    benchmark = data.load("t0", str(SAMPLE), "42")
+    benchmark = load("t0", str(SAMPLE), "42")
     out = capsys.readouterr().out
     assert "307 of 313" in out and "2 of 8 of copa, 2 of 10 of rte" in out and "wsc in" in out and out.count("\n") == 3
     there = [task for task in benchmark.train if len(task.train)]
@@ -571,7 +573,7 @@ def test_texts_find_the_rows_that_idx_finds(task):
     with_idx = t0._read(REAL / "p3", configs)
     for config, parts in with_idx.items():
         shots = t0._read_shots(path, task)
-        without = {name: data.Rows(r.table.remove_columns("idx"), r.example) for name, r in parts.items()}
+        without = {name: Rows(r.table.remove_columns("idx"), r.example) for name, r in parts.items()}
         a, b = t0._find(shots, config, parts, path), t0._find(shots, config, without, path)
         assert sum(x != y for x, y in zip(a, b, strict=True)) <= (2 if task == "wsc" else 0)
 
@@ -612,7 +614,7 @@ def hub(sample, tmp_path_factory, monkeypatch):
 
 
 def test_training_from_the_hub(hub):
-    tasks = data.load("t0", "", "0", ("train",)).train
+    tasks = load("t0", "", "0", ("train",)).train
     expected = t0.load("t0", str(SAMPLE), "0", ("train",)).train
     assert [list(task.train) for task in tasks] == [list(task.train) for task in expected]
     assert [list(task.dev) for task in tasks] == [list(task.dev) for task in expected]
@@ -651,20 +653,20 @@ def test_few_shot_needs_a_folder():
     with pytest.raises(
         UserError, match="few-shot examples are not on the hub: give --data-dir DIR .*assets/samples/t0"
     ):
-        data.load("t0", "", "0", ("test",))
+        load("t0", "", "0", ("test",))
 
 
 def test_a_config_that_the_hub_lacks(hub, monkeypatch, capsys):
     """It is named, as one that a folder lacks; none at all is an error."""
     other = t0.Listed("imdb_Movie_Expressed_Sentiment", "imdb", 25_000, True)
     monkeypatch.setattr(t0, "TRAIN", [*t0.TRAIN, other])
-    data.say_once.cache_clear()
-    assert len(data.load("t0", "", "0", ("train",)).train[-1].train) == 0
+    say_once.cache_clear()
+    assert len(load("t0", "", "0", ("train",)).train[-1].train) == 0
     assert "have no folder in bigscience/P3 and are left out" in capsys.readouterr().out
     monkeypatch.setattr(t0, "TRAIN", [other])
     message = r"bigscience/P3 cannot be loaded from the hub: .*--data-dir \(FileNotFoundError: no files of imdb_Movie"
     with pytest.raises(UserError, match=message):
-        data.load("t0", "", "0", ("train",))
+        load("t0", "", "0", ("train",))
 
 
 def test_no_network(monkeypatch, tmp_path):
@@ -679,5 +681,5 @@ def test_no_network(monkeypatch, tmp_path):
         UserError,
         match="^--dataset t0: the hub does not answer: give --data-dir DIR .*assets/samples/t0 --backbone tiny$",
     ):
-        data.load("t0", "", "0", ("train",))
+        load("t0", "", "0", ("train",))
     assert time.monotonic() - begin < 15

@@ -1,8 +1,8 @@
 """What routing learned: measures and figures of a run.
 
-    python analyze.py --checkpoint runs/NAME            a run of train.py; of adapt.py, variants all and z: Z alone
-    python analyze.py --checkpoint runs/NAME --step 300     as it was after step 300 (train.py --keep-every)
-    python analyze.py --compare runs/*                  training curves, score against trained parameters, alignment
+    python -m tools.analyze --checkpoint runs/NAME      a run of train.py; of adapt.py, variants all and z: Z alone
+    python -m tools.analyze --checkpoint runs/NAME --step 300     as it was after step 300 (train.py --keep-every)
+    python -m tools.analyze --compare runs/*            training curves, score against trained parameters, alignment
 
 Prints a line for each router and the mean, and writes analysis.json and figures (PNG and SVG) to the run's folder
 analysis/: Z as a heat map, the tree of tasks, the measures by layer, task similarities and gradient alignment; where
@@ -14,9 +14,9 @@ Shape key, as in poly.py: t tasks, s skills, h heads.
 
 from dataclasses import dataclass
 
-from config import (
-    UserError, check_numbers, exit_on_user_error, explicit_flags, flag, read_config, read_json, write_json,
-)  # fmt: skip
+from plumbing.errors import UserError, exit_on_user_error
+from plumbing.flags import explicit_flags, flag, one_job
+from plumbing.folders import check_numbers, read_json, refuse_other_tasks, script_of, write_json
 
 
 @dataclass
@@ -50,15 +50,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import adapt
+import benchmarks
 import data
-import evaluate
-import figures
 import train
-from backbone import build_model, load_adapter_file
 from baselines.fixed import given_table, skill_names
+from evaluate import adapted_config, load_adapted
 from inject import adapted_layers, routers, task_ids
-from measures import MEASURES, allocations, flat, hierarchy, measure, overlap, recovery, task_similarity
-from resume import advice_on_memory, refuse_other_tasks
+from methods import build_model, load_adapter_file
+from plumbing.backbones import advice_on_memory
+from plumbing.tables import aligned
+from tools import compare as comparison
+from tools import figures
+from tools.measures import MEASURES, allocations, flat, hierarchy, measure, overlap, recovery, task_similarity
 
 ALIGNMENT = "gradient alignment (mean cosine)"  # a label of figures
 USES = {  # the other flags that a job looks at, by its own
@@ -135,7 +138,7 @@ def analyze(cfg: Config) -> dict:
     folder = Path(cfg.checkpoint)
     part = "".join(["-some-tasks" if cfg.tasks != "all" else "", f"-{cfg.step}" if cfg.step else ""])
     out = Path(cfg.output_dir or folder / f"analysis{part}")  # analysis/ is of the whole run: --compare reads it
-    look = _adapted if "checkpoint" in read_json(folder / "config.json") else _pretrained
+    look = _adapted if script_of(folder) == "adapt.py" else _pretrained
     result, tasks, found = look(cfg, folder)
     names = [task.name for task in tasks]
     out.mkdir(parents=True, exist_ok=True)
@@ -155,7 +158,7 @@ def analyze(cfg: Config) -> dict:
 
 def _pretrained(cfg: Config, folder: Path):
     """A run of train.py: ({"alignment", "over_steps"}, tasks, allocations of the tasks)."""
-    base = adapt.train_config(adapt.Config(checkpoint=str(folder), data_dir=cfg.data_dir, device=cfg.device))
+    base = train.run_config(cfg.checkpoint, cfg.data_dir, cfg.device)
     if base.method == "full":
         raise UserError(f"--checkpoint {folder} is of method full: it has no adapters to look at")
     kept = {int(path.stem[8:]): path for path in folder.glob("adapter-*.safetensors") if path.stem[8:].isdecimal()}
@@ -163,7 +166,7 @@ def _pretrained(cfg: Config, folder: Path):
     if not path.exists():
         steps = ", ".join(map(str, sorted(kept))) or "none"
         raise UserError(f"{path} does not exist: give a --step that train.py --keep-every has kept ({steps})")
-    all_tasks = train.load_tasks(base, base.split, ("train",)).train
+    all_tasks = benchmarks.load_for(base, base.split, ("train",)).train
     refuse_other_tasks(folder, base.method, all_tasks)
     ids = choose(all_tasks, cfg.tasks)
     tasks, lengths = [all_tasks[t] for t in ids], (base.max_input, base.max_output)
@@ -189,14 +192,14 @@ def _pretrained(cfg: Config, folder: Path):
 
 def _adapted(cfg: Config, folder: Path):
     """A run of adapt.py, first split: ({"method"}, tasks, their allocations, each from its own file)."""
-    run = read_config(adapt.Config, folder / "config.json")
+    run = adapted_config(folder, cfg.data_dir, cfg.device)
     if run.variant not in ("all", "z") or cfg.step:
         what = f"--step {cfg.step} is for runs of train.py" if cfg.step else f"variant {run.variant} has no routing"
         raise UserError(f"--checkpoint {folder} is a run of adapt.py: {what}, leave it out")
-    run = dataclasses.replace(run, split=run.split[:1], data_dir=cfg.data_dir or run.data_dir, device=cfg.device)
-    base, tasks, parts = adapt.train_config(run), [], defaultdict(list)
+    run = dataclasses.replace(run, split=run.split[:1])
+    base, tasks, parts = adapt.base_config(run), [], defaultdict(list)
     at_random = base.method == "random" and base.random_by == "example"  # a new task then has all skills: no table
-    for _, task, model, _, _ in () if at_random else adapt.load_adapted(run, folder):
+    for _, task, model, _, _ in () if at_random else load_adapted(run, folder):
         tasks.append(task)
         for name, p in allocations(model).items():
             parts[name].append(p)
@@ -232,7 +235,7 @@ def report(result: dict) -> str:
     if "layers" in result:
         rows = [(name, *(f"{v[m]:.3f}" for m in MEASURES)) for name, v in result["layers"].items()]
         rows.append(("mean", *(f"{result['mean'][m]:.3f}" for m in MEASURES)))
-        lines.append(evaluate.aligned([("router, by its first layer", *MEASURES), *rows], left=1))
+        lines.append(aligned([("router, by its first layer", *MEASURES), *rows], left=1))
     else:
         lines.append(f"method {result['method']} has no probabilities of skills: no measures of Z")
     if "recovery" in result:
@@ -282,11 +285,11 @@ def draw_alignment(result: dict, out: Path):
 
 
 def compare(cfg: Config):
-    """Figures of several runs, and `evaluate.compare`'s table: training curves and, where `analyze` has measured it,
+    """Figures of several runs, and `tools/compare.py`'s table: training curves and, where `analyze` has measured it,
     alignment over steps of runs of train.py; score against trained parameters of runs of adapt.py. Runs that differ in
     their seed only are one line or point."""
     out = Path(cfg.output_dir or "runs/analysis")
-    print(evaluate.compare(cfg.compare))
+    print(comparison.compare(cfg.compare))
     curves, alignment, points = defaultdict(list), defaultdict(list), defaultdict(list)
     labels = labels_of([Path(folder) for folder in cfg.compare])
     for folder, label in labels.items():
@@ -337,9 +340,9 @@ def columns_of(path: Path, name: str) -> tuple[list, list]:
 
 
 def labels_of(folders: list[Path]) -> dict[Path, str]:
-    """A short label for each finished run: `evaluate.compare`'s, without its settings (words with "=") where those are
+    """A short label for each finished run: `tools/compare.py`'s, without its settings (words with "=") where those are
     not needed to tell them apart. Raises UserError for runs of several data sets, or if none has finished."""
-    full = {folder: evaluate.name_of_run(folder) for folder in folders if (folder / "result.json").is_file()}
+    full = {folder: comparison.name_of_run(folder) for folder in folders if (folder / "result.json").is_file()}
     if len({dataset for _, dataset in full.values()}) != 1:
         names = ", ".join(sorted({dataset for _, dataset in full.values()})) or "none that has finished"
         raise UserError(f"--compare: give finished runs of one data set, these are of {names}")
@@ -352,7 +355,7 @@ def labels_of(folders: list[Path]) -> dict[Path, str]:
 def main(flags: dict):
     """Look at one run, or compare several. Raises UserError if nothing is asked for, or both."""
     cfg = Config(**flags)
-    evaluate.one_job(cfg, flags, USES)
+    one_job(cfg, flags, USES)
     if cfg.compare:
         compare(cfg)
     elif cfg.checkpoint:

@@ -1,11 +1,35 @@
 """How much memory a training step takes, computed without weights and without a GPU.
 
-    python evaluate.py --memory 16 --backbone t5-xl           a batch of 16, 256 + 256 tokens
+    python -m tools.estimate_memory --backbone t5-xl --batch-size 16        256 + 256 tokens an example
 
 The step is the one that `train.py` takes, forward and backward, on fake tensors, which have a size and no content; what
 lives at once is added up. What this leaves out: memory that the allocator holds back in pieces, libraries' own buffers
 (on a CPU 10 to 15 % more was measured: results/bench.md), and on CUDA its context (about half a GB).
 """
+
+from dataclasses import dataclass
+
+from plumbing.errors import UserError, exit_on_user_error
+from plumbing.flags import check_ranges, explicit_flags, flag
+
+
+@dataclass
+class Config:
+    """Print the memory that training takes with each method on a backbone.
+
+    example:
+      python -m tools.estimate_memory --backbone t5-xxl --batch-size 8 --max-input 512
+    """
+
+    backbone: str = flag("t5-xl", "t5-xl, t5-xxl, bart-large, or a hub name, folder or config file")
+    batch_size: int = flag(16, "examples per step")
+    max_input: int = flag(256, "tokens of each input")
+    max_output: int = flag(256, "tokens of each output")
+    training_tasks: int = flag(313, "how many training tasks a Z is for")
+
+
+if __name__ == "__main__":  # read the flags before the slow imports: --help and mistakes answer at once
+    FLAGS = explicit_flags(Config, {})
 
 import weakref
 
@@ -17,10 +41,11 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import train
-from backbone import add_adapters, reason_of
-from config import UserError
-from counts import ROWS, meta_backbone
 from inject import adapter_parameters, task_ids
+from methods import add_adapters, use_checkpointing
+from plumbing.backbones import reason_of
+from plumbing.tables import aligned
+from tools.count_parameters import ROWS, meta_backbone
 
 MOST_TOKENS = 10_000_000  # of a batch: a thousand times what the papers train with, and the ids of its tasks are real
 SHOWN = ("full", "(IA)^3", "LoRA", "Poly", "MHR, 8 heads", "MHR, 64 heads")
@@ -78,7 +103,7 @@ def training_memory(
         if cfg.method != "full":
             add_adapters(model, cfg, tasks)
         if checkpointing:
-            train.use_checkpointing(model)
+            use_checkpointing(model)
         batch = fake_batch(model.config.is_encoder_decoder, batch_size, *lengths)
         try:
             step = step_memory(model.train(), batch)
@@ -104,7 +129,7 @@ def table(backbone: str, batch_size: int, lengths: tuple[int, int], tasks: int) 
     A method whose heads do not divide a layer has no numbers. Raises UserError for a batch of more than MOST_TOKENS.
     """
     if (tokens := batch_size * sum(lengths)) > MOST_TOKENS:
-        given = f"--memory {batch_size} --max-input {lengths[0]} --max-output {lengths[1]}"
+        given = f"--batch-size {batch_size} --max-input {lengths[0]} --max-output {lengths[1]}"
         raise UserError(f"{given} is a batch of {tokens:,} tokens, which fits nowhere: {MOST_TOKENS:,} at most")
     head = ("GB", "backbone", "adapters", "AdamW", "step", "in all", "step with --checkpointing", "in all")
     lines = [head]
@@ -121,3 +146,14 @@ def table(backbone: str, batch_size: int, lengths: tuple[int, int], tasks: int) 
             cells += [f"{number / 1e9:.1f}" for number in numbers]
         lines.append((name, *(cells or ["-"] * 7)))
     return lines
+
+
+def main(flags: dict):
+    cfg = Config(**flags)
+    check_ranges(cfg)
+    lengths = (cfg.max_input, cfg.max_output)
+    print(aligned(table(cfg.backbone, cfg.batch_size, lengths, cfg.training_tasks), left=1))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main, FLAGS)

@@ -1,9 +1,9 @@
 """Export: hand a run to PEFT or to plain Hugging Face code, and take PEFT's Poly and the authors' checkpoints back.
 
-    python export.py --checkpoint RUN --task NAME --format peft --output-dir DIR      one task, as PEFT's LoRA or (IA)^3
-    python export.py --checkpoint RUN --task mu --format merged --output-dir DIR      ... merged into a plain model
-    python export.py --checkpoint RUN --format peft-poly --output-dir DIR             all tasks of a Poly or MHR run
-    python export.py --checkpoint DIR_OR_FILE --format run --output-dir RUN           the way back, for adapt.py
+    python -m tools.export --checkpoint RUN --task NAME --format peft --output-dir DIR    a task: PEFT's LoRA or (IA)^3
+    python -m tools.export --checkpoint RUN --task mu --format merged --output-dir DIR    ... merged into a plain model
+    python -m tools.export --checkpoint RUN --format peft-poly --output-dir DIR           all tasks of a Poly or MHR run
+    python -m tools.export --checkpoint DIR_OR_FILE --format run --output-dir RUN         the way back, for adapt.py
 
 One flag says what is converted and one what is written: --checkpoint is a run folder of train.py or adapt.py; with
 --format run it is a folder of PEFT's Poly or a checkpoint file of the MHR authors' code, whichever it turns out to be.
@@ -26,10 +26,10 @@ not say which task is which, so the tasks of such a run are called 0, 1, 2, ...
 
 from dataclasses import dataclass
 
-from config import (
-    ONE_ADAPTER, PRETRAINING, UserError, exit_on_user_error, explicit_flags, flag, new_run_folder, read_config,
-    read_json, recipe, write_json,
-)  # fmt: skip
+from plumbing.errors import UserError, exit_on_user_error
+from plumbing.flags import explicit_flags, flag
+from plumbing.folders import new_run_folder, read_config, read_json, script_of, whole_folder, write_config, write_json
+from recipes import ONE_ADAPTER, PRETRAINING, recipe
 
 DATASETS = tuple(name for name in PRETRAINING if isinstance(name, str))
 
@@ -61,13 +61,11 @@ from torch import Tensor, nn
 
 import adapt
 import train
-from backbone import (
-    TINY, add_adapters, average_skills, collapse, load_adapter_file, load_backbone, load_run, save_backbone,
-    whole_folder,
-)  # fmt: skip
+from evaluate import adapted_config
 from inject import adapted_layers, merge, routers, save_adapters
 from lora import LoRA
-from resume import advice_on_memory
+from methods import add_adapters, average_skills, collapse, count_parameters, load_adapter_file, load_run
+from plumbing.backbones import TINY, advice_on_memory, load_backbone, save_backbone
 from sft import SFT
 
 # --- One task -> one adapter ------------------------------------------------------------------------------------------
@@ -76,9 +74,9 @@ from sft import SFT
 def one_adapter(cfg: Config):
     """(model, tokenizer, name of its backbone) with the one adapter of --task in each layer, without routers."""
     folder = Path(cfg.checkpoint)
-    if "checkpoint" in read_json(folder / "config.json"):
+    if script_of(folder) == "adapt.py":
         return _adapted(cfg, folder)
-    base = _base(folder)
+    base = train.run_config(str(folder), device="cpu")
     if base.method == "full":
         raise UserError(f"{folder} is a run of method full: {folder / 'backbone'} is a plain model folder already")
     if cfg.split:
@@ -100,8 +98,8 @@ def one_adapter(cfg: Config):
 
 def _adapted(cfg: Config, folder: Path):
     """`one_adapter` of an adaptation run. No data are needed: the saved files hold all that differs between tasks."""
-    run = dataclasses.replace(read_config(adapt.Config, folder / "config.json"), device="cpu")
-    base = adapt.train_config(run)
+    run = adapted_config(folder, device="cpu")
+    base = adapt.base_config(run)
     split = cfg.split or run.split[0]
     if split not in run.split or not cfg.split and len(run.split) > 1:
         given = f"--split {cfg.split}" if cfg.split else "--split is missing"
@@ -125,11 +123,6 @@ def names_of_tasks(folder: Path) -> list[str]:
     if odd := [name for name in names if not isinstance(name, str)]:
         raise UserError(f"{folder / 'tasks.json'}: {odd[0]!r:.60} is no name of a task: it was changed by hand")
     return names
-
-
-def _base(folder: Path) -> train.Config:
-    """The settings of a run of train.py, for the CPU."""
-    return adapt.train_config(adapt.Config(checkpoint=str(folder), device="cpu"))
 
 
 def _check_task(cfg: Config, names: list[str]):
@@ -231,9 +224,9 @@ POLY_HAS = {
 def export_poly(cfg: Config):
     """A whole run as a folder of PEFT's Poly; run.json and tasks.json, which PEFT ignores, are for the way back."""
     peft, folder = import_peft(), Path(cfg.checkpoint)
-    if "checkpoint" in read_json(folder / "config.json"):
+    if script_of(folder) == "adapt.py":
         raise UserError(f"--format peft-poly needs a run of train.py: {folder} is one of adapt.py, use --format peft")
-    base = _base(folder)
+    base = train.run_config(str(folder), device="cpu")
     for name, values in POLY_HAS.items():
         if (value := getattr(base, name)) not in values:
             raise UserError(f"PEFT's Poly has no --{name} {value}, as {folder} has: use --format peft, for one task")
@@ -268,7 +261,7 @@ def read_peft_poly(folder: Path):
         raise UserError(f"{folder / 'adapter_model.safetensors'} cannot be read: {error}") from None
     known = {"backbone": config.get("base_model_name_or_path") or "", "routing": "gumbel"}
     if not isinstance(known["backbone"], str):
-        raise UserError(f"{folder / 'adapter_config.json'}: its base_model_name_or_path is no text: mend it")
+        raise UserError(f"{folder / 'adapter_config.json'}: its base_model_name_or_path is no text: correct it")
     if (folder / "run.json").exists():
         known = dataclasses.asdict(read_config(train.Config, folder / "run.json"))
     return by_layer(state, "base_model.model.", PEFT_POLY, folder), known
@@ -370,9 +363,9 @@ def import_run(cfg: Config):
         tasks = read_json(source / "tasks.json", skills=list)
     with whole_folder(new_run_folder(cfg.output_dir)) as folder:
         save_adapters(model, str(folder / "adapter.safetensors"))
-        write_json(folder / "config.json", dataclasses.asdict(base))
+        write_config(folder, base)
         write_json(folder / "tasks.json", tasks)
-        counts = train.count_parameters(model)
+        counts = count_parameters(model)
         write_json(folder / "result.json", {"steps": 0, "seconds": 0.0, "parameters": counts})  # none of our own order
     counted = f"{t} tasks, {len(layers)} layers, {s} skills of rank {r}, {h} heads"
     print(f"method {method}, {counted}, saved in {cfg.output_dir}")

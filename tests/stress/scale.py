@@ -1,9 +1,10 @@
 """Memory and time to the first batch, from ten thousand to five million rows.
 
-    python -m experiments.scale                 prints the table of results/scale.md
+    python -m tests.stress.scale                 prints the table of results/scale.md
 
 Writes P3-format parquet files (10 configs of the training mixture, short random texts) to a temporary folder, then
-reads them in a fresh process for each size, as `train.py` does: `data.load`, and 200 batches of 16. Two peaks: "own"
+reads them in a fresh process for each size, as `train.py` does: `benchmarks.load`, and 200 batches of 16.
+Two peaks: "own"
 memory, which the process holds (RssAnon, sampled every 10 ms), and with it the pages of memory-mapped files that it has
 touched, which belong to the system's file cache and are dropped when something else needs the memory. Linux only.
 Ends with code 1 if own memory grows by 200 MB or more, or a first batch takes more than 30 s.
@@ -20,7 +21,7 @@ import threading
 import time
 from pathlib import Path
 
-from config import RunError, exit_on_user_error
+from plumbing.errors import RunError, exit_on_user_error
 
 SIZES = (10_000, 100_000, 1_000_000, 5_000_000)
 CONFIGS = 10
@@ -65,9 +66,10 @@ def read_rows(folder: str):
     threading.Thread(target=watch, args=(own,), daemon=True).start()
     import benchmarks.t0
     import data
+    from benchmarks import load
 
     benchmarks.t0.TRAIN[:] = [task._replace(cap=10**9) for task in benchmarks.t0.TRAIN]  # no caps: all rows
-    tasks = data.load("t0", folder, parts=("train",)).train
+    tasks = load("t0", folder, parts=("train",)).train
     batches = data.batches(tasks, batch_size=16, seed=0)
     next(batches)
     first = time.monotonic() - begin
@@ -85,7 +87,7 @@ def measure(sizes: tuple[int, ...]) -> bool:
         with tempfile.TemporaryDirectory() as folder:
             write_rows(Path(folder) / "p3", size)
             environment = os.environ | {"HF_DATASETS_CACHE": f"{folder}/cache"}
-            command = [sys.executable, "-m", "experiments.scale", "--read", folder]
+            command = [sys.executable, "-m", "tests.stress.scale", "--read", folder]
             for run in ("first", "later"):  # the first converts parquet to Arrow, later ones find it in the cache
                 done = subprocess.run(command, env=environment, capture_output=True, text=True)
                 if done.returncode:

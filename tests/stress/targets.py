@@ -1,4 +1,4 @@
-"""What `experiments/faults.py` changes, and what reads it: a target is a function of a random.Random that changes a
+"""What `tests/stress/faults.py` changes, and what reads it: a target is a function of a random.Random that changes a
 copy of a file, or a command line, has it read, and puts the file back.
 
 It returns where the reader did, and raises what the reader raises, or an AssertionError if something is read without a
@@ -17,7 +17,29 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
 
-from experiments.kills import RUN, quiet, small_backbone
+import torch
+from safetensors.torch import save_file
+
+import adapt
+import benchmarks
+import evaluate
+import inject
+import train
+from benchmarks.tables import datasets
+from inject import adapted_layers, digest, read_tensors, write_tensors
+from methods import load_adapter_file, load_run, names_of_skills, starting_point
+from plumbing.backbones import advice_on_memory, load_backbone
+from plumbing.checkpoint import Progress, load_checkpoint, marks_of_model, run_tensors, save_checkpoint
+from plumbing.errors import RunError, UserError
+from plumbing.flags import check_ranges, explicit_flags
+from plumbing.folders import CHECKPOINT
+from plumbing.run import truncate_log
+from plumbing.tasks import TaskRun
+from recipes import FEW_SHOT, PRETRAINING
+from scoring import of_split
+from tests.stress.kills import RUN, quiet, small_backbone
+from tools import analyze, export, figures
+from tools.compare import compare
 
 SAMPLES = Path(__file__).resolve().parents[1] / "assets" / "samples"
 WORDS = [  # what breaks programs
@@ -92,7 +114,6 @@ def in_the_header(content: bytes, chance: random.Random) -> bytes:
 
 def odd_tensors(tensors: dict, chance: random.Random) -> dict:
     """One to three tensors are missing, renamed, of another type or shape, not finite, huge, or another one's."""
-    import torch
 
     types = (torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.float8_e5m2)
     found = dict(tensors)
@@ -167,7 +188,6 @@ def files(root: Path, paths: list[Path], read: Callable, change: Callable | None
 def signed(root: Path, path: Path, load: Callable, own: Callable) -> Callable:
     """The tensors of a file of `inject.write_tensors`, or the text beside them, are changed and signed anew. own():
     what load() has read, {name in the file: tensor}: it must be what the file holds."""
-    from inject import digest, read_tensors, write_tensors
 
     tensors, texts = read_tensors(str(path))
     texts.pop("sha256")
@@ -194,7 +214,6 @@ def signed(root: Path, path: Path, load: Callable, own: Callable) -> Callable:
 
 def unchanged(read: Callable, state: Callable) -> Callable:
     """`read`; where that fails, the tensors of state() must be as before."""
-    from inject import digest
 
     def reading():
         before = digest(state())
@@ -213,7 +232,6 @@ def unchanged(read: Callable, state: Callable) -> Callable:
 
 def targets(root: Path) -> dict[str, tuple[float, Callable]]:
     """{name: (share of the mutations, function of a random.Random that mutates and reads)}; root: an empty folder."""
-    import train
 
     flags = RUN | dict(backbone=small_backbone(root / "backbone"), output_dir=str(root / "run"))
     with quiet():
@@ -234,7 +252,6 @@ def examples_in(path: Path, content: bytes) -> int:
 
 def data_targets(root: Path) -> dict[str, tuple[float, Callable]]:
     """The files of the benchmarks' samples, whole benchmarks being read."""
-    import data
 
     for name in ("crossfit", "superni", "t0"):
         shutil.copytree(SAMPLES / name, root / name)
@@ -249,8 +266,8 @@ def data_targets(root: Path) -> dict[str, tuple[float, Callable]]:
             nonlocal number
             number += 1
             if number % 50 == 0:  # `datasets` would keep a table for each reading
-                shutil.rmtree(data.datasets.config.HF_DATASETS_CACHE, ignore_errors=True)
-            found = data.load(name, str(root / name), split, ("train", "dev", "test"))
+                shutil.rmtree(datasets.config.HF_DATASETS_CACHE, ignore_errors=True)
+            found = benchmarks.load(name, str(root / name), split, ("train", "dev", "test"))
             parts = [p for task in found.train + found.dev + found.test for p in (task.train, task.dev, task.test)]
             return sum(1 for part in parts for k in range(len(part)) if part[k])
 
@@ -281,25 +298,20 @@ def data_targets(root: Path) -> dict[str, tuple[float, Callable]]:
 
 def tensor_targets(root: Path, flags: dict) -> dict[str, tuple[float, Callable]]:
     """Files with a digest: adapter, checkpoint, AdapterSoup's embeddings."""
-    import torch
 
-    import adapt
-    import inject
-    import resume
-    import train
-    from backbone import load_adapter_file
+    pass  # TODO removed import
 
     run = root / "run"
     cfg = train.make_config(**flags)
-    tasks = train.load_tasks(cfg, cfg.split, ("train",)).train
-    model, _ = train.starting_point(cfg, tasks, [])
+    tasks = benchmarks.load_for(cfg, cfg.split, ("train",)).train
+    model, _ = starting_point(cfg, tasks, [])
     optimizer = train.make_optimizer(model, cfg)
     load_adapter_file(model, run / "adapter.safetensors")
-    for p in resume.run_tensors(model).values():
+    for p in run_tensors(model).values():
         p.grad = torch.ones_like(p)
     optimizer.step()
-    resume.save_checkpoint(run / resume.CHECKPOINT, model, optimizer, resume.Progress(1))
-    adapter, checkpoint = run / "adapter.safetensors", run / resume.CHECKPOINT
+    save_checkpoint(run / CHECKPOINT, run_tensors(model), optimizer, Progress(1))
+    adapter, checkpoint = run / "adapter.safetensors", run / CHECKPOINT
 
     def adapters() -> dict:
         return {name: p.detach() for name, p in inject.adapter_parameters(model).items()}
@@ -307,16 +319,16 @@ def tensor_targets(root: Path, flags: dict) -> dict[str, tuple[float, Callable]]
     def all_of_it() -> dict:
         states = optimizer.state_dict()["state"].items()
         flat = {f"optimizer.{k}.{n}": x for k, own in states for n, x in own.items()}
-        return {f"model.{n}": p.detach() for n, p in resume.run_tensors(model).items()} | flat
+        return {f"model.{n}": p.detach() for n, p in run_tensors(model).items()} | flat
 
     load_adapter = unchanged(lambda: load_adapter_file(model, adapter), all_of_it)
-    load_checkpoint = unchanged(lambda: resume.load_checkpoint(checkpoint, model, optimizer), all_of_it)
+    read_checkpoint = unchanged(lambda: load_checkpoint(checkpoint, run_tensors(model), optimizer), all_of_it)
 
     def digest_of(load: Callable, own: Callable) -> Callable:
         return lambda: (str(load()), inject.digest(own()))
 
     soup_cfg = train.make_config(**{k: v for k, v in flags.items() if k != "skills"} | dict(method="adapter-soup"))
-    soup, _ = train.starting_point(soup_cfg, tasks[:5], train.names_of_skills(soup_cfg, tasks[:5]))
+    soup, _ = starting_point(soup_cfg, tasks[:5], names_of_skills(soup_cfg, tasks[:5]))
     embeddings = root / "soup" / "embeddings.safetensors"
     embeddings.parent.mkdir()
     inject.write_tensors({"embeddings": torch.randn(5, 16)}, str(embeddings))
@@ -324,7 +336,7 @@ def tensor_targets(root: Path, flags: dict) -> dict[str, tuple[float, Callable]]
     every = {}
     for name, share, path, load, own in (
         ("adapter", 0.07, adapter, load_adapter, adapters),
-        ("checkpoint", 0.07, checkpoint, load_checkpoint, all_of_it),
+        ("checkpoint", 0.07, checkpoint, read_checkpoint, all_of_it),
     ):
         read = digest_of(load, own)
         whole = read()
@@ -339,42 +351,36 @@ def tensor_targets(root: Path, flags: dict) -> dict[str, tuple[float, Callable]]
 
 def run_targets(root: Path, run: Path) -> dict[str, tuple[float, Callable]]:
     """The other files of runs of train.py and adapt.py, and the backbone."""
-    import adapt
-    import analyze
-    import evaluate
-    import export
-    import figures
-    import resume
-    import train
-    from backbone import load_backbone, load_run
-    from config import check_ranges
-
+    pass  # TODO removed import
+    pass  # TODO removed import
     flags = dict(steps=2, eval_every=1, batch_size=4, shots=4, test_examples=1, split=("0", "1"), checkpoint=str(run))
     few = adapt.Config(**flags, tasks="sort+double,drop+swap", output_dir=str(root / "few"), device="cpu")
     with quiet():
         adapt.adapt(few)
-    base = adapt.train_config(few)
-    model, tokenizer = load_run(run, base)
-    marks, tasks = resume.marks_of_model(model), adapt.tasks_to_adapt(base, "0", few)
+    base = adapt.base_config(few)
+    model, _ = load_run(run, base)
+    marks, tasks = marks_of_model(model), adapt.tasks_to_adapt(base, "0", few)
 
     def start():
         """As train.py --resume and adapt.py begin."""
         check_ranges(train.make_config(output_dir=str(run), resume=True))
-        with resume.advice_on_memory("less"):
-            load_run(run, adapt.train_config(adapt.Config(checkpoint=str(run), device="cpu")))
+        with advice_on_memory("less"):
+            load_run(run, train.run_config(str(run), device="cpu"))
 
     def go_on() -> bool:
         """As adapt.py --resume does where all tasks of a split are done."""
-        log, begin = io.StringIO(), None
-        found = adapt.adapt_split(model, tokenizer, tasks, begin, "0", base, few, root / "few", log, marks)[0]
-        return all(math.isfinite(found[what][task.name]) for what in ("before", "tasks") for task in tasks)
+        run = TaskRun(root / "few", marks)
+        if list(run.tasks(tasks, "0", "")):
+            raise AssertionError("a task that is done would be done again")
+        scores = of_split(run.results(), tasks)
+        return all(math.isfinite(scores[what][task.name]) for what in ("before", "tasks") for task in tasks)
 
     def cut_log():
         """On a copy, for it drops what comes after step 5."""
         content, copy = (run / "log.jsonl").read_bytes(), run / "copy.jsonl"
         copy.write_bytes(content)
         try:
-            resume.cut_log(copy, lambda line: line["step"] <= 5)
+            truncate_log(copy, lambda line: line["step"] <= 5)
             kept = [line + b"\n" for line in content.split(b"\n")[:-1] if json.loads(line)["step"] <= 5]
             return copy.read_bytes() == b"".join(kept)
         except Exception as error:
@@ -410,7 +416,7 @@ def run_targets(root: Path, run: Path) -> dict[str, tuple[float, Callable]]:
         "tasks.json": (0.02, files(root, [run / "tasks.json"], lambda: export.one_adapter(one) and None)),
         "TASK.json": (0.05, files(root, sorted((few_folder / "0").glob("*.json")), go_on, expected=true)),
         "log.jsonl": (0.04, files(root, [run / "log.jsonl"], cut_log, expected=true)),
-        "--compare": (0.08, files(root, compared, lambda: evaluate.compare((str(run), str(few_folder))))),
+        "--compare": (0.08, files(root, compared, lambda: compare((str(run), str(few_folder))))),
         "analyze --compare": (0.03, files(root, drawn, draw)),
         "backbone": (0.03, files(root, sorted(other.iterdir()), backbone, expected=lambda *_: whole)),
     }
@@ -419,17 +425,11 @@ def run_targets(root: Path, run: Path) -> dict[str, tuple[float, Callable]]:
 def import_targets(root: Path) -> dict[str, tuple[float, Callable]]:
     """What export.py makes a run of: a folder of PEFT's Poly, and a checkpoint of the authors' code. What it refuses
     must leave nothing behind, what it reads a whole run."""
-    import torch
-    from safetensors.torch import save_file
 
-    import adapt
-    import export
-    from backbone import load_run
-    from config import RunError, UserError
-    from inject import adapted_layers
+    pass  # TODO removed import
 
     run, peft, path, out = root / "run", root / "peft", root / "authors.pt", root / "new"
-    model, _ = load_run(run, adapt.train_config(adapt.Config(checkpoint=str(run), device="cpu")))
+    model, _ = load_run(run, train.run_config(str(run), device="cpu"))
     blocks = {name: export.to_blocks(layer) for name, layer in adapted_layers(model).items()}
     state = {f"model.{n}.{export.AUTHORS[key]}": p.detach() for n, found in blocks.items() for key, p in found.items()}
     h, s, _, r = next(iter(blocks.values()))["A"].shape
@@ -478,19 +478,13 @@ def import_targets(root: Path) -> dict[str, tuple[float, Callable]]:
 
 def command_lines(run: Path) -> Callable:
     """Flags of a script with changed names and values, read as the script does before it begins to work."""
-    import adapt
-    import config
-    import evaluate
-    import export
-    import train
-
     train_line = "--method mhr --heads 8 --dataset strings --lr 0.01 --steps 5 --seed 1 --layers light --save-every 5"
     good = {  # script: its flags, and what it makes of them
-        train: (train_line, lambda **flags: config.check_ranges(train.make_config(**flags))),
+        train: (train_line, lambda **flags: check_ranges(train.make_config(**flags))),
         adapt: (f"--checkpoint {run} --variant z --split 1 2 --tasks dev --steps 5 --shots 4 --lr 0.01 --resume",
-                lambda **flags: config.check_ranges(adapt.make_config(**flags))),
+                lambda **flags: check_ranges(adapt.make_config(**flags))),
         evaluate: ("--checkpoint runs/x --split 13 --beams 2 --zero-shot --test-examples 3",
-                   lambda **flags: config.check_ranges(evaluate.Config(**flags))),
+                   lambda **flags: check_ranges(evaluate.Config(**flags))),
         export: (f"--checkpoint {run} --format peft --task mu --output-dir {run}/new",
                  lambda **flags: export.check(export.Config(**flags))),
     }  # fmt: skip
@@ -499,16 +493,16 @@ def command_lines(run: Path) -> Callable:
         module = chance.choice(list(good))
         line, make = good[module]
         words = mutated(line.encode(), chance).decode("utf-8", "replace").replace("\0", "").split(" ")
-        recipes = {train: config.PRETRAINING, adapt: config.FEW_SHOT}.get(module, {})
+        recipes = {train: PRETRAINING, adapt: FEW_SHOT}.get(module, {})
         before = listing(run.parent)
         try:
-            make(**config.explicit_flags(module.Config, recipes, words))
+            make(**explicit_flags(module.Config, recipes, words))
         except SystemExit as stop:
             if stop.code not in (0, 2):
                 raise AssertionError(f"exit code {stop.code}") from None
-            raise config.UserError("refused by the parser") from None
-        except OSError as error:  # for which `config.exit_on_user_error` has a sentence
-            raise config.UserError(error.strerror) from None
+            raise UserError("refused by the parser") from None
+        except OSError as error:  # for which `errors.exit_on_user_error` has a sentence
+            raise UserError(error.strerror) from None
         finally:
             if listing(run.parent) != before:
                 raise AssertionError("something was written")

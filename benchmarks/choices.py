@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import BaseModelOutput
 
-from data import Example, encode_inputs, encode_outputs, pad, pad_rows
+from data import Example, Item, encode_inputs, encode_outputs, pad, pad_rows
+from plumbing.errors import UserError
 
 UNLIKELIHOOD_EPS = 1e-2  # of T-Few's code: -log(1 - p + eps) stays finite at p = 1
 
@@ -90,6 +91,15 @@ def t_few_loss(log_p: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
     wrong = log_p[mask & ~right]
     ul = -torch.log(1 - wrong.exp() + UNLIKELIHOOD_EPS).sum() / max(1, len(wrong))
     return lm + ln + ul
+
+
+def loss_of_choices(model, tokenizer, items: list[Item], max_input: int, max_output: int) -> torch.Tensor:
+    """`t_few_loss` of a batch: a scalar. Raises UserError for an example without choices."""
+    examples = [item.example for item in items]
+    if not all(e.choices for e in examples):
+        raise UserError("T-Few's losses, of this benchmark's recipe, need examples with answer choices")
+    labels = torch.tensor([e.label for e in examples], device=model.device)
+    return t_few_loss(*choice_log_probs(model, tokenizer, examples, max_input, max_output), labels)
 
 
 @torch.no_grad()

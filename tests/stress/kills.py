@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments and gone on with: `python -m experiments.faults --kills 500` calls this.
+"""Runs that are killed at random moments and gone on with: `python -m tests.stress.faults --kills 500` calls this.
 
 Small runs of train.py (12 steps, a checkpoint after each) and, one in four, of adapt.py (2 tasks of 2 splits) are
 started again and again with --resume, each time in a process of its own, and killed (SIGKILL). One kill in ten falls
@@ -45,7 +45,7 @@ def small_backbone(folder: Path) -> str:
     import torch
     from transformers import ByT5Tokenizer, T5ForConditionalGeneration
 
-    from backbone import tiny_from_scratch
+    from plumbing.backbones import tiny_from_scratch
 
     shape = tiny_from_scratch().config
     shape.d_model, shape.d_kv, shape.d_ff, shape.num_layers, shape.num_decoder_layers = 16, 4, 16, 1, 1
@@ -70,20 +70,23 @@ def child(script: str, flags: dict, seen):
     """A run of train.py or adapt.py. seen: numbers shared with the parent: what the run is at, the last saved step, and
     whether a saved step was done again."""
     import adapt
-    import resume
     import train
+    from plumbing import folders, run, tasks
 
     module = {"train": train, "adapt": adapt}[script]
-    noted(module, {"train": "train_steps", "adapt": "adapt_split"}[script], STEPS, seen, after=SCORING)
-    for name in ("write_json", {"train": "save_run", "adapt": "save_task"}[script]):
-        noted(module, name, SAVING, seen)
+    noted(module, "write_json", SAVING, seen)
     if script == "adapt":
         for name in ("evaluate_tasks", "all_scores"):
-            noted(adapt, name, SCORING, seen)
+            noted(adapt, name, SCORING, seen, after=STEPS)
+        noted(adapt, "save_trained", SAVING, seen)
+        noted(tasks, "write_json", SAVING, seen)
+        noted(adapt, "of_split", SCORING, seen, after=SCORING)
     else:
-        train.save_checkpoint = counted(train.save_checkpoint, seen)
-        noted(train, "save_checkpoint", SAVING, seen)
-        train.tidy = resume.tidy = put_aside(resume.tidy)
+        noted(train, "train_steps", STEPS, seen, after=SCORING)
+        noted(train, "save_run", SAVING, seen)
+        run.save_checkpoint = counted(run.save_checkpoint, seen)
+        noted(run, "save_checkpoint", SAVING, seen)
+        train.remove_checkpoint = folders.remove_checkpoint = put_aside(folders.remove_checkpoint)
     with quiet():
         module.main(flags)
 
@@ -103,24 +106,24 @@ def noted(module, name: str, phase: int, seen, after: int | None = None):
 
 
 def counted(save: Callable, seen) -> Callable:
-    """resume.save_checkpoint, with a note of the step that is saved, and if it had been saved before."""
+    """`save_checkpoint`, with a note of the step that is saved, and if it had been saved before."""
 
-    def counting(path, model, optimizer, progress, *args):
+    def counting(path, tensors, optimizer, progress, *args):
         seen[2] |= progress.step <= seen[1]
-        save(path, model, optimizer, progress, *args)
+        save(path, tensors, optimizer, progress, *args)
         seen[1] = progress.step
 
     return counting
 
 
-def put_aside(tidy: Callable) -> Callable:
-    """resume.tidy, which removes the checkpoint: that has another name then."""
-    from resume import CHECKPOINT
+def put_aside(remove: Callable) -> Callable:
+    """`remove_checkpoint`, but the checkpoint gets another name instead."""
+    from plumbing.folders import CHECKPOINT
 
     def renaming(folder: Path):
         with contextlib.suppress(FileNotFoundError):
             os.replace(folder / CHECKPOINT, folder.with_name(folder.name + LAST))
-        tidy(folder)
+        remove(folder)
 
     return renaming
 
@@ -267,7 +270,7 @@ class Killer:
 def kills(wanted: int, seed: int) -> str:
     """Kill runs until `wanted` kills are done; the table for the results. Ends the program, and leaves the folder, if a
     run differs from the one that nobody killed."""
-    from evaluate import aligned
+    from plumbing.tables import aligned
 
     folder = Path(tempfile.mkdtemp())
     killer = Killer(folder, seed)

@@ -1,7 +1,7 @@
 """What runs and readers survive: kills at random moments, and mutated files and command lines.
 
-    python -m experiments.faults --kills 500            runs, cut off that often by SIGKILL: see experiments/kills.py
-    python -m experiments.faults --mutations 100000     files of the benchmarks (`strings` reads none), of runs, of
+    python -m tests.stress.faults --kills 500            runs, cut off that often by SIGKILL: see tests/stress/kills.py
+    python -m tests.stress.faults --mutations 100000     files of the benchmarks (`strings` reads none), of runs, of
                                                         backbones, PEFT's and the authors' files, command lines
 
 Mutations: a good file (or command line) gets one to four random changes, then it is read. Each must be read, or refused
@@ -37,11 +37,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import exit_on_user_error
-from experiments.kills import kills, quiet
-from experiments.targets import targets
+from plumbing.errors import exit_on_user_error
+from tests.stress.kills import kills, quiet
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LIMIT, START = 20, 300  # seconds that a reader, and the start of its process, may take
 MEMORY = 12 << 30  # bytes of address space that a reader may take
 
@@ -55,7 +54,8 @@ def work(connection, folder: Path, seed: int, first: int, last: int):
     os.environ |= {"HF_DATASETS_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # it would describe every backbone that does not fit
     sys.path.insert(0, str(ROOT))
-    from config import RunError, UserError  # from here on: what is imported reads the environment
+    from plumbing.errors import RunError, UserError
+    from tests.stress.targets import targets  # here: what is imported reads the environment
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that watches
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
@@ -120,7 +120,7 @@ def outcomes(folder: Path, seed: int, first: int, last: int) -> Iterator[tuple[i
 
 def mutations(wanted: int, seed: int, keep: Path, first: int = 0) -> str:
     """Mutate and read `wanted` times, from number `first` on; the table for the results. What is bad is kept."""
-    from evaluate import aligned
+    from plumbing.tables import aligned
 
     counts, spent, names, done, bad = Counter(), Counter(), [], 0, 0
     with tempfile.TemporaryDirectory() as folder, tqdm(total=wanted, desc="mutate", unit="file", disable=None) as bar:

@@ -1,10 +1,32 @@
 """How many parameters each method trains, exactly, on any backbone: no weights are needed.
 
-    python evaluate.py --count-parameters --backbone t5-xl
+    python -m tools.count_parameters --backbone t5-xl
 
 The backbone is built on torch's meta device, from its config alone, and gets the very adapters that `train.py` would
 give it; `adapt.py`'s own preparation then says what a new task trains. So the table cannot differ from what runs.
 """
+
+from dataclasses import dataclass
+
+from plumbing.errors import UserError, exit_on_user_error
+from plumbing.flags import check_ranges, explicit_flags, flag
+from recipes import VARIANTS
+
+
+@dataclass
+class Config:
+    """Print how many parameters each method trains on a backbone.
+
+    example:
+      python -m tools.count_parameters --backbone bart-large --training-tasks 120
+    """
+
+    backbone: str = flag("t5-xl", "t5-xl, t5-xxl, bart-large, or a hub name, folder or config file")
+    training_tasks: int = flag(313, "how many training tasks a Z is for")
+
+
+if __name__ == "__main__":  # read the flags before the slow imports: --help and mistakes answer at once
+    FLAGS = explicit_flags(Config, {})
 
 import dataclasses
 from pathlib import Path
@@ -16,12 +38,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import adapt
 import train
-from backbone import add_adapters, reason_of, refuse_endless
-from config import VARIANTS, UserError
-from data import reach_hub
 from inject import named_layers
+from methods import add_adapters, count_parameters
+from plumbing.backbones import reach_hub, reason_of, refuse_endless
+from plumbing.tables import aligned
 
-CONFIGS = Path(__file__).parent / "assets" / "configs"  # t5-xl, t5-xxl and bart-large, for use without the hub
+CONFIGS = Path(__file__).resolve().parents[1] / "assets" / "configs"  # for use without the hub
 ROWS = {  # what the papers compare, by their names; "l-": the light layers, keys, values and one of the feed-forward;
     # "attention": queries, keys, values and outputs, from which some of the papers' l- figures follow
     "full": dict(method="full"),
@@ -96,12 +118,12 @@ def count(backbone: str, tasks: int, **settings) -> dict[str, int]:
     model = meta_backbone(backbone)
     if cfg.method != "full":
         add_adapters(model, cfg, tasks=1)
-    numbers = train.count_parameters(model)
+    numbers = count_parameters(model)
     found = {"adapters": skills * numbers["adapters"], "Z": tasks * numbers["routing"]}
     for variant, methods in VARIANTS.items():
         if cfg.method in methods and not (variant == "mu" and cfg.adapter == "sft"):
             adapt.prepare(model, dataclasses.replace(cfg, device="meta"), adapt.Config(variant=variant))
-            found[variant] = sum(train.count_parameters(model).values())
+            found[variant] = sum(count_parameters(model).values())
     return found
 
 
@@ -123,3 +145,13 @@ def table(backbone: str, tasks: int) -> list[tuple[str, ...]]:
         rank = str(settings.get("rank", 1)) if settings.get("adapter", "lora") == "lora" and name != "full" else ""
         lines.append((name, rank, *(f"{found[c]:,}" if found.get(c) else "-" for c in columns)))
     return lines
+
+
+def main(flags: dict):
+    cfg = Config(**flags)
+    check_ranges(cfg)
+    print(aligned(table(cfg.backbone, cfg.training_tasks)))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main, FLAGS)

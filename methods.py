@@ -1,0 +1,188 @@
+"""From a method's name to a model: a backbone with the method's routers and adapters in it.
+
+`cfg` is a `train.Config`; its fields backbone, device and precision, and those under "Adapter and routing", determine
+the model.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from baselines.fixed import FixedRouter, RandomRouter, given_table, half_of_skills, skill_names
+from baselines.hyperformer import HyperRouter
+from baselines.task_moe import TaskMoERouter
+from ia3 import IA3, IA3Linear
+from inject import (
+    IA3_INPUT_SIDE, LAYER_SETS, adapted_layers, freeze, inject, load_adapters, named_layers, routers, save_adapters,
+    sharing_key,
+)  # fmt: skip
+from lora import LoRA, LoRALinear
+from mhr import MHRLinear, MHRRouter
+from plumbing import processes
+from plumbing.backbones import load_backbone, save_backbone
+from plumbing.errors import UserError
+from plumbing.folders import read_config, refuse_other_tasks
+from poly import PolyLinear, PolyRouter
+from recipes import FIXED_TABLE, ONE_ADAPTER
+from sft import SFT, SFTLinear
+
+SINGLE = {"lora": LoRALinear, "ia3": IA3Linear, "sft": SFTLinear}  # a layer with one adapter, by --adapter
+
+# --- Build ------------------------------------------------------------------------------------------------------------
+
+
+def build_model(cfg, tasks: int, table: Tensor | None = None):
+    """Load the backbone and put the method's adapters in: (model, tokenizer). tasks, table: see `make_router`.
+
+    Raises UserError if the settings do not fit the backbone; the sentence names the layer.
+    """
+    model, tokenizer = load_backbone(cfg.backbone, cfg.device, cfg.precision)
+    if cfg.method != "full":
+        add_adapters(model, cfg, tasks, table)
+    return model.to(cfg.device), tokenizer
+
+
+def add_adapters(model: nn.Module, cfg, tasks: int, table: Tensor | None = None):
+    """Freeze a backbone and put the method's adapters in. Raises UserError as `build_model`."""
+    freeze(model)
+    shared = {}  # granularity: layers with the same key share a router
+
+    def make_layer(name: str, linear: nn.Module) -> nn.Module:
+        """The adapted layer that replaces `linear`, for `inject`."""
+        adapter = make_adapter(cfg, name)
+        if cfg.method in ONE_ADAPTER:
+            return SINGLE[cfg.adapter](linear, adapter)
+        key = "model" if cfg.method in FIXED_TABLE else sharing_key(name, cfg.granularity)  # one fixed table for all
+        if key not in shared:
+            shared[key] = make_router(cfg, tasks, table)
+        return (MHRLinear if cfg.method == "mhr" else PolyLinear)(linear, adapter, shared[key])
+
+    try:
+        named = cfg.layers in LAYER_SETS or not cfg.layers
+        default = "ia3" if cfg.adapter == "ia3" else "lora"  # an SFT changes the layers that LoRA would
+        layers = named_layers(cfg.layers or default, model.config.model_type) if named else cfg.layers
+        inject(model, make_layer, layers)
+    except ValueError as error:
+        layers = f" --layers {cfg.layers}" if cfg.layers else ""
+        raise UserError(f"--method {cfg.method} --backbone {cfg.backbone}{layers}: {error}") from None
+
+
+def make_adapter(cfg, name: str):
+    """The adapter (--adapter) of the layer of this name."""
+    if cfg.adapter == "ia3":
+        return IA3("in" if name.endswith(IA3_INPUT_SIDE) else "out")
+    return SFT(cfg.density) if cfg.adapter == "sft" else LoRA(cfg.rank)
+
+
+def make_router(cfg, tasks: int, table: Tensor | None = None) -> nn.Module:
+    """A fresh router of a routed method for this many tasks. table (t, s): the table of a method that has one; None:
+    each task uses all skills alike, until a file is loaded. Raises ValueError for settings out of range.
+    """
+    if cfg.method == "poly":
+        return PolyRouter(tasks, cfg.skills, cfg.routing)
+    if cfg.method == "mhr":
+        return MHRRouter(tasks, cfg.skills, cfg.heads, cfg.routing)
+    if cfg.method == "task-moe":
+        return TaskMoERouter(tasks, cfg.skills, cfg.top_k)
+    if cfg.method == "hyperformer":
+        return HyperRouter(tasks, cfg.skills)
+    if cfg.method == "random" and cfg.random_by == "example":
+        return RandomRouter(tasks, cfg.skills)
+    if cfg.method == "random":
+        return FixedRouter(half_of_skills(tasks, cfg.skills))
+    return FixedRouter(torch.ones(tasks, cfg.skills) if table is None else table)
+
+
+def names_of_skills(cfg, tasks: list) -> list[str]:
+    """The names of the skills of a fixed table, [] for other methods. UserError if an expert's table has none."""
+    seen = [task for task in tasks if len(task.train)]  # an untrained skill would only dilute averages
+    names = skill_names(cfg.method, seen) if cfg.method in FIXED_TABLE else []
+    if cfg.method == "expert" and not names:
+        raise UserError(f"--method expert: nothing is known of the skills of these tasks of {cfg.dataset}")
+    return names
+
+
+def starting_point(cfg, tasks: list, skills: list[str]):
+    """(model, tokenizer) before training: with fresh adapters, or with those of --from-run, averaged for method mu.
+
+    skills: of `names_of_skills`.
+    """
+    if not cfg.from_run:
+        return build_model(cfg, len(tasks), given_table(cfg.method, tasks, skills) if skills else None)
+    base = read_config(type(cfg), Path(cfg.from_run) / "config.json")
+    refuse_other_tasks(Path(cfg.from_run), cfg.method, tasks)
+    model, tokenizer = load_run(Path(cfg.from_run), dataclasses.replace(cfg, method=base.method))
+    if cfg.method == "mu":
+        average_skills(model, cfg.adapter)
+    return model, tokenizer
+
+
+# --- Load and save ----------------------------------------------------------------------------------------------------
+
+
+def load_run(folder: Path, cfg):
+    """A pre-trained run as it was saved: (model, tokenizer). cfg: its Config.
+
+    Raises UserError if the run has not finished, or its file does not fit the backbone.
+    """
+    saved = folder / ("backbone" if cfg.method == "full" else "adapter.safetensors")
+    if not saved.exists():
+        raise UserError(f"{folder} has no {saved.name}: its training has not finished")
+    if cfg.method == "full":
+        return build_model(dataclasses.replace(cfg, backbone=str(saved)), tasks=1)
+    model, tokenizer = build_model(cfg, tasks=1)  # routers then take the file's number of tasks
+    load_adapter_file(model, saved)
+    return model, tokenizer
+
+
+def load_adapter_file(model: nn.Module, path: Path):
+    """`inject.load_adapters`, with a UserError where the file does not fit."""
+    try:
+        load_adapters(model, str(path))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def save_trained(model: nn.Module, tokenizer, path: Path):
+    """Save what was trained: adapters and routers as path.safetensors, a model without them as the folder path."""
+    if adapted_layers(model):
+        save_adapters(model, f"{path}.safetensors")
+    else:
+        save_backbone(model, tokenizer, path)
+
+
+def save_run(model: nn.Module, tokenizer, folder: Path, mark: str = ""):
+    """`save_trained` as a run of train.py names it. mark: added to the name. The first of several processes saves."""
+    if processes.first():
+        save_trained(model, tokenizer, folder / f"{'adapter' if adapted_layers(model) else 'backbone'}{mark}")
+
+
+# --- Average and count ------------------------------------------------------------------------------------------------
+
+
+def collapse(model: nn.Module, adapter: str, params_of):
+    """Replace every routed layer by one with a single adapter, without routing.
+
+    params_of(layer): the adapter's parameters {name: (...)}, or None for a fresh adapter.
+    """
+    for name, layer in adapted_layers(model).items():
+        if hasattr(layer, "router"):
+            model.set_submodule(name, SINGLE[adapter](layer.linear, layer.adapter, params_of(layer)))
+
+
+def average_skills(model: nn.Module, adapter: str):
+    """mu: `collapse` to the average of each layer's skills."""
+    collapse(model, adapter, lambda layer: layer.average_skills())
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """The number of trainable parameters: Z of the routers, and the rest (skills, adapters, or the whole backbone)."""
+    z = sum(router.Z.numel() for router in routers(model) if router.Z.requires_grad)
+    return {"adapters": sum(p.numel() for p in model.parameters() if p.requires_grad) - z, "routing": z}
+
+
+def use_checkpointing(model):
+    """Gradient checkpointing: keep only the inputs of blocks, recompute the rest in the backward pass."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

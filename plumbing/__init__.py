@@ -1,0 +1,1 @@
+"""The machinery beside the papers' concepts: flags, errors, run folders, checkpoints, processes, backbones."""

@@ -1,0 +1,216 @@
+"""From the command line to a script's Config.
+
+A script has one dataclass `Config`. Its fields are the settings of a run, and most of them are flags. Defaults that
+depend on the benchmark come from `recipes.py`; a flag on the command line overrides both. Nothing here loads torch:
+`python train.py --help` answers at once, and so does a misspelt flag.
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+import re
+import sys
+
+from plumbing.errors import UserError, exit_quietly_on_signals
+from recipes import FIXED_TABLE, LEARNED, METHODS, ROUTED
+
+# --- Fields of a Config -----------------------------------------------------------------------------------------------
+
+
+def flag(default, help: str, choices: tuple = (), metavar: str = "", group: str = "", required: bool = False):
+    """A field of a script's Config that is also a flag.
+
+    help, choices, metavar: as argparse has them. group: the title under which --help shows this flag and those after
+    it. required: only for --help to say so; the script itself refuses a run without it.
+    """
+    about = dict(help=help, choices=choices, metavar=metavar, group=group, required=required)
+    return dataclasses.field(default=default, metadata=about)
+
+
+def setting(default, help: str, choices: tuple = ()):
+    """A field without a flag: the recipe of the benchmark sets it."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "group": "", "setting": True})
+
+
+def as_flag(name: str) -> str:
+    """The name of a field as the user types it: lr_z to --lr-z."""
+    return f"--{name.replace('_', '-')}"
+
+
+# --- Reading the command line -----------------------------------------------------------------------------------------
+
+
+def explicit_flags(Config: type, recipes: dict, argv: list[str] | None = None, moved: dict = {}) -> dict:  # noqa: B006
+    """The flags on the command line, by field name; a mistake ends the program with one sentence and exit code 2.
+
+    recipes: their values are shown as defaults. argv: None for the command line of this process, which from here until
+    `exit_on_user_error` also exits quietly on a signal. moved: {former flag: what to use now}, for one sentence each.
+    If standard output or error was closed before the start (2>&-), it becomes the null device: otherwise a new file
+    could reuse descriptor 1 or 2. Of several processes (`processes.py`) only the first one prints.
+    """
+    if argv is None:
+        exit_quietly_on_signals()
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w")
+        sys.stderr.isatty = lambda: False  # errors yes, progress bars no
+    parser = _parser(Config, recipes)
+    recipe_only = "is a setting of the recipe, not a flag: change it in recipes.py"
+    gone = moved | {f.name: recipe_only for f in dataclasses.fields(Config) if f.metadata.get("setting")}
+    for word in sys.argv[1:] if argv is None else argv:
+        name = word.removeprefix("--").removeprefix("no-").partition("=")[0].replace("-", "_")
+        if word.startswith("--") and name in gone:
+            parser.error(f"{as_flag(name)} {gone[name]}")
+    flags = vars(parser.parse_args(argv))
+    for name, value in flags.items():
+        if re.search("[\ud800-\udfff]", " ".join(value) if isinstance(value, list) else str(value)):
+            parser.error(f"argument {as_flag(name)}: it is not valid UTF-8")
+    return flags
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+
+
+def _parser(Config: type, recipes: dict) -> _Parser:
+    """The parser of a Config: its first docstring line at the top of --help, the rest of the docstring at the end."""
+    about, _, examples = (Config.__doc__ or "").partition("\n")
+    parser = _Parser(
+        description=about.strip(), epilog=examples.strip("\n"), allow_abbrev=False,
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    group = parser
+    for field in dataclasses.fields(Config):
+        if field.metadata["group"]:
+            group = parser.add_argument_group(field.metadata["group"])
+        if not field.metadata.get("setting"):
+            group.add_argument(as_flag(field.name), **_options(field, recipes))
+    return parser
+
+
+def _options(field: dataclasses.Field, recipes: dict) -> dict:
+    """What argparse needs to know of one flag."""
+    having = {key: r[field.name] for key, r in recipes.items() if field.name in r}
+    by_dataset = [f"{value} ({key})" for key, value in having.items() if isinstance(key, str)]
+    by_dataset += ["some methods have their own"] if len(by_dataset) < len(having) else []
+    default = ", ".join(by_dataset) or (field.default if field.default != "" else "none")
+    note = "[required]" if field.metadata["required"] else f"[default: {default}]"
+    options = dict(help=f"{field.metadata['help']} {note}".replace("%", "%%"))
+    if field.type is bool:
+        return options | {"action": argparse.BooleanOptionalAction}
+    if field.metadata["choices"]:
+        options["choices"] = field.metadata["choices"]
+    else:
+        options["metavar"] = field.metadata["metavar"] or {int: "N", float: "X"}.get(field.type, "NAME")
+    return options | ({"nargs": "+"} if field.type is tuple else {"type": field.type})
+
+
+# --- Checking what was given ------------------------------------------------------------------------------------------
+
+ABOVE_ZERO = (
+    "rank skills heads density top_k batch_size lr lr_z clip max_input max_output log_every eval_every eval_batch "
+    "patience soup beams training_tasks"
+).split()
+INTERVAL = r"([1-9]\d{0,8})(m?)"  # of --save-every
+NOT_NEGATIVE = (
+    "keep_every steps epochs micro_batch weight_decay warmup eval_examples test_examples shots seed".split()
+)
+
+
+def check_ranges(cfg):
+    """Raise UserError for a number outside its range (or not a number), naming its flag."""
+    for name, value in dataclasses.asdict(cfg).items():
+        if name == "skills" and cfg.method in FIXED_TABLE:
+            continue  # 0, until the tasks say how many
+        if name in ABOVE_ZERO and not 0 < value < math.inf:
+            raise UserError(f"{as_flag(name)} must be above 0, not {value}")
+        if name in NOT_NEGATIVE and not 0 <= value < 2**63:
+            raise UserError(f"{as_flag(name)} must not be negative or huge, not {value}")
+        if type(value) is int and name != "seed" and value >= 2**31:
+            raise UserError(f"{as_flag(name)} must be below 2^31, not {value}")
+        if name == "warmup" and value > 1:
+            raise UserError(f"{as_flag(name)} is a share of the steps and must not be above 1, not {value}")
+        if name == "save_every" and not re.fullmatch(INTERVAL, value):
+            raise UserError(f"--save-every {value} is neither a number of steps, as 200, nor of minutes, as 10m")
+
+
+def fit_to_method(cfg, flags: dict):
+    """Set what the method of cfg (a `train.Config`) implies. Raises UserError for flags that it excludes."""
+    if cfg.method == "mu":
+        raise UserError("--method mu averages the skills of a finished run: give it by --from-run")
+    if cfg.method in ("lora", "ia3"):
+        if flags.get("adapter", cfg.method) != cfg.method:
+            raise UserError(f"--adapter {cfg.adapter} does not fit --method {cfg.method}: leave --adapter out")
+        cfg.adapter = cfg.method
+    if cfg.method in FIXED_TABLE:
+        if "skills" in flags:
+            raise UserError(f"--skills does not fit --method {cfg.method}, whose tasks say how many: leave it out")
+        cfg.skills = 0
+    if cfg.method == "task-moe" and not 2 <= cfg.top_k <= cfg.skills:
+        raise UserError(f"--method task-moe uses {cfg.top_k} skills a task: give --skills {cfg.top_k} or more")
+    if cfg.adapter == "ia3" and "layers" not in flags:
+        cfg.layers = ""  # the recipes' layers are LoRA's
+
+
+def refuse_change(saved, flags: dict, of: str):
+    """Raise UserError if a flag differs from the same setting of a saved Config. of: whose it is, for the message."""
+    for name, value in flags.items():
+        if value != getattr(saved, name):
+            raise UserError(f"{as_flag(name)} {value} does not fit {of}, whose is {getattr(saved, name)}")
+
+
+def split_number(split: str, of: str) -> int:
+    """--split as a whole number. of: the benchmark, for the message. Raises UserError for anything else.
+
+    A second way to write a number, as 007, is refused too: it would name another folder for the same split.
+    """
+    if not re.fullmatch("0|[1-9][0-9]{0,17}", split):
+        raise UserError(f"--split {split:.40} must be a whole number below 10^18 for {of}")
+    return int(split)
+
+
+def describe(cfg) -> str:
+    """All settings of a run in one line, for its start."""
+    return "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items() if v != "")
+
+
+# --- Flags that have no effect ----------------------------------------------------------------------------------------
+
+USED_BY = {  # flags of some methods only
+    "heads": ("mhr",), "routing": ("poly", "mhr"), "skills": ROUTED, "granularity": (*LEARNED, "random"),
+    "lr_z": LEARNED, "random_by": ("random",),
+}  # fmt: skip
+OF_ADAPTER = {"rank": "lora"}
+OF_DATASET = {
+    "split": ("strings", "strings-single", "crossfit"),
+    "instructions": ("strings",),
+    "partition": ("crossfit",),
+}
+NOT_OF_VARIANT = {"z": ("lr",), "mu": ("lr_z",), "lora": ("lr_z",)}
+
+
+def unused(cfg, flags: dict, variant: str = "") -> list[str]:
+    """The flags in `flags` that have no effect on training with the settings cfg (a `train.Config`), or, if a variant
+    is given, on adapting what was trained so."""
+    names = [name for name in flags if cfg.method not in USED_BY.get(name, METHODS)]
+    names += [name for name in flags if cfg.adapter != OF_ADAPTER.get(name, cfg.adapter)]
+    names += [name for name in flags if not variant and cfg.dataset not in OF_DATASET.get(name, (cfg.dataset,))]
+    names += [name for name in flags if name in NOT_OF_VARIANT.get(variant, ())]
+    return [as_flag(name) for name in dict.fromkeys(names)]
+
+
+def one_job(cfg, flags: dict, uses: dict[str, tuple[str, ...]]):
+    """Refuse two jobs at a time (UserError), and name the flags that have no effect on the one.
+
+    uses: for each flag that asks for a job, its companion flags; companion flags do not count as a second job.
+    """
+    asked = [name for name in uses if getattr(cfg, name)]
+    jobs = [name for name in asked if not any(name in uses[other] for other in asked)]
+    if len(jobs) > 1:
+        raise UserError(f"{as_flag(jobs[0])} and {as_flag(jobs[1])} are two jobs: give one of them")
+    for job in jobs:
+        if ignored := [as_flag(name) for name in flags if name not in (job, *uses[job])]:
+            print(f"ignored with {as_flag(job)}: {', '.join(ignored)}")

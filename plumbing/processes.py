@@ -1,0 +1,104 @@
+"""Several processes, one run: each takes its share of every batch, and gradients are summed over all.
+
+    accelerate launch --num_processes 2 train.py --method mhr --dataset strings     or: torchrun --nproc-per-node 2 ...
+
+Started like this (or in any way that sets RANK, WORLD_SIZE and MASTER_ADDR), `train.py` computes what one process would
+compute on the same batch, up to rounding: every process holds the whole model, draws the same routing noise
+(`inject.task_ids` is told all tasks of the batch), and weights its loss by its share. `adapt.py` gives each process
+every n-th task. Only the first process prints and writes; all must see the disk of the run folder. On CUDA each process
+takes the GPU of its LOCAL_RANK. Without these variables every function here does nothing.
+
+Each process draws its own routing noise, as in any data-parallel training, where their random states diverge: with a
+backbone that has dropout, after a batch with fewer examples than processes, and under random routing by example.
+
+Nothing here loads torch before the processes meet.
+"""
+
+import os
+import sys
+
+from plumbing.errors import UserError
+
+
+def join(device: str):
+    """Meet the other processes, if there are any. device: cpu or cuda.
+
+    Raises UserError for settings of accelerate that are not supported here, or if there is no GPU for this process.
+    """
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            raise UserError(f"accelerate is set to {name}, but here every process holds the whole model: switch it off")
+    if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
+        raise UserError(f"accelerate is set to mixed precision {precision}: set it to no, and use --precision")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not _dist():
+        import torch
+        import torch.distributed as dist
+
+        if device == "cuda":
+            local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            if local >= gpus:
+                raise UserError(f"process {local} of this machine has no GPU: start {gpus} processes, or --device cpu")
+            torch.cuda.set_device(local)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+
+
+def _dist():
+    """torch.distributed if several processes have met, else None."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist and dist.is_available() and dist.is_initialized() else None
+
+
+def several() -> bool:
+    return _dist() is not None
+
+
+def rank() -> int:
+    return dist.get_rank() if (dist := _dist()) else 0
+
+
+def first() -> bool:
+    """Whether this process is the one that writes."""
+    return rank() == 0
+
+
+def share(items: list) -> list:
+    """This process's part of a list: every n-th item of n processes. May be empty."""
+    return items[dist.get_rank() :: dist.get_world_size()] if (dist := _dist()) else items
+
+
+def wait():
+    """Wait until all processes are here."""
+    if dist := _dist():
+        dist.barrier()
+
+
+def together(results: dict) -> dict:
+    """Merge the dictionaries of all processes; each process gets the whole."""
+    if not (dist := _dist()):
+        return results
+    every = [None] * dist.get_world_size()
+    dist.all_gather_object(every, results)
+    return {key: value for one in every for key, value in one.items()}
+
+
+def sum_gradients(parameters: list, loss: float, stop: int) -> tuple[float, bool]:
+    """Replace each gradient by its sum over all processes; a missing one counts as zero.
+
+    Returns the sum of the losses, and whether any process wants to stop, so that all stop after the same step.
+    Gradients travel as one vector: a message has a fixed cost, however small it is.
+    """
+    if not (dist := _dist()):
+        return loss, bool(stop)
+    import torch
+    from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+    total = torch.tensor([loss, stop], dtype=torch.float64, device=parameters[0].device)
+    with torch.no_grad():
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        gradients = [p.grad for p in parameters]
+        vector = parameters_to_vector(gradients)
+        dist.all_reduce(total)
+        dist.all_reduce(vector)
+        vector_to_parameters(vector, gradients)
+    return total[0].item(), bool(total[1].item())

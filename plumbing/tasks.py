@@ -1,0 +1,61 @@
+"""A run over tasks, one after another, with one result file each: what stands beside the loop of `adapt.py`.
+
+    with TaskRun(folder, made_with) as run:
+        for task in run.tasks(tasks, split, "adapt"):    # those that are not done
+            ...
+            run.record(before=..., stops=..., metrics=...)
+        results = run.results()                          # of all, also those done before an interruption
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from plumbing import processes
+from plumbing.checkpoint import marks_of_tasks
+from plumbing.folders import check_numbers, read_json, refuse_other, write_json
+from plumbing.run import Log
+
+
+class TaskRun(Log):
+    """Within this context: the log, the bar, and SPLIT/TASK.json for each task that is done.
+
+    made_with: {"backbone": hash, ...}; a result that was made with something else is refused (UserError). Of several
+    processes each takes its share of the tasks.
+    """
+
+    def __init__(self, folder: Path, made_with: dict[str, str]):
+        self.folder, self.made_with, self.seconds = folder, made_with, 0.0
+        super().__init__(folder, lambda line: (folder / line["split"] / f"{line['task']}.json").exists(), everyone=True)
+
+    def tasks(self, tasks: list, split: str, title: str) -> Iterator:
+        """Those of this process's tasks (`data.Task`) that are not done, with a bar that shows the scores of each."""
+        self.own = {}
+        (self.folder / split).mkdir(parents=True, exist_ok=True)
+        for task in (bar := tqdm(processes.share(tasks), desc=title, unit="task", disable=None)):
+            self.file_of_task = path = self.folder / split / f"{task.name}.json"
+            self.made = self.made_with | {"data set": marks_of_tasks([task])}
+            if not path.exists():
+                self.start = time.monotonic()
+                yield task
+            one = self.own[task.name] = read_json(
+                path, before=float, stops=dict, metrics=dict, seconds=float, made_with=dict
+            )
+            check_numbers(path, one["metrics"], {"before": one["before"], "seconds": one["seconds"]})
+            refuse_other(path, one["made_with"], self.made)
+            self.seconds += one["seconds"]
+            before, after = f"{one['before']:.1f}", f"{next(iter(one['metrics'].values())):.1f}"
+            bar.set_postfix(task=task.name, before=before, after=after)
+            if bar.disable:
+                print(f"{task.name:40} split {split:5} before {before:>5}  after {after:>5}", flush=True)
+
+    def record(self, **result):
+        """The task is done: write its result file. result: "before", "stops" and "metrics" (the main one first)."""
+        self.flush_to_disk()
+        write_json(self.file_of_task, result | {"seconds": time.monotonic() - self.start, "made_with": self.made})
+
+    def results(self) -> dict[str, dict]:
+        """{task name: content of its result file} of the tasks of the last split, those of all processes."""
+        return processes.together(self.own)

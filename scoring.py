@@ -1,0 +1,191 @@
+"""Scores: predict, generate or choose, score each task by its own metric, average over groups and splits."""
+
+import statistics
+from collections import defaultdict
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.choices import choose
+from benchmarks.metrics import score
+from data import Example, Task, collate
+from inject import adapted_layers, merged, task_ids
+from plumbing import processes
+from plumbing.errors import UserError
+
+# --- Predictions ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def predict(
+    model, tokenizer, examples: list[Example], ids: list[int], lengths, batch_size: int, beams: int = 1,
+    by_choice: bool = False,
+) -> list[str]:  # fmt: skip
+    """The model's outputs for these examples, in their order: generated (greedily, or by beam search), or chosen.
+
+    ids: the task id of each example. lengths: (max_input, max_output) in tokens. by_choice: the best of each example's
+    choices, by `choices.choose`. The longest inputs go first, so that a batch holds similar lengths. If all examples
+    are of one task, its adapter is merged meanwhile (not into bfloat16 weights, which would round it away).
+    """
+    was_training = model.training
+    model.eval()
+    if len(set(ids)) == 1 and model.dtype == torch.float32 and adapted_layers(model):
+        with merged(model, ids[0]):
+            outputs = predict(model, tokenizer, examples, ids, lengths, batch_size, beams, by_choice)
+        model.train(was_training)
+        return outputs
+    order = sorted(range(len(examples)), key=lambda k: -len(examples[k].input))
+    outputs, name = [""] * len(examples), "choose" if by_choice else "generate"
+    for start in tqdm(range(0, len(order), batch_size), desc=name, unit="batch", disable=None, leave=False):
+        rows = order[start : start + batch_size]
+        batch = [examples[k] for k in rows]
+        with task_ids([ids[k] for k in rows], keep=True):
+            if by_choice:
+                chosen = choose(model, tokenizer, batch, *lengths)
+                texts = [example.choices[k] for example, k in zip(batch, chosen, strict=True)]
+            else:
+                texts = generate(model, tokenizer, batch, *lengths, beams)
+        for k, text in zip(rows, texts, strict=True):
+            outputs[k] = text
+    model.train(was_training)
+    return outputs
+
+
+def generate(model, tokenizer, examples: list[Example], max_input: int, max_output: int, beams: int = 1) -> list[str]:
+    """The outputs of one batch, within a `task_ids` context of its examples.
+
+    The backbone's own generation settings are overridden: those of facebook/bart-large, for one, forbid to repeat any
+    three tokens.
+    """
+    encoder_decoder = model.config.is_encoder_decoder
+    batch = collate(examples, None, tokenizer, encoder_decoder, max_input, max_output)
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    plain = dict(no_repeat_ngram_size=0, repetition_penalty=1.0, length_penalty=1.0, early_stopping=False, min_length=0)
+    out = model.generate(**batch, max_new_tokens=max_output, num_beams=beams, do_sample=False, **plain)
+    out = out if encoder_decoder else out[:, batch["input_ids"].shape[1] :]
+    return tokenizer.batch_decode(out, skip_special_tokens=True)
+
+
+# --- Scores of tasks --------------------------------------------------------------------------------------------------
+
+
+def all_scores(
+    model, tokenizer, tasks: list[Task], ids: list[int], lengths, limit: int = 0, batch_size: int = 64, beams: int = 1
+) -> dict[str, dict[str, float]]:
+    """Score each task on its test examples (the first `limit`; 0: all), tasks[k] under task id ids[k].
+
+    Returns {task name: {metric: score}}, the task's main metric first. Examples of different tasks share batches: each
+    still gets its own task's adapter. Raises UserError for a task without test examples.
+    """
+    chosen = {}
+    for task in tasks:
+        if not task.test:
+            raise UserError(f"task {task.name} has no test examples to score")
+        chosen[task.name] = task.test[: limit or None]
+    scores = {}
+    for by_choice in (False, True):
+        kind = [(k, task) for k, task in zip(ids, tasks, strict=True) if (task.metric == "Rank-ACC") == by_choice]
+        flat = [example for _, task in kind for example in chosen[task.name]]
+        rows = [k for k, task in kind for _ in chosen[task.name]]
+        outputs = iter(predict(model, tokenizer, flat, rows, lengths, batch_size, beams, by_choice))
+        for _, task in kind:
+            examples = chosen[task.name]
+            predictions = [next(outputs) for _ in examples]
+            scores[task.name] = {m: score(m, predictions, examples) for m in (task.metric, *task.also)}
+    return {task.name: scores[task.name] for task in tasks}
+
+
+def evaluate_tasks(*args, **kwargs) -> dict[str, float]:
+    """`all_scores`, main metrics only: {task name: score}."""
+    return main_scores(all_scores(*args, **kwargs))
+
+
+def main_scores(scores: dict[str, dict[str, float]]) -> dict[str, float]:
+    """What `all_scores` gives, main metrics only: {task name: score}."""
+    return {name: next(iter(values.values())) for name, values in scores.items()}
+
+
+def constant_scores(tasks: list[Task], limit: int = 0) -> dict[str, dict[str, float]]:
+    """The score of each task's most frequent training answer on its test examples: a floor for any model.
+
+    For a task that is scored by choosing, the answer is the position in the list of choices that is most often right.
+    """
+    scores = {}
+    for task in tasks:
+        test = task.test[: limit or None]
+        if task.metric == "Rank-ACC":
+            label = statistics.mode(e.label for e in task.train)
+            predictions = [e.choices[min(label, len(e.choices) - 1)] for e in test]
+        else:
+            predictions = [statistics.mode(e.outputs[0] for e in task.train)] * len(test)
+        scores[task.name] = {m: score(m, predictions, test) for m in (task.metric, *task.also)}
+    return scores
+
+
+def tasks_to_score(cfg, tasks: list[Task]) -> list[int]:
+    """The numbers of the training tasks to score at the end. Raises UserError if --eval-examples finds none."""
+    numbers = [t for t, task in enumerate(tasks) if task.test] if cfg.eval_examples else []
+    if cfg.eval_examples and not numbers:
+        raise UserError(f"--eval-examples {cfg.eval_examples}: no training task has test examples")
+    return numbers
+
+
+def score_training_tasks(model, tokenizer, tasks: list[Task], numbers: list[int], cfg) -> dict:
+    """{"mean", "tasks": {name: main score}} of the training tasks with these numbers; {} if there are none."""
+    if not numbers:
+        return {}
+    mine, lengths = processes.share(numbers), (cfg.max_input, cfg.max_output)
+    own = evaluate_tasks(model, tokenizer, [tasks[t] for t in mine], mine, lengths, cfg.eval_examples)
+    every = processes.together(own)
+    scores = {tasks[t].name: every[tasks[t].name] for t in numbers}
+    print(f"training tasks, {cfg.eval_examples} unseen examples each: mean score {mean(scores):.1f}")
+    return {"mean": mean(scores), "tasks": scores}
+
+
+# --- Means ------------------------------------------------------------------------------------------------------------
+
+
+def by_group(scores: dict[str, float], tasks: list[Task]) -> dict[str, float]:
+    """The mean score of each group of tasks (SuperNI's categories, T0's data sets, CrossFit's types): {group: mean}."""
+    groups = defaultdict(list)
+    for task in tasks:
+        if task.group:
+            groups[task.group].append(scores[task.name])
+    return {group: statistics.fmean(values) for group, values in sorted(groups.items())}
+
+
+def mean(scores: dict[str, float]) -> float:
+    """The unweighted mean over tasks."""
+    return statistics.fmean(scores.values())
+
+
+def of_split(results: dict[str, dict], tasks: list[Task]) -> dict:
+    """The scores of one split, of what `plumbing.tasks.TaskRun` has recorded for each task.
+
+    {"before", "tasks": {task: main score}, "groups": {group: mean}, "metrics": {task: {metric: score}}, "stops"}.
+    """
+    before, metrics, stops = ({t.name: results[t.name][key] for t in tasks} for key in ("before", "metrics", "stops"))
+    after = main_scores(metrics)
+    return {"before": before, "tasks": after, "groups": by_group(after, tasks), "metrics": metrics, "stops": stops}
+
+
+def over_splits(results: dict[str, dict]) -> dict:
+    """Scores over splits. results: {split: what `of_split` returns}.
+
+    mean_before, mean: over tasks, then over splits. std: of the splits' means (0 for one split). before, tasks, groups:
+    {task or group: mean over the splits that have it}. medians: {task: median over splits}, and median, their mean:
+    what the papers report for T0. splits: the results themselves.
+    """
+
+    def over(key: str, average=statistics.fmean) -> dict[str, float]:
+        names = dict.fromkeys(name for result in results.values() for name in result[key])
+        return {n: average([r[key][n] for r in results.values() if n in r[key]]) for n in names}
+
+    means = [mean(result["tasks"]) for result in results.values()]
+    medians = over("tasks", statistics.median)
+    return {
+        "mean_before": statistics.fmean(mean(result["before"]) for result in results.values()),
+        "mean": statistics.fmean(means), "std": statistics.stdev(means) if len(means) > 1 else 0.0,
+        "median": mean(medians), "before": over("before"), "tasks": over("tasks"), "medians": medians,
+        "groups": over("groups"), "splits": results,
+    }  # fmt: skip

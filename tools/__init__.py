@@ -1,0 +1,1 @@
+"""Commands around runs: `python -m tools.analyze`, `compare`, `export`, `count_parameters`, `estimate_memory`."""
