@@ -14,12 +14,9 @@ values repeat all of it with other few-shot examples of the same tasks. What is 
           table 3 of its first version)
 
 No paper has mu of other methods; for HyperFormer it is 1/s of each row of its last layer. An average of SFTs is larger
-than one: of 8 with 10 % of a layer's weights each it has about 1 - 0.9^8 = 57 %.
-
-If routing is fixed, not learned, "all" trains: expert: the skills that the table assigns (all alike if it assigns none:
-held-out data sets of T0, categories of SuperNI); random: all skills alike; private: an adapter from scratch (Polytropon
-section 2.5: nothing is shared, so nothing is carried over); adapter-soup: ONE adapter, the average of those of the most
-similar training tasks.
+than one. If routing is fixed, not learned, "all" trains, for expert: the skills that the table assigns to the task (all
+alike if it assigns none); random: all skills alike; private: a fresh adapter (Polytropon section 2.5: nothing is
+shared); adapter-soup: ONE adapter, the average of those of the most similar training tasks.
 
 Writes to the run folder: config.json, for each task SPLIT/TASK.safetensors and SPLIT/TASK.json (its scores), log.jsonl
 and result.json.
@@ -29,7 +26,7 @@ from dataclasses import dataclass
 
 from plumbing.errors import UserError, exit_on_user_error
 from plumbing.flags import explicit_flags, flag, setting, unused
-from plumbing.folders import read_json, resumed_config, write_config, write_json
+from plumbing.folders import read_skills, remove_checkpoint, resumed_config, write_config, write_json
 from recipes import FEW_SHOT, VARIANTS, recipe
 
 
@@ -37,8 +34,7 @@ from recipes import FEW_SHOT, VARIANTS, recipe
 class Config:
     """Adapt a pre-trained run to held-out tasks, each from a few examples.
 
-    examples:
-      python adapt.py --checkpoint runs/strings-mhr-0
+    example:
       python adapt.py --checkpoint runs/strings-mhr-0 --variant z --tasks dev
     """
 
@@ -57,7 +53,7 @@ class Config:
     lr_z: float = flag(1e-1, "learning rate of Z")
     weight_decay: float = setting(0.0, "of adapters; Z is never decayed")
     warmup: float = setting(0.06, "share of the steps in which learning rates rise; they then fall to 0")
-    clip: float = setting(1.0, "largest gradient norm")
+    clip: float = flag(1.0, "largest gradient norm")
     choice_losses: bool = setting(False, "add T-Few's two losses over the answer choices to the language-model loss")
     best_by: str = setting("loss", "keep the values with the best dev loss, or dev score", ("loss", "score"))
     eval_every: int = flag(100, "steps between two looks at the dev examples")
@@ -77,7 +73,6 @@ if __name__ == "__main__":  # read the flags before the slow imports: --help and
 import dataclasses
 import functools
 import math
-import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,20 +82,19 @@ from torch import nn
 import benchmarks
 import data
 import train
-from baselines.adapter_soup import embed, soup_weights
+from baselines.adapter_soup import find_soups
 from baselines.fixed import FixedRouter, RandomRouter, given_table
 from benchmarks.choices import loss_of_choices
-from inject import adapted_layers, add_tasks, read_tensors, routers, task_ids
+from inject import adapted_layers, add_tasks, routers, task_ids
 from methods import (
     SINGLE, add_adapters, average_skills, collapse, count_parameters, load_run, save_trained, use_checkpointing,
 )  # fmt: skip
 from plumbing import processes
-from plumbing.backbones import load_backbone, warn_if_too_large
+from plumbing.backbones import warn_if_too_large
 from plumbing.checkpoint import marks_of_model
-from plumbing.folders import remove_checkpoint
 from plumbing.run import Log, run_in_folder
 from plumbing.tasks import TaskRun
-from scoring import all_scores, evaluate_tasks, of_split, over_splits
+from scoring import all_scores, evaluate_tasks, of_split, over_splits, summary
 
 # --- The starting point -----------------------------------------------------------------------------------------------
 
@@ -109,7 +103,7 @@ def prepare(model: nn.Module, base: train.Config, cfg: Config) -> Callable[[data
     """Turn a pre-trained model into the variant's starting point for ONE new task, with task id 0.
 
     Returns begin(task), which sets everything that is trained to its values at the start of this task. For most methods
-    they are the same for all tasks: fresh rows of Z instead of those of the training tasks, and what was pre-trained.
+    these are the same for all tasks: a fresh row of Z, and what was pre-trained.
     """
     if cfg.variant == "lora":
         add_adapters(model, dataclasses.replace(base, method="lora", adapter="lora"), tasks=1)
@@ -139,9 +133,7 @@ def prepare(model: nn.Module, base: train.Config, cfg: Config) -> Callable[[data
         for p, value in zip(trained, start, strict=True):
             p.copy_(value)
         if base.method == "expert" and cfg.variant == "all":
-            skills = read_json(path := Path(cfg.checkpoint) / "tasks.json", skills=list)["skills"]
-            if len(skills) != base.skills:
-                raise UserError(f"{path} names {len(skills)} skills, the run has {base.skills}: it was changed by hand")
+            skills = read_skills(Path(cfg.checkpoint), base.skills)
             for router in routers(model):
                 router.Z.copy_(given_table("expert", [task], skills))
 
@@ -150,23 +142,14 @@ def prepare(model: nn.Module, base: train.Config, cfg: Config) -> Callable[[data
 
 def begin_with_soup(model: nn.Module, base: train.Config, cfg: Config) -> Callable[[data.Task], None]:
     """AdapterSoup's begin(task): every layer gets the average of the adapters of the most similar training tasks."""
-    if not (path := Path(cfg.checkpoint) / "embeddings.safetensors").exists():
-        raise UserError(f"{path} does not exist: its training has not finished")
-    try:
-        embeddings, routed = read_tensors(path)[0].get("embeddings", torch.empty(0)), adapted_layers(model)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    encoder = load_backbone(base.encoder or base.backbone, base.device, base.precision, encoder=bool(base.encoder))
-    s, d = next(iter(routed.values())).router.skills, encoder[0].config.hidden_size
-    if (embeddings.shape, embeddings.dtype) != ((s, d), torch.float32) or not bool(embeddings.isfinite().all()):
-        raise UserError(f"{path} holds no {s} finite embeddings of size {d}: it is not of this run or this encoder")
+    routed = adapted_layers(model)
+    skills = next(iter(routed.values())).router.skills
+    weights_of = find_soups(base, Path(cfg.checkpoint) / "embeddings.safetensors", skills, cfg.soup)
 
     @torch.no_grad()
     def begin(task: data.Task):
         """Replace all routed layers by the average of the adapters that suit the task."""
-        if not len(task.train):
-            raise UserError(f"adapter-soup: task {task.name} has no training inputs to find similar tasks by")
-        w = soup_weights(embeddings, embed(encoder[0].eval(), encoder[1], task, base.max_input), cfg.soup)
+        w = weights_of(task)
         for name, layer in routed.items():
             params = {key: p[0] for key, p in layer.mix(w.to(base.device)).items()}
             if "place" in params:  # of the chosen SFTs alone: values of the others are zero, but would be trained
@@ -184,8 +167,7 @@ def begin_with_soup(model: nn.Module, base: train.Config, cfg: Config) -> Callab
 def dev_loss(model, tokenizer, task: data.Task, lengths, batch_size: int) -> float:
     """The loss on the task's dev examples in evaluation mode (no noise), averaged over batches by their examples."""
     model.eval()
-    items = [data.Item(0, e, e.outputs[0]) for e in task.dev]
-    total = 0.0
+    items, total = [data.Item(0, e, e.outputs[0]) for e in task.dev], 0.0
     for batch in data.by_length(items, batch_size):
         with task_ids([0] * len(batch)):
             total += train.batch_loss(model, tokenizer, batch, *lengths).item() * len(batch)
@@ -222,8 +204,7 @@ def adapt_task(model, tokenizer, task: data.Task, lengths, cfg, log: Log, split:
     weight = len if cfg.choice_losses else tokens
     key, sign = ("dev_loss", 1) if cfg.best_by == "loss" else ("dev_score", -1)
     best_value, best_step = dev_value(model, tokenizer, task, lengths, cfg), 0
-    best = [p.detach().clone() for p in trained]
-    batches = data.batches([task], cfg.batch_size, cfg.seed)
+    best, batches = [p.detach().clone() for p in trained], data.batches([task], cfg.batch_size, cfg.seed)
     for step in range(1, cfg.steps + 1):
         batch = next(batches)  # 1  take a batch of this task
         train.set_rates(optimizer, rates, train.warmup_then_decay(step - 1, cfg.steps, cfg.warmup))  # 2  set the rates
@@ -251,24 +232,13 @@ def adapt_task(model, tokenizer, task: data.Task, lengths, cfg, log: Log, split:
 
 
 def tasks_to_adapt(base: train.Config, split: str, cfg: Config) -> list[data.Task]:
-    """The chosen tasks of one split, each with cfg.shots of its train examples (0: all), drawn by the seed.
-
-    Tasks that lack examples are named and left out. Raises UserError if none is left, or if one has no answer choices
-    for T-Few's losses.
-    """
+    """The chosen tasks of one split with their few-shot examples. Raises UserError if there are none, or if one has no
+    answer choices for T-Few's losses."""
     tasks = benchmarks.held_out(benchmarks.load_for(base, split, ("dev", "test")), cfg.tasks)
-    lacking = [task.name for task in tasks if not (task.train and task.dev and task.test)]
-    if lacking:
-        print(f"left out, for they lack train, dev or test examples in split {split}: {', '.join(lacking)}")
-    if len(lacking) == len(tasks):
-        raise UserError(f"--tasks {cfg.tasks}: no task has train, dev and test examples to be adapted to and scored")
-    chosen = []
-    for task in (task for task in tasks if task.name not in lacking):
-        shots = min(cfg.shots or len(task.train), len(task.train))  # drawn: official files are sorted by label
-        chosen.append(dataclasses.replace(task, train=random.Random(cfg.seed).sample(task.train, shots)))
-    if cfg.choice_losses and (without := [task.name for task in chosen if not task.train[0].choices]):
+    tasks = benchmarks.few_shot(tasks, split, cfg.shots, cfg.seed)
+    if cfg.choice_losses and (without := [task.name for task in tasks if not task.train[0].choices]):
         raise UserError(f"--tasks {without[0]} has no answer choices, which T-Few's losses need: leave it out")
-    return chosen
+    return tasks
 
 
 def adapt(cfg: Config) -> dict:
@@ -313,9 +283,7 @@ def adapt_in(folder: Path, cfg: Config) -> dict:
         write_json(folder / "result.json", result)
         remove_checkpoint(folder)
     processes.wait()
-    over = f", mean of {len(splits)} splits (std {result['std']:.1f}, median {result['median']:.1f})"
-    print(f"mean score of {number} held-out tasks: before adaptation {result['mean_before']:.1f}, after", end=" ")
-    print(f"{result['mean']:.1f}{over if len(splits) > 1 else ''} ({result['seconds']:.0f} s, saved in {folder})")
+    print(f"{summary(result, number)} ({result['seconds']:.0f} s, saved in {folder})")
     return result
 
 

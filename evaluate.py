@@ -5,7 +5,7 @@
     python evaluate.py --checkpoint runs/NAME --zero-shot  a pre-training run on the held-out tasks, not adapted
     python evaluate.py --checkpoint runs/NAME --constant   the held-out tasks' most frequent training answer, no model
 
-Several runs in one table: `python -m tools.compare`.
+Several runs in one table: `python -m tools.compare RUN RUN ...`
 """
 
 from dataclasses import dataclass, replace

@@ -3,7 +3,8 @@
 A run's defaults are what its benchmark says, changed by what (benchmark, method) says; flags override both. Sources
 (benchmarks/README.md): the MHR authors' configuration files (t0: after T-Few) and Polytropon's appendix A.2. "strings"
 is ours; a search on dev compositions found its learning rates for each method (results/methods.md; some variants and
-sizes have others, which `experiments/methods.py` gives as flags). Warm-up is a share of the steps: 1,500 of SuperNI's 25,000.
+sizes have others, which `experiments/methods.py` gives as flags). Warm-up is a share of the steps: 1,500 of SuperNI's
+25,000.
 Full fine-tuning holds its weights in fp32: in bfloat16 most updates at such rates round to nothing.
 """
 

@@ -189,3 +189,10 @@ def over_splits(results: dict[str, dict]) -> dict:
         "median": mean(medians), "before": over("before"), "tasks": over("tasks"), "medians": medians,
         "groups": over("groups"), "splits": results,
     }  # fmt: skip
+
+
+def summary(result: dict, number: int) -> str:
+    """The end of an adaptation in a line. result: of `over_splits`. number: of tasks."""
+    splits, before, after = len(result["splits"]), result["mean_before"], result["mean"]
+    spread = f", mean of {splits} splits (std {result['std']:.1f}, median {result['median']:.1f})" if splits > 1 else ""
+    return f"mean score of {number} held-out tasks: before adaptation {before:.1f}, after {after:.1f}{spread}"

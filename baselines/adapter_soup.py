@@ -16,12 +16,17 @@ Deviations:
 * A task's embedding is averaged over at most EXAMPLES of its training inputs, evenly spaced.
 """
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from plumbing.backbones import load_backbone
 from data import Task, collate
+from inject import read_tensors
+from plumbing.backbones import load_backbone
+from plumbing.errors import UserError
 
 EXAMPLES = 200
 
@@ -48,10 +53,16 @@ def embed(encoder, tokenizer, task: Task, max_input: int, batch_size: int = 16) 
 
 def embed_tasks(cfg, tasks: list[Task]) -> Tensor:
     """The embedding of each task that has examples, (s, d), to compare new tasks with. cfg: a `train.Config`."""
+    encoder, tokenizer = load_encoder(cfg)
+    bar = tqdm([task for task in tasks if len(task.train)], desc="embed", unit="task", disable=None)
+    return torch.stack([embed(encoder, tokenizer, task, cfg.max_input) for task in bar])
+
+
+def load_encoder(cfg):
+    """The model that embeds tasks, in evaluation mode, and its tokenizer: cfg.encoder, or the run's own backbone."""
     name = cfg.encoder or cfg.backbone
     encoder, tokenizer = load_backbone(name, cfg.device, cfg.precision, encoder=bool(cfg.encoder))
-    bar = tqdm([task for task in tasks if len(task.train)], desc="embed", unit="task", disable=None)
-    return torch.stack([embed(encoder.eval(), tokenizer, task, cfg.max_input) for task in bar])
+    return encoder.eval(), tokenizer
 
 
 def soup_weights(embeddings: Tensor, new: Tensor, n: int) -> Tensor:
@@ -62,3 +73,28 @@ def soup_weights(embeddings: Tensor, new: Tensor, n: int) -> Tensor:
     cosine = torch.cosine_similarity(embeddings, new[None], dim=-1)  # (t,)
     best = cosine.topk(min(n, len(cosine))).indices
     return torch.zeros(1, len(cosine)).index_fill_(1, best, 1 / len(best))
+
+
+def find_soups(cfg, path: Path, tasks: int, n: int) -> Callable[[Task], Tensor]:
+    """A function from a new task to its `soup_weights`, by the embeddings that a run has saved.
+
+    cfg: the run's `train.Config`. path: its embeddings.safetensors. tasks: its number of adapters. Raises UserError if
+    the file is missing, damaged, or not of this run; the function raises it for a task without training inputs.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist: its training has not finished")
+    try:
+        embeddings = read_tensors(path)[0].get("embeddings", torch.empty(0))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    encoder, tokenizer = load_encoder(cfg)
+    d = encoder.config.hidden_size
+    if (embeddings.shape, embeddings.dtype) != ((tasks, d), torch.float32) or not bool(embeddings.isfinite().all()):
+        raise UserError(f"{path} holds no {tasks} finite embeddings of size {d}: not of this run, or of this encoder")
+
+    def weights_of(task: Task) -> Tensor:
+        if not len(task.train):
+            raise UserError(f"adapter-soup: task {task.name} has no training inputs to find similar tasks by")
+        return soup_weights(embeddings, embed(encoder, tokenizer, task, cfg.max_input), n)
+
+    return weights_of

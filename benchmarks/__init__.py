@@ -4,10 +4,14 @@
     t0                        P3's prompted data sets (Sanh et al. 2021), the papers' main benchmark
     superni                   Super-NaturalInstructions (Wang et al. 2022)
     crossfit                  the NLP Few-shot Gym (Ye et al. 2021)
+
+Where to get the files, and the papers' recipes: README.md beside this file.
 """
 
 import importlib
+import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 from data import PARTS, Benchmark, Task
 from plumbing.errors import UserError
@@ -52,3 +56,19 @@ def held_out(benchmark: Benchmark, names: str) -> list[Task]:
         if name not in known:
             raise UserError(f"--tasks {name} is no held-out task: choose all, dev, or from {', '.join(known)}")
     return [known[name] for name in dict.fromkeys(names.split(","))]
+
+
+def few_shot(tasks: list[Task], split: str, shots: int, seed: int) -> list[Task]:
+    """The tasks of a split that can be adapted to, each with `shots` of its train examples (0: all), drawn by the seed.
+
+    Tasks that lack train, dev or test examples are named and left out. Raises UserError if none is left.
+    """
+    lacking = [task.name for task in tasks if not (task.train and task.dev and task.test)]
+    if lacking:
+        print(f"left out, for they lack train, dev or test examples in split {split}: {', '.join(lacking)}")
+    if len(lacking) == len(tasks):
+        raise UserError(f"--tasks: none of {', '.join(lacking):.200} has train, dev and test examples")
+    whole = [task for task in tasks if task.name not in lacking]
+    sizes = [min(shots or len(task.train), len(task.train)) for task in whole]
+    drawn = [random.Random(seed).sample(task.train, n) for task, n in zip(whole, sizes, strict=True)]
+    return [replace(task, train=few) for task, few in zip(whole, drawn, strict=True)]  # official files are sorted

@@ -5,9 +5,9 @@ r"""Routing beyond language: one agent for eight levels of BabyAI (Polytropon [1
     python -m experiments.babyai --resume --output-dir runs/babyai-skilled-0          (--frames may grow)
     python -m experiments.babyai --plot runs/babyai-*       the paper's figure 2, and a table at equal episodes
 
-Every parameter of the agent is that of its level: theta_l = theta_0 + sum_s w_ls Phi_s ([1] eq. 3). theta_0 and Phi are
-both trained; a skill Phi_s changes a tenth of the entries, drawn at random (`sft.py`); each layer has a router of its
-own (`poly.py`, `mhr.py`, `baselines/fixed.py`). A batch is cut by level; each part sees its level's parameters.
+Every level has parameters of its own: theta_l = theta_0 + sum_s w_ls Phi_s ([1] eq. 3). theta_0 and Phi are both
+trained. A skill Phi_s changes a tenth of the entries, drawn at random (`sft.py`). Each layer has its own router
+(`poly.py`, `mhr.py`, `baselines/fixed.py`). A batch is divided by level, and each part runs with its level's parameters.
 
     skilled       a Z over 9 skills, learned at a higher rate than the rest (dual-speed)
     single-speed  the same at one learning rate         dense   the same with skills of all entries ("- sparsity")
@@ -16,32 +16,33 @@ own (`poly.py`, `mhr.py`, `baselines/fixed.py`). A batch is cut by level; each p
     private       an agent for each level: theta_0 is zero and stays so, Phi is dense; no parameter is shared
 
 What [1] leaves open, and what was chosen:
-* Success is counted while training: of sampled actions, with noise of Z where Z is learned (not in shared, expert and
-  private). [1] has a window of 100 and does not say of what. Of episodes, > 0.99 is 100 of 100, which most agents that
-  succeed in 94 % of their episodes also reach within 20,000 of them; so the same over 1,000 stands beside it. A success
-  at the last step that is allowed counts, with minigrid's reward of 0.1; in [1] it would not (n < n_max).
-* The finished agent is also tried without noise of Z, actions sampled, on 500 episodes a level whose seeds training
-  never draws, the same for all runs: "final".
-* Levels are sampled uniformly: a slot (an environment) draws its next level at each reset. So levels have equal
-  episodes, not frames: an unsolved maze takes 576, another level 64 or 128.
+* Success is counted during training: actions are sampled, and so is Z where it is learned (not in shared, expert and
+  private). [1] averages over a window of 100, without saying of what. Over 100 episodes, > 0.99 means 100 of 100, which
+  most agents that succeed in 94 % of their episodes also reach within 20,000. So 1,000 episodes are reported too. A
+  success at the last allowed step counts, with minigrid's reward of 0.1; in [1] it would not (n < n_max).
+* "final" is the success of the finished agent in 500 more episodes a level, without noise of Z, actions sampled.
+  Training never draws their seeds, and they are the same for all runs.
+* Each slot (an environment) draws its next level uniformly at each reset. So levels have equal numbers of episodes, not
+  of frames: an unsolved maze takes 576 frames, another level 64 or 128.
 * PPO is that of BabyAI 1.1 [2], whose setup [1] follows: rewards times 20, lambda 0.99, 64 slots of 40 frames an
-  update, 4 epochs of 2 batches, gradients through 20 frames, clipping 0.2 (value too), entropy 0.01, gradients of
-  norm 0.5 at most, over all levels together, under private too. A time-out is an end.
-* theta_0 and Phi have one learning rate, so theta_l moves by the steps of both: under dense up to twice as far as under
-  private, which has no theta_0. Private at `--lr 2e-4` beside dense at 1e-4 is the control for it.
-* Noise of Z (eq. 2): one draw an update, the same while acting and learning, so that PPO's ratios begin at one.
-* The learning rate of Z is 1e-2: A.1 has none; A.2, for language, 1e-2 to 1e-1.
-* Private is read as section 3.3 has it, "disjoint parameters for each task"; with a shared theta_0 they would not be.
-* Table 2 has eight skills, the text nine: `expert` has those of the eight that its levels need, so for few levels fewer
+  update, 4 epochs of 2 batches, gradients through 20 frames, clipping 0.2 (of the value too), entropy 0.01, gradient
+  norm at most 0.5 (over all levels together, also under private). A time-out ends an episode like a success.
+* theta_0 and Phi have one learning rate, and a step moves theta_l by both: under dense up to twice as far as under
+  private, which has no theta_0. Private at `--lr 2e-4` beside dense at 1e-4 is the control for this.
+* The noise of Z (eq. 2) is drawn once an update and used for acting and learning, so that PPO's ratios begin at one.
+* The learning rate of Z is 1e-2: A.1 gives none; A.2, for language, gives 1e-2 to 1e-1.
+* Private follows section 3.3, "disjoint parameters for each task"; a shared theta_0 would contradict that.
+* Table 2 has eight skills, the text nine. `expert` has those of the eight that its levels need: with few levels fewer
   than `skilled`, which in [1] has as many.
-* [2] normalises by batch. That would mix levels, and differ from acting to learning: here by example (GroupNorm).
-* Kaiming uniform is torch's default bound 1 / sqrt(fan-in), 1 for look-up tables. A skill's vectors begin at 0, but
-  for private, whose skills are whole agents.
-* mhr: a layer with a tensor whose rows --heads does not divide keeps one Z; of 8, look-up tables and last layers.
+* [2] normalises by batch. That would mix levels, and acting would differ from learning: here GroupNorm, by example.
+* Kaiming uniform has torch's default bound 1 / sqrt(fan-in), 1 for look-up tables. A skill's vectors begin at 0, except
+  under private, whose skills are whole agents.
+* mhr: a layer keeps one Z if --heads does not divide the rows of all its tensors; with 8 heads these are the look-up
+  tables and the last layers.
 
-One process steps all slots; `share_of_time` in result.json says how much of a run was the environments, acting and
-learning. results/babyai.md is of all methods at [1]'s learning rate for half a million frames and at twice the rate for
-three quarters of a million, two runs side by side on two cores. The same again goes on where it was cut off:
+One process steps all slots; `share_of_time` in result.json is the shares of environments, acting and learning.
+results/babyai.md shows all methods, half a million frames at [1]'s learning rate and three quarters of a million at
+twice that rate, two runs side by side on two cores. This loop makes these runs; started again, it resumes them:
 
     for seed in 0 1; do for method in skilled shared expert private mhr single-speed dense; do
       echo --frames 500000 --seed $seed --method $method
@@ -57,8 +58,11 @@ Shape key: t frames in time, n slots, m rows of frames, s skills, k entries of a
 from dataclasses import dataclass
 
 from plumbing.errors import RunError, UserError, exit_on_user_error
-from plumbing.flags import check_ranges, describe, explicit_flags, flag
-from plumbing.folders import check_numbers, read_config, read_json, refuse_used, resumed, whole_file, write_json
+from plumbing.flags import as_flag, check_ranges, describe, explicit_flags, flag, one_job
+from plumbing.folders import (
+    CHECKPOINT, check_numbers, locked_folder, read_config, read_json, refuse_used, resumed_config, whole_file,
+    write_config, write_json,
+)  # fmt: skip
 
 LEVELS = {  # table 2 of [1], its numbers: room, distracting boxes, distractors, go to, put, pick up, location, maze
     "GoToObj": (1,), "GoToRedBallGrey": (1, 2), "GoToRedBall": (1, 2, 3), "GoToLocal": (1, 2, 3, 4),
@@ -79,45 +83,52 @@ WORDS = (  # all words of minigrid's instructions in these levels; 0 is no word
 ).split()
 MINIGRID = "3.2.0"  # other versions may draw other episodes
 LENGTH = 9  # words of the longest instruction: "put the red ball next to the blue key"
+LONGEST = 576  # steps that an episode may take, in the level that allows most
 ACTIONS = 7
 TILE = (11, 6, 3)  # kinds, colours and states of a tile
 
 
 @dataclass
 class Config:
-    """Train one agent on several levels of BabyAI by PPO, or plot runs."""
+    """Train one agent on several levels of BabyAI by PPO, or plot runs.
 
-    method: str = flag("skilled", "who uses which skill", METHODS)
+    examples:
+      python -m experiments.babyai --method skilled --width 32 --levels GoToObj GoToRedBall --frames 500000
+      python -m experiments.babyai --plot runs/babyai-*
+    """
+
+    method: str = flag("skilled", "who uses which skill", METHODS, group="what to learn, and on what")
     levels: tuple = flag(tuple(LEVELS), "levels to train on", tuple(LEVELS))
     frames: int = flag(10_000_000, "frames of all levels together; with --resume may be more than before")
-    skills: int = flag(9, "skills s (expert, shared, private: as their tables say)")
-    heads: int = flag(8, "mhr: blocks that a tensor's rows are cut into")
+    skills: int = flag(9, "skills s (expert, shared, private: set by their tables)", group="agent and routing")
+    heads: int = flag(8, "mhr: blocks that a tensor's rows are divided into")
     density: float = flag(0.1, "share of a tensor's entries that a skill may change (dense, private: 1)")
     width: int = flag(128, "channels of the image part; the paper's 128 is slow on a CPU")
-    lr: float = flag(1e-4, "learning rate of theta_0 and Phi")
+    lr: float = flag(1e-4, "learning rate of theta_0 and Phi", group="optimisation")
     lr_z: float = flag(1e-2, "learning rate of Z (single-speed: --lr)")
     slots: int = flag(64, "environments side by side")
     rollout: int = flag(40, "frames of each environment in an update")
     recurrence: int = flag(20, "frames that gradients go back through")
     batch_size: int = flag(1280, "frames of an optimiser step")
-    seed: int = flag(0, "seed of initial values, levels, actions and noise")
-    output_dir: str = flag("", "run folder; none: runs/babyai-METHOD-SEED")
-    save_every: str = flag("10m", "how often to save a checkpoint: 200 is every 200 updates, 10m every 10 minutes")
-    resume: bool = flag(False, "go on with the run in --output-dir where it was cut off; begin it if it is not there")
-    plot: tuple = flag((), "run folders to plot instead of training")
-    figure: str = flag("babyai", "with --plot: the path of figure and table, without .png, .svg, .md")
+    seed: int = flag(0, "seed of initial values, levels, actions and noise", group="the run")
+    output_dir: str = flag("", "run folder; none: runs/babyai-METHOD-SEED", metavar="DIR")
+    save_every: str = flag(
+        "10m", "checkpoint interval: 200 is 200 updates, 10m is 10 minutes", metavar="UPDATES|MINUTESm"
+    )
+    resume: bool = flag(False, "resume the run in --output-dir, or start it if it is not there")
+    plot: tuple = flag((), "run folders to plot", metavar="DIR", group="to plot instead of training")
+    figure: str = flag("babyai", "path of figure and table, without .png, .svg, .md", metavar="PATH")
 
 
-if __name__ == "__main__":  # before the slow imports, so that --help and mistakes answer at once
+if __name__ == "__main__":  # read the flags before the slow imports: --help and mistakes answer at once
     FLAGS = explicit_flags(Config, {})
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
-import sys
 import time
+from contextlib import redirect_stdout, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
@@ -129,16 +140,16 @@ from torch.func import functional_call
 from torch.nn.functional import relu
 from tqdm import tqdm
 
-from tools import figures
 from baselines.fixed import FixedRouter
 from inject import read_tensors, write_tensors
 from mhr import MHRRouter
-from poly import PolyRouter
 from plumbing.backbones import advice_on_memory
-from plumbing.checkpoint import by_parameter, check_tensors, flat_state
-from plumbing.folders import CHECKPOINT, locked_folder
-from plumbing.run import Every, Signals, truncate_log
+from plumbing.checkpoint import Progress
+from plumbing.run import Run
+from plumbing.tables import aligned, mean_std_text
+from poly import PolyRouter
 from sft import SFT, dense
+from tools import figures
 
 GAMMA, LAMBDA, EPOCHS, CLIP, ENTROPY, VALUE, NORM, REWARD = 0.99, 0.99, 4, 0.2, 0.01, 0.5, 0.5, 20.0
 TRIALS = 500  # episodes of each level that score the finished agent
@@ -150,18 +161,18 @@ LARGEST, MOST_SLOTS, MOST_FRAMES = 10**8, 10**4, 10**6  # parameters of all skil
 
 
 def need_minigrid():
-    """Raise UserError unless minigrid is there, in the version of all runs."""
+    """Raise UserError unless minigrid is installed, in the version of all runs."""
     try:
-        found = version("minigrid")
+        installed = version("minigrid")
     except PackageNotFoundError:
-        found = "none"
-    if found != MINIGRID:
-        install = f"pip install minigrid=={MINIGRID}"
-        raise UserError(f"experiments.babyai needs BabyAI's levels of minigrid {MINIGRID}, here is {found}: {install}")
+        installed = "none"
+    if installed != MINIGRID:
+        needed = f"needs BabyAI's levels of minigrid {MINIGRID}, here is {installed}"
+        raise UserError(f"experiments.babyai {needed}: pip install minigrid=={MINIGRID}")
 
 
 def make_env(level: str, max_steps: int | None = None):
-    """A level of minigrid without gymnasium's checks around it. max_steps: of an episode; None: the level's own."""
+    """A level of minigrid, without gymnasium's checks. max_steps: of an episode; None: the level's own."""
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
     import gymnasium
     import minigrid  # noqa: F401  it registers the levels
@@ -171,7 +182,7 @@ def make_env(level: str, max_steps: int | None = None):
 
 def reset(env, seed: int) -> tuple[Tensor, Tensor]:
     """Begin the episode of a seed. -> image (7, 7, 3), words (LENGTH,)."""
-    with contextlib.redirect_stdout(None):  # minigrid prints the grids that it rejects
+    with redirect_stdout(None):  # minigrid prints the grids that it rejects
         shown, _ = env.reset(seed=seed)
     return torch.from_numpy(shown["image"]), encode(shown["mission"])
 
@@ -185,57 +196,62 @@ def encode(mission: str) -> Tensor:
 class Slots:
     """n environments in one process, and what they show: image (n, 7, 7, 3), words (n, LENGTH), level (n,).
 
-    Level and seed of each episode follow from the run's seed, the slot and the episode's number. So a slot is saved as
-    that number and the actions since, and restored by taking them again.
+    The run's seed, the slot and the number of its episode determine the episode's level and seed. So a checkpoint holds
+    of each slot (`tensors`) that number and the actions taken since; `restore` takes them again.
     """
 
-    def __init__(self, levels: tuple[str, ...], count: int, seed: int, saved: dict[str, Tensor] | None = None):
+    def __init__(self, levels: tuple[str, ...], count: int, seed: int):
         self.levels, self.seed, self.envs = levels, seed, {}
         self.image = torch.zeros(count, 7, 7, 3, dtype=torch.uint8)
         self.words = torch.zeros(count, LENGTH, dtype=torch.uint8)
         self.level = torch.zeros(count, dtype=torch.int64)
-        self.episode = saved["episode"].tolist() if saved else [0] * count
-        self.actions = [[] for _ in range(count)]
-        for n in range(count):
+        self.episode = torch.zeros(count, dtype=torch.int64)
+        self.length = torch.zeros(count, dtype=torch.int64)  # of the episode so far
+        self.actions = torch.zeros(count, LONGEST, dtype=torch.uint8)  # of an episode: its first `length` entries
+        self.restore()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds, always the same tensors; after they were changed: `restore`."""
+        return {"episode": self.episode, "length": self.length, "actions": self.actions}
+
+    def restore(self):
+        """Bring every environment to where `tensors` says it is."""
+        for n, length in enumerate(self.length.tolist()):
             self.begin(n)
-            for action in saved["actions"][n][: saved["length"][n]].tolist() if saved else ():
+            for action in self.actions[n, :length].tolist():
                 self._act(n, action)
 
     def begin(self, n: int):
-        """The next episode of a slot, in a level drawn uniformly."""
-        draw = np.random.default_rng((self.seed, n, self.episode[n]))
+        """Begin a slot's episode, in a level drawn uniformly."""
+        draw = np.random.default_rng((self.seed, n, int(self.episode[n])))
         level, seed = int(draw.integers(len(self.levels))), int(draw.integers(UNSEEN))
         if (n, level) not in self.envs:
             self.envs[n, level] = make_env(self.levels[level])
         self.image[n], self.words[n] = reset(self.envs[n, level], seed)
-        self.level[n], self.actions[n] = level, []
+        self.level[n] = level
 
     def _act(self, n: int, action: int) -> tuple[float, bool]:
         shown, reward, terminated, truncated, _ = self.envs[n, int(self.level[n])].step(action)
-        self.actions[n].append(action)
         self.image[n] = torch.from_numpy(shown["image"])
         return reward, terminated or truncated
 
-    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, list[tuple[int, bool]]]:
-        """actions (n,) -> rewards (n,), ends (n,), and (level, success) of each episode that ended.
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+        """actions (n,) -> rewards (n,), ends (n,), and (level, success) of each episode that ended; success is 1 or 0.
 
-        The reward is [1]'s: 1 - 0.9 steps / max_steps at success, 0 at any other step. Ended slots begin anew.
+        The reward is [1]'s: 1 - 0.9 steps / max_steps at success, 0 at any other step. Where an episode ended, the next
+        one begins.
         """
+        self.actions[torch.arange(len(actions)), self.length] = actions.to(torch.uint8)
+        self.length += 1
         ended, reward, end = [], torch.zeros(len(actions)), torch.zeros(len(actions), dtype=torch.bool)
         for n, action in enumerate(actions.tolist()):
             reward[n], end[n] = self._act(n, action)
             if end[n]:
-                ended.append((int(self.level[n]), bool(reward[n] > 0)))
+                ended.append((int(self.level[n]), int(reward[n] > 0)))
                 self.episode[n] += 1
+                self.length[n] = 0
                 self.begin(n)
         return reward, end, ended
-
-    def state(self) -> dict[str, Tensor]:
-        """What `saved` takes."""
-        length = [len(actions) for actions in self.actions]
-        padded = [actions + [0] * (max(length) - len(actions)) for actions in self.actions]
-        named = {"episode": self.episode, "length": length, "actions": padded}
-        return {name: torch.tensor(x, dtype=torch.int64) for name, x in named.items()}
 
 
 # --- The agent --------------------------------------------------------------------------------------------------------
@@ -295,12 +311,12 @@ class Decide(nn.Module):
 
 
 def fresh_agent(width: int) -> nn.ModuleDict:
-    """The agent of one level, its three parts; matrices and tables Kaiming uniform."""
+    """The three parts of an agent for one level; matrices and tables are Kaiming uniform."""
     agent = nn.ModuleDict({"see": See(width), "remember": nn.LSTMCell(width, 128), "decide": Decide()})
     for module in agent.modules():
         for p in module.parameters(recurse=False):
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-                nn.init.uniform_(p, -1, 1)  # it multiplies a one-hot vector: a fan-in of one
+                nn.init.uniform_(p, -1, 1)  # it multiplies a one-hot vector: the fan-in is one
             elif p.dim() > 1:
                 nn.init.kaiming_uniform_(p, a=math.sqrt(5))
     return agent
@@ -314,8 +330,8 @@ def agent_size(width: int) -> int:
 class RoutedAgent(nn.Module):
     """theta_0, and for each of its parameters s skills, mixed for each level ([1] eq. 3).
 
-    router_of(rows): the router of a layer whose parameters have so many rows. density: of the skills. base: False
-    leaves theta_0 out, as zeros that never train, and begins every skill as a whole agent.
+    router_of(rows): the router of a layer whose parameters have so many rows. density: of the skills. base: if False,
+    theta_0 stays zero, and every skill begins as a whole agent.
     """
 
     def __init__(self, width: int, router_of, density: float, base: bool = True):
@@ -333,7 +349,7 @@ class RoutedAgent(nn.Module):
         for _, name in self.names:
             places = torch.stack([self.sft.init(as_linear(own[name]))["place"] for _ in fresh])
             values = [f[name].detach().flatten()[place] for f, place in zip(fresh, places, strict=True)]
-            begins = own[name].dim() > 1 or not base  # at a fresh agent's values, else at zero
+            begins = own[name].dim() > 1 or not base  # with a fresh agent's values, else with zeros
             self.values.append(torch.stack(values) * begins)
             self.register_buffer(f"place{len(self.places)}", places)
             self.places.append(places)
@@ -342,7 +358,7 @@ class RoutedAgent(nn.Module):
                 nn.init.zeros_(p.requires_grad_(False))
 
     def mixed(self, noise: int | None) -> list[dict[str, dict[str, Tensor]]]:
-        """For each level the parameters of each part of the agent. noise: seed of the routers' draw; None: no noise."""
+        """For each level, the parameters of each part of the agent. noise: seed of the routers' noise; None: none."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(noise or 0)
             weights = [router(torch.arange(self.tasks), sample=noise is not None) for router in self.routers]
@@ -362,7 +378,7 @@ class RoutedAgent(nn.Module):
         return levels
 
     def forward(self, levels, image, words, level, first, memory) -> tuple[Tensor, Tensor, Tensor]:
-        """Run t frames of n slots, each frame with its level's parameters (`levels`, of `mixed`).
+        """Run t frames of n slots, each frame with its level's parameters (levels: from `mixed`).
 
         image (t, n, 7, 7, 3), words (t, n, LENGTH), level (t, n), first (t, n): whether an episode begins here; memory
         (n, 256): the LSTM's before. -> logits (t, n, ACTIONS), values (t, n), memory (n, 256) after.
@@ -388,16 +404,16 @@ def as_linear(p: Tensor) -> SimpleNamespace:
     return SimpleNamespace(out_features=len(p), in_features=p[0].numel(), weight=p)
 
 
-def by_level(run, level: Tensor, *inputs: Tensor) -> Tensor:
-    """run(number, *rows) on the rows of each level, put together in the order of the inputs. level (m,)."""
+def by_level(part, level: Tensor, *inputs: Tensor) -> Tensor:
+    """part(number, *rows) of the rows of each level, in the order of the inputs. level (m,): the number of each row."""
     present = level.unique().tolist()
     rows = [(level == number).nonzero()[:, 0] for number in present]
-    outputs = [run(number, *(x[r] for x in inputs)) for number, r in zip(present, rows, strict=True)]
+    outputs = [part(number, *(x[r] for x in inputs)) for number, r in zip(present, rows, strict=True)]
     return torch.cat(outputs)[torch.cat(rows).argsort()]
 
 
 def needed_skills(cfg: Config) -> list[int]:
-    """Those of table 2 that the levels need."""
+    """The skills of table 2 that the levels need."""
     return sorted({s for name in cfg.levels for s in LEVELS[name]})
 
 
@@ -426,7 +442,7 @@ def build(cfg: Config) -> RoutedAgent:
 
 
 def policy(logits: Tensor) -> torch.distributions.Categorical:
-    """Chances of actions. Raises RunError if the logits (..., ACTIONS) are no longer finite."""
+    """Probabilities of actions. Raises RunError if the logits (..., ACTIONS) are not finite."""
     if not logits.isfinite().all():
         raise RunError("the agent's outputs are no longer finite: try a lower --lr in a new folder")
     return torch.distributions.Categorical(logits=logits)
@@ -435,7 +451,8 @@ def policy(logits: Tensor) -> torch.distributions.Categorical:
 def gae(reward: Tensor, value: Tensor, end: Tensor, last: Tensor) -> Tensor:
     """Advantages (t, n): A_t = delta_t + gamma lambda A_t+1, delta_t = r_t + gamma V_t+1 - V_t, cut where episodes end.
 
-    reward, value, end (t, n): of each frame; end: the episode is over after it. last (n,): the value after the rollout.
+    reward, value, end (t, n): of each frame; end: whether the episode ends with it. last (n,): the value after the
+    rollout.
     """
     advantage, after, going = torch.zeros_like(value), torch.zeros_like(last), (~end).float()
     for t in reversed(range(len(value))):
@@ -446,8 +463,10 @@ def gae(reward: Tensor, value: Tensor, end: Tensor, last: Tensor) -> Tensor:
 
 
 def roll_out(agent: RoutedAgent, slots: Slots, memory: Tensor, first: Tensor, frames: int, noise: int):
-    """Act for some frames in all slots. -> what each frame saw and gave (t, n, ...), by name; the episodes that ended;
-    seconds of environments. memory (n, 256) and first (n,) are changed in place to those after the rollout."""
+    """Act for some frames in all slots; memory (n, 256) and first (n,) are changed in place.
+
+    -> what each frame saw and gave (t, n, ...), by name; the episodes that ended; seconds of the environments.
+    """
     record = {"image": slots.image, "words": slots.words, "level": slots.level, "first": first, "memory": memory}
     seen = {name: torch.zeros(frames, *x.shape, dtype=x.dtype) for name, x in record.items()}
     seen |= {name: torch.zeros(frames, len(first)) for name in ("log_prob", "value", "reward")}
@@ -475,7 +494,7 @@ def roll_out(agent: RoutedAgent, slots: Slots, memory: Tensor, first: Tensor, fr
 
 
 def loss_of(agent: RoutedAgent, batch: dict[str, Tensor], noise: int) -> tuple[Tensor, dict[str, float]]:
-    """PPO's loss of frames (t, n, ...), t of them with gradients through time, and figures for the log."""
+    """PPO's loss of a batch of frames (t, n, ...), with gradients through t frames, and figures for the log."""
     levels = agent.mixed(noise)
     names = ("image", "words", "level", "first")
     logits, value, _ = agent(levels, *(batch[name] for name in names), batch["memory"][0])
@@ -489,28 +508,29 @@ def loss_of(agent: RoutedAgent, batch: dict[str, Tensor], noise: int) -> tuple[T
 
 
 def sequences(seen: dict[str, Tensor], length: int) -> dict[str, Tensor]:
-    """A rollout (t, n, ...) cut into sequences: (length, t / length * n, ...), by name."""
+    """A rollout (t, n, ...) divided into sequences: (length, t / length * n, ...), by name."""
     return {name: x.unflatten(0, (-1, length)).transpose(0, 1).flatten(1, 2) for name, x in seen.items()}
 
 
 def learn(agent: RoutedAgent, optimizer, seen: dict[str, Tensor], cfg: Config, noise: int) -> dict[str, float]:
     """EPOCHS passes over a rollout, in batches of sequences of cfg.recurrence frames. -> mean figures for the log.
 
-    A sequence begins with the memory that acting had there. Raises RunError if gradients are no longer finite.
+    A sequence begins with the memory that acting had there. Raises RunError if gradients are not finite.
     """
-    cut = sequences(seen, cfg.recurrence)
-    found, trainable = [], [p for group in optimizer.param_groups for p in group["params"]]
+    all_sequences = sequences(seen, cfg.recurrence)
+    figures_of_steps, trainable = [], [p for group in optimizer.param_groups for p in group["params"]]
     for _ in range(EPOCHS):
-        for part in torch.randperm(cut["level"].shape[1]).split(cfg.batch_size // cfg.recurrence):
-            loss, figure = loss_of(agent, {name: x[:, part] for name, x in cut.items()}, noise)
+        for some in torch.randperm(all_sequences["level"].shape[1]).split(cfg.batch_size // cfg.recurrence):
+            loss, more = loss_of(agent, {name: x[:, some] for name, x in all_sequences.items()}, noise)
             optimizer.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(trainable, NORM).item()
             if not math.isfinite(norm):
                 raise RunError(f"the gradients' norm is {norm}: try a lower --lr in a new folder")
             optimizer.step()
-            found.append({"loss": loss.item(), "norm": norm, **figure})
-    return {name: round(sum(f[name] for f in found) / len(found), 5) for name in found[0]}
+            figures_of_steps.append({"loss": loss.item(), "norm": norm, **more})
+    mean = lambda name: sum(step[name] for step in figures_of_steps) / len(figures_of_steps)  # noqa: E731
+    return {name: round(mean(name), 5) for name in figures_of_steps[0]}
 
 
 # --- The run ----------------------------------------------------------------------------------------------------------
@@ -525,55 +545,152 @@ def make_optimizer(agent: RoutedAgent, cfg: Config) -> torch.optim.Adam:
     return torch.optim.Adam([group for group in groups if group["params"]], eps=1e-5, fused=True)
 
 
-def save(path: Path, agent: RoutedAgent, optimizer, now: dict, **state: Tensor):
-    """Write a checkpoint in the place of the one before. now: update, frames, seconds. state: of slots and memory.
+def train(cfg: Config) -> dict:
+    """Train as cfg says and write the run folder; returns the content of result.json."""
+    check(cfg)
+    need_minigrid()
+    folder = Path(cfg.output_dir)
+    advice = "fewer --slots or a smaller --width in a new folder, or a machine that has more"
+    with locked_folder(folder, "python -m experiments.babyai"), advice_on_memory(advice):
+        return result_if_enough(folder, cfg) or train_in(folder, cfg)
 
-    Raises RunError if a value is no longer finite, OSError if it cannot be written; the one before is then whole.
+
+def result_if_enough(folder: Path, cfg: Config) -> dict | None:
+    """The result of a run that --resume finds finished with cfg.frames; None if there is something to do.
+
+    Raises UserError if the folder holds a run and --resume was not given, or if there is nothing to resume from.
     """
-    tensors = {f"model.{name}": x for name, x in agent.state_dict().items()} | state
-    for k, own in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{k}.{name}": x for name, x in own.items()}
-    if broken := [name for name, x in tensors.items() if not x.isfinite().all()]:
-        raise RunError(
-            f"{broken[0]} is not finite after update {now['update']}: nothing of it was saved. Try a lower --lr in a "
-            f"new folder: to go on from the checkpoint would be the same again"
-        )
-    write_tensors(tensors, str(path), state=json.dumps(now))
+    if not (cfg.resume and (folder / "config.json").exists()):
+        refuse_used(cfg.output_dir)
+    elif (folder / "result.json").exists():
+        result = read_json(folder / "result.json", frames=int)
+        if result["frames"] >= cfg.frames:
+            print(f"{folder} is finished: nothing to resume, unless with more --frames")
+            return result
+        if not (folder / CHECKPOINT).exists():
+            raise UserError(f"{folder} is finished and its {CHECKPOINT} is gone: start again in another folder")
+    return None
 
 
-def load(path: Path, agent: RoutedAgent, optimizer, cfg: Config) -> tuple[dict, dict[str, Tensor]]:
-    """Put agent and optimiser back where `save` found them. -> now, all tensors. Raises UserError, with nothing
-    changed, if the file is damaged or of another run."""
-    try:
-        saved, metadata = read_tensors(str(path))
-        now = place_in_run(json.loads(metadata["state"]), cfg)
-        counts = torch.zeros(cfg.slots, dtype=torch.int64)
-        state = {"episode": counts, "length": counts, "actions": counts[:, None].expand(-1, saved["actions"].shape[-1])}
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise UserError(f"{path} is no whole checkpoint ({error}): delete it to begin again") from None
-    state |= {"memory": torch.zeros(cfg.slots, 256), "first": torch.ones(cfg.slots, dtype=torch.bool)}
-    own, trained = agent.state_dict(), range(sum(len(group["params"]) for group in optimizer.param_groups))
-    check_tensors(
-        path, saved, {f"model.{name}": x for name, x in own.items()} | flat_state(optimizer, set(trained)) | state
-    )
-    ends = {f"model.place{k}": agent.base.get_parameter(name).numel() for k, (_, name) in enumerate(agent.names)}
-    ends |= {"episode": 2**62, "length": state["actions"].shape[1] + 1, "actions": ACTIONS}
-    if odd := [name for name, end in ends.items() if ((saved[name] < 0) | (saved[name] >= end)).any()]:
-        raise UserError(f"{path}: {odd[0]} has numbers that no run has: delete it to begin again")
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": by_parameter(saved)})
-    agent.load_state_dict({name: saved[f"model.{name}"] for name in own})
-    return now, saved
+def train_in(folder: Path, cfg: Config) -> dict:
+    """`train` in a folder that this process has locked. `plumbing/run.py` resumes, logs, saves, and stops on a
+    signal."""
+    print(describe(cfg))
+    agent, slots = build(cfg), Slots(cfg.levels, cfg.slots, cfg.seed)
+    memory, first = torch.zeros(cfg.slots, 256), torch.ones(cfg.slots, dtype=torch.bool)
+    optimizer, frames = make_optimizer(agent, cfg), cfg.slots * cfg.rollout  # of an update
+    run, episodes = begin(folder, cfg, agent, optimizer, slots, {"memory": memory, "first": first})
+    with run:
+        for update in run.steps(-(-cfg.frames // frames), f"train {cfg.method}", counts="frame", each=frames):
+            acting, noise = chance(cfg.seed, update)
+            torch.manual_seed(acting)
+            times = [time.perf_counter()]
+            seen, ended, env = roll_out(agent, slots, memory, first, cfg.rollout, noise)  # 1  act
+            times.append(time.perf_counter())
+            means = learn(agent, optimizer, seen, cfg, noise)  # 2  learn
+            times.append(time.perf_counter())
+            seconds = {"env": env, "act": times[1] - times[0] - env, "learn": times[2] - times[1]}
+            episodes += ended
+            shown = f"{folder}: success {recent_success(cfg, episodes)}"
+            run.record(**means, shown=shown, frames=update * frames, **seconds, episodes=ended)  # 3  record
+    return finish(cfg, folder, agent, run.now, np.array(episodes).reshape(-1, 2))
 
 
-def place_in_run(state: dict, cfg: Config) -> dict:
-    """What a checkpoint's JSON says: update, frames, seconds. Raises ValueError, KeyError or TypeError if that is none
-    of this run."""
-    now = {name: state[name] for name in ("update", "frames", "seconds")}
-    if not all(type(now[name]) is int and 0 < now[name] < 2**53 for name in ("update", "frames")):
-        raise ValueError("its update or frames is no number of a run")
-    if now["frames"] != now["update"] * cfg.slots * cfg.rollout or not 0 <= now["seconds"] < 1e15:
-        raise ValueError("its frames are not those of its updates, or its seconds no number of a run")
-    return now
+def begin(folder: Path, cfg: Config, agent, optimizer, slots: Slots, state: dict[str, Tensor]) -> tuple[Run, list]:
+    """The run, new or with --resume where its checkpoint has it, and its episodes so far; writes config.json.
+
+    state: the other tensors that the loop changes. Raises UserError, with nothing written, if checkpoint or log are
+    damaged or of another run.
+    """
+    checkpoint, log = folder / CHECKPOINT, folder / "log.jsonl"
+    lines, tensors = lines_of(log), agent.state_dict() | slots.tensors() | state
+    limits = {f"place{k}": agent.base.get_parameter(name).numel() for k, (_, name) in enumerate(agent.names)}
+    limits |= {"episode": 2**62, "length": LONGEST, "actions": ACTIONS}
+    if cfg.resume and checkpoint.exists():
+        refuse_odd_numbers(checkpoint, tensors, limits)
+    made_with = {"--rollout": cfg.rollout}
+    beside = dict(save_every=cfg.save_every, resume=cfg.resume, made_with=made_with, unit="update")
+    run = Run(folder, tensors, optimizer, **beside)
+    if len(lines) < run.now.step:
+        raise UserError(f"{log} has not all episodes of {checkpoint}: start again in another folder")
+    slots.restore()
+    write_config(folder, cfg)
+    (folder / "result.json").unlink(missing_ok=True)  # of fewer --frames
+    return run, outcomes(lines[: run.now.step]).tolist()
+
+
+def refuse_odd_numbers(checkpoint: Path, tensors: dict[str, Tensor], limits: dict[str, int]):
+    """Raise UserError for numbers of a checkpoint that are negative or not below their limit. Anything else that may be
+    wrong with it is found when it is loaded."""
+    with suppress(ValueError):  # no whole file
+        saved, _ = read_tensors(str(checkpoint))
+        for name, limit in limits.items():
+            x = saved.get(f"model.{name}")
+            if x is not None and x.dtype == tensors[name].dtype and ((x < 0) | (x >= limit)).any():
+                raise UserError(f"{checkpoint}: {name} has numbers that no run has: delete it to start the run again")
+
+
+def chance(seed: int, update: int) -> list[int]:
+    """All chance of an update: a seed of actions and batches, and one of the routers' noise."""
+    return np.random.SeedSequence((seed, update)).generate_state(2).tolist()
+
+
+def recent_success(cfg: Config, episodes: list) -> str:
+    """Success of each level's last 100 episodes, in per cent, in the order of --levels."""
+    recent = np.array(episodes[-5000:]).reshape(-1, 2)
+    rates = [recent[recent[:, 0] == k, 1][-100:] for k in range(len(cfg.levels))]
+    return " ".join(f"{100 * rate.mean():.0f}" if len(rate) else "-" for rate in rates)
+
+
+def finish(cfg: Config, folder: Path, agent: RoutedAgent, done: Progress, episodes: np.ndarray) -> dict:
+    """Write what a finished run leaves beside its checkpoint: agent.safetensors and result.json, which this returns."""
+    write_tensors(agent.state_dict(), str(folder / "agent.safetensors"))
+    z = sum(router.Z.numel() for router in agent.routers if router.Z.requires_grad)
+    base, skills = (sum(p.numel() for p in part if p.requires_grad) for part in (agent.base.parameters(), agent.values))
+    frames = done.step * cfg.slots * cfg.rollout
+    result = {"update": done.step, "frames": frames, "seconds": round(done.seconds, 1)}
+    result |= speed(lines_of(folder / "log.jsonl"))
+    result |= {"parameters": {"theta_0": base, "skills": skills, "routing": z}}
+    result |= {"levels": report(cfg, episodes, score(agent, cfg))}
+    write_json(folder / "result.json", result)
+    for name, level in result["levels"].items():
+        print(f"{name:16} " + "  ".join(f"{key} {value}" for key, value in level.items()))
+    print(f"{result['frames_per_second']} frames per second, {result['share_of_time']}; saved in {folder}")
+    return result
+
+
+def score(agent: RoutedAgent, cfg: Config) -> dict[str, float]:
+    """Success in TRIALS episodes of each level that training never saw, without noise of Z, actions sampled; "all" is
+    their mean."""
+    level = torch.arange(len(cfg.levels)).repeat_interleave(TRIALS)
+    envs = [make_env(cfg.levels[k]) for k in level]
+    image, words = map(torch.stack, zip(*(reset(env, UNSEEN + k % TRIALS) for k, env in enumerate(envs)), strict=True))
+    memory, success = torch.zeros(len(level), 256), torch.zeros(len(level))
+    going, first = torch.arange(len(level)), torch.zeros(len(level), dtype=torch.bool)
+    torch.manual_seed(cfg.seed)
+    with torch.inference_mode(), tqdm(total=len(level), desc="trials", unit="episode", disable=None) as bar:
+        levels = agent.mixed(None)
+        while len(going):
+            now = [x[going][None] for x in (image, words, level, first)]
+            logits, _, memory[going] = agent(levels, *now, memory[going])
+            ended = []
+            for k, action in zip(going, policy(logits[0]).sample(), strict=True):
+                shown, reward, terminated, truncated, _ = envs[k].step(action.item())
+                image[k], success[k] = torch.from_numpy(shown["image"]), float(reward > 0)
+                ended.append(terminated or truncated)
+            going = going[~torch.tensor(ended)]
+            bar.update(sum(ended))
+    by_name = {name: success[level == k] for k, name in enumerate(cfg.levels)} | {"all": success}
+    return {name: round(own.mean().item(), 3) for name, own in by_name.items()}
+
+
+def report(cfg: Config, episodes: np.ndarray, final: dict[str, float]) -> dict[str, dict]:
+    """`summary` of each level's episodes and of all together, with their `score` (final)."""
+    success = success_by_level(episodes, cfg.levels)
+    return {name: summary(own) | {"final": final[name]} for name, own in success.items()}
+
+
+# --- Logs and what they say -------------------------------------------------------------------------------------------
 
 
 def moving(success: np.ndarray, window: int) -> np.ndarray:
@@ -596,24 +713,25 @@ def summary(success: np.ndarray) -> dict:
 
 
 def lines_of(log: Path) -> list[dict]:
-    """The lines of a log, one an update, but a last one without its end, which a run is writing or was killed at.
-    Raises UserError for one that is damaged or missing."""
+    """The lines of a log, one an update, without an incomplete last one. Raises UserError for a damaged or missing
+    line."""
     lines = []
     for number, text in enumerate(log.read_bytes().split(b"\n")[:-1] if log.exists() else [], 1):
         try:
             lines.append(undamaged(json.loads(text), number))
         except (ValueError, KeyError, TypeError, RecursionError):
             why = f"is damaged, or not the line of update {number}, and the run's episodes are not known without it"
-            raise UserError(f"{log}:{number} {why}: leave the run out, or begin it again in another folder") from None
+            raise UserError(f"{log}:{number} {why}: leave the run out, or start it again in another folder") from None
     return lines
 
 
 def undamaged(line: dict, update: int) -> dict:
-    """The line of an update. Raises ValueError, KeyError or TypeError unless it has all that is read of it."""
+    """The line of an update, also of an earlier version. Raises ValueError, KeyError or TypeError unless it has all
+    entries that are read."""
     numbers = [line[name] for name in ("frames", "env", "act", "learn")]
-    whole = all(type(n) in (int, float) and 0 < n < 1e15 for n in numbers)
+    positive = all(type(n) in (int, float) and 0 < n < 1e15 for n in numbers)
     known = all(k in range(len(LEVELS)) and success in (0, 1) for k, success in line["episodes"])
-    if not (whole and known and line["update"] == update):
+    if not (positive and known and line["update"] == update):
         raise ValueError
     return line
 
@@ -623,142 +741,17 @@ def outcomes(lines: list[dict]) -> np.ndarray:
     return np.array([pair for line in lines for pair in line["episodes"]], dtype=int).reshape(-1, 2)
 
 
+def success_by_level(episodes: np.ndarray, levels: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """{level: success of its episodes in order}, and "all": of all."""
+    return {level: episodes[episodes[:, 0] == k, 1] for k, level in enumerate(levels)} | {"all": episodes[:, 1]}
+
+
 def speed(lines: list[dict]) -> dict:
-    """Frames per second of a log, and which share of the time was the environments, acting and learning."""
+    """Frames per second of a log, and the shares of environments, acting and learning in its time."""
     spent = {part: sum(line[part] for line in lines) for part in ("env", "act", "learn")}
-    whole = sum(spent.values())
-    shares = {part: round(seconds / whole, 3) for part, seconds in spent.items()}
-    return {"frames_per_second": round(lines[-1]["frames"] / whole), "share_of_time": shares}
-
-
-def score(agent: RoutedAgent, cfg: Config) -> dict[str, float]:
-    """Success without noise of Z, actions sampled, in TRIALS episodes of each level that training never saw; "all" is
-    their mean."""
-    level = torch.arange(len(cfg.levels)).repeat_interleave(TRIALS)
-    envs = [make_env(cfg.levels[k]) for k in level]
-    image, words = map(torch.stack, zip(*(reset(env, UNSEEN + k % TRIALS) for k, env in enumerate(envs)), strict=True))
-    memory, success = torch.zeros(len(level), 256), torch.zeros(len(level))
-    going, first = torch.arange(len(level)), torch.zeros(len(level), dtype=torch.bool)
-    torch.manual_seed(cfg.seed)
-    with torch.inference_mode(), tqdm(total=len(level), desc="trials", unit="episode", disable=None) as bar:
-        levels = agent.mixed(None)
-        while len(going):
-            now = [x[going][None] for x in (image, words, level, first)]
-            logits, _, memory[going] = agent(levels, *now, memory[going])
-            ended = []
-            for k, action in zip(going, policy(logits[0]).sample(), strict=True):
-                shown, reward, terminated, truncated, _ = envs[k].step(action.item())
-                image[k], success[k] = torch.from_numpy(shown["image"]), float(reward > 0)
-                ended.append(terminated or truncated)
-            going = going[~torch.tensor(ended)]
-            bar.update(sum(ended))
-    found = {name: success[level == k] for k, name in enumerate(cfg.levels)} | {"all": success}
-    return {name: round(own.mean().item(), 3) for name, own in found.items()}
-
-
-def report(cfg: Config, done: np.ndarray, final: dict[str, float]) -> dict[str, dict]:
-    """`summary` of each level and of all episodes together, and what `score` found."""
-    found = {name: done[done[:, 0] == k, 1] for k, name in enumerate(cfg.levels)} | {"all": done[:, 1]}
-    return {name: summary(own) | {"final": final[name]} for name, own in found.items()}
-
-
-def train(cfg: Config) -> dict:
-    """Train as cfg says and write the run folder; returns what result.json holds."""
-    check(cfg)
-    need_minigrid()
-    folder = Path(cfg.output_dir)
-    advice = "fewer --slots or a smaller --width in a new folder, or a machine that has more"
-    with locked_folder(folder, "python -m experiments.babyai"), advice_on_memory(advice):
-        if not (cfg.resume and (folder / "config.json").exists()):
-            refuse_used(cfg.output_dir)
-        elif (folder / "result.json").exists():
-            result = read_json(folder / "result.json", frames=int)
-            if result["frames"] >= cfg.frames:
-                print(f"{folder} is finished: nothing to go on with but more --frames")
-                return result
-            if not (folder / CHECKPOINT).exists():
-                raise UserError(f"{folder} is finished and its {CHECKPOINT} is gone: begin again in another folder")
-        return run(cfg, folder)
-
-
-def begin(cfg: Config, folder: Path, agent: RoutedAgent, optimizer) -> tuple[dict, Slots, Tensor, Tensor]:
-    """Where a run begins or, with --resume, goes on: now, slots, memory (n, 256), first (n,). Writes config.json."""
-    now, saved, path = {"update": 0, "frames": 0, "seconds": 0.0}, None, folder / CHECKPOINT
-    if cfg.resume and path.exists():
-        now, saved = load(path, agent, optimizer, cfg)
-    slots, log = Slots(cfg.levels, cfg.slots, cfg.seed, saved), folder / "log.jsonl"
-    if len(lines_of(log)) < now["update"]:
-        raise UserError(f"{log} has not all episodes of {path}: begin again in another folder")
-    truncate_log(log, lambda line: line["update"] <= now["update"])
-    write_json(folder / "config.json", dataclasses.asdict(cfg) | {"resume": False})
-    (folder / "result.json").unlink(missing_ok=True)  # of fewer --frames
-    if saved:
-        return now, slots, saved["memory"], saved["first"]
-    return now, slots, torch.zeros(cfg.slots, 256), torch.ones(cfg.slots, dtype=torch.bool)
-
-
-def run(cfg: Config, folder: Path) -> dict:
-    """`train` in a folder that this process holds: act, learn, log, save."""
-    print(describe(cfg))
-    agent, every = build(cfg), Every(cfg.save_every)
-    optimizer = make_optimizer(agent, cfg)
-    now, slots, memory, first = begin(cfg, folder, agent, optimizer)
-    episodes, spent = outcomes(lines_of(folder / "log.jsonl")).tolist(), time.monotonic() - now["seconds"]
-    bar = tqdm(total=cfg.frames, desc=folder.name, initial=now["frames"], unit="frame", unit_scale=True, disable=None)
-    with open(folder / "log.jsonl", "a") as log, Signals() as signals, bar:
-        while now["frames"] < cfg.frames:
-            now["update"] += 1
-            acting, noise = chance(cfg.seed, now["update"])
-            torch.manual_seed(acting)
-            times = [time.perf_counter()]
-            seen, ended, env = roll_out(agent, slots, memory, first, cfg.rollout, noise)
-            times.append(time.perf_counter())
-            line = learn(agent, optimizer, seen, cfg, noise)
-            times.append(time.perf_counter())
-            now |= {"frames": now["frames"] + seen["level"].numel(), "seconds": round(time.monotonic() - spent, 1)}
-            line |= {"env": env, "act": times[1] - times[0] - env, "learn": times[2] - times[1]}  # seconds
-            log.write(json.dumps({**now, **line, "episodes": [[k, int(success)] for k, success in ended]}) + "\n")
-            log.flush()
-            episodes += ended
-            show(bar, cfg, now["frames"], np.array(episodes[-5000:]).reshape(-1, 2))
-            if every.due(now["update"]) or signals.caught or now["frames"] >= cfg.frames:
-                os.fsync(log.fileno())  # first: --resume takes the episodes before a checkpoint from the log
-                save(folder / CHECKPOINT, agent, optimizer, now, **slots.state(), memory=memory, first=first)
-            if signals.caught:
-                sys.exit(128 + signals.caught)
-    return finish(cfg, folder, agent, now, np.array(episodes).reshape(-1, 2))
-
-
-def chance(seed: int, update: int) -> list[int]:
-    """All chance of an update: a seed of actions and batches, and one of the routers' noise."""
-    return np.random.SeedSequence((seed, update)).generate_state(2).tolist()
-
-
-def show(bar: tqdm, cfg: Config, frames: int, recent: np.ndarray):
-    """Success of each level's last 100 episodes, in per cent, in the order of --levels: beside the bar, or without a
-    terminal some ten lines a run."""
-    rates = [recent[recent[:, 0] == k, 1][-100:] for k in range(len(cfg.levels))]
-    text = " ".join(f"{100 * rate.mean():.0f}" if len(rate) else "-" for rate in rates)
-    before, step = bar.n, max(1, cfg.frames // 10)
-    bar.set_postfix_str(text, refresh=False)
-    bar.update(frames - before)
-    if bar.disable and frames // step > (frames - cfg.slots * cfg.rollout) // step:
-        print(f"{cfg.output_dir}: {frames:,} frames  success {text}", flush=True)
-
-
-def finish(cfg: Config, folder: Path, agent: RoutedAgent, now: dict, done: np.ndarray) -> dict:
-    """Write what a finished run leaves beside its checkpoint: agent.safetensors and result.json, which this returns."""
-    write_tensors(agent.state_dict(), str(folder / "agent.safetensors"))
-    z = sum(router.Z.numel() for router in agent.routers if router.Z.requires_grad)
-    base, skills = (sum(p.numel() for p in part if p.requires_grad) for part in (agent.base.parameters(), agent.values))
-    result = now | speed(lines_of(folder / "log.jsonl"))
-    result |= {"parameters": {"theta_0": base, "skills": skills, "routing": z}}
-    result |= {"levels": report(cfg, done, score(agent, cfg))}
-    write_json(folder / "result.json", result)
-    for name, level in result["levels"].items():
-        print(f"{name:16} " + "  ".join(f"{key} {value}" for key, value in level.items()))
-    print(f"{result['frames_per_second']} frames per second, {result['share_of_time']}; saved in {folder}")
-    return result
+    total = sum(spent.values())
+    shares = {part: round(seconds / total, 3) for part, seconds in spent.items()}
+    return {"frames_per_second": round(lines[-1]["frames"] / total), "share_of_time": shares}
 
 
 # --- Figure and table -------------------------------------------------------------------------------------------------
@@ -778,16 +771,16 @@ those that succeed.
 
 
 def names_of(configs: list[Config]) -> list[str]:
-    """The name of each run: its method, and of the settings that differ among the runs those that are not the default.
-    Seeds share a name."""
-    apart = [
+    """The name of each run: its method, and the settings that differ among the runs and are not the default. Seeds
+    share a name."""
+    differing = [
         field.name
         for field in dataclasses.fields(Config)
         if field.name not in SAME and len({getattr(cfg, field.name) for cfg in configs}) > 1
     ]
 
     def name_of(cfg: Config) -> str:
-        own = [name for name in apart if cfg.method in USED_BY.get(name, METHODS)]
+        own = [name for name in differing if cfg.method in USED_BY.get(name, METHODS)]
         changed = {name: getattr(cfg, name) for name in own if getattr(cfg, name) != getattr(Config(), name)}
         return " ".join([cfg.method, *(f"{name}={value}" for name, value in changed.items())])
 
@@ -795,20 +788,21 @@ def names_of(configs: list[Config]) -> list[str]:
 
 
 def alike(configs: list[Config]) -> str:
-    """The settings that are the same in all runs, of those that can be named: in one line."""
+    """The settings that are the same in all runs, in one line."""
     fields = [field.name for field in dataclasses.fields(Config) if field.name not in SAME]
     same = {name: values.pop() for name in fields if len(values := {getattr(cfg, name) for cfg in configs}) == 1}
     return " ".join(["all:", *(f"{name}={value}" for name, value in same.items())])
 
 
 def read_run(folder: Path, levels: tuple[str, ...]) -> SimpleNamespace:
-    """A run, at work, killed or finished: success {level, and "all": of its episodes in order}, frames, speed, and
-    result, None before the end. Raises UserError if its log has no line yet, or a file is damaged."""
+    """A run, finished or not: success (`success_by_level`), frames, speed, and result (None if it is not finished).
+
+    Raises UserError if its log has no line yet, or a file is damaged.
+    """
     lines = lines_of(folder / "log.jsonl")
     if not lines:
         raise UserError(f"--plot {folder}: there is no update in its log yet; leave it out, or wait")
-    done, path = outcomes(lines), folder / "result.json"
-    success = {level: done[done[:, 0] == k, 1] for k, level in enumerate(levels)} | {"all": done[:, 1]}
+    success, path = success_by_level(outcomes(lines), levels), folder / "result.json"
     result = read_json(path, levels=dict, parameters=dict) if path.exists() else None
     if result:
         try:
@@ -820,8 +814,8 @@ def read_run(folder: Path, levels: tuple[str, ...]) -> SimpleNamespace:
 
 
 def plot(folders: tuple[str, ...], figure: str):
-    """Success (mean over 1,000 episodes, or 100 in short runs) by episodes, of each level and of all: FIGURE.png,
-    FIGURE.svg, and FIGURE.md, tables at equal episodes and of the runs.
+    """Write FIGURE.png and FIGURE.svg: success by episodes, of each level and of all, as the mean over 1,000 episodes,
+    or 100 in short runs. Write FIGURE.md: tables at equal episodes and of the runs.
 
     Raises UserError if a folder holds no run, the runs are of different levels, or two differ in nothing.
     """
@@ -848,9 +842,7 @@ def plot(folders: tuple[str, ...], figure: str):
 
 
 def at_equal_episodes(runs: dict[str, list[SimpleNamespace]], levels: tuple[str, ...]) -> str:
-    """Aligned, a row for each level and name. runs: {name: for each seed its `read_run`}."""
-    from plumbing.tables import aligned, mean_std_text  # here: it loads the data sets' library
-
+    """A table with a row for each level and name. runs: {name: the `read_run` of each seed}."""
     window = WINDOWS[-1]
     rows = [("level", "run", *(f"> 0.99 of {w:,}" for w in WINDOWS), "at", "so far", f"last {window:,}", "final")]
     for level in (*levels, "all"):
@@ -866,10 +858,8 @@ def at_equal_episodes(runs: dict[str, list[SimpleNamespace]], levels: tuple[str,
 
 
 def of_runs(runs: dict[str, list[SimpleNamespace]]) -> str:
-    """Aligned, a row for each name: seeds, trained parameters, frames; means over seeds of one run's frames per second
-    and shares of time; the paper's episodes."""
-    from plumbing.tables import aligned
-
+    """A table with a row for each name: seeds, trained parameters, frames; frames per second and shares of time, as
+    means over seeds; the paper's episodes."""
     rows = [("run", "seeds", "parameters", "frames", "frames/s", "env %", "act %", "learn %", "paper")]
     for name, own in runs.items():
         counts = [sum(run.result["parameters"].values()) for run in own if run.result]
@@ -881,10 +871,12 @@ def of_runs(runs: dict[str, list[SimpleNamespace]]) -> str:
     return aligned(rows, left=1)
 
 
+# --- Settings ---------------------------------------------------------------------------------------------------------
+
+
 def check(cfg: Config):
-    """Raise UserError for settings that do not go together, naming the flag."""
+    """Raise UserError for settings that are out of range or do not fit together, naming the flag."""
     check_ranges(cfg)
-    Every(cfg.save_every)
     for name in ("frames", "width", "slots", "rollout", "recurrence"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name} must be above 0, not {getattr(cfg, name)}")
@@ -900,7 +892,8 @@ def check(cfg: Config):
 
 
 def refuse_endless(cfg: Config):
-    """Raise UserError for what would fill any memory: there may be no error then, but a killed process."""
+    """Raise UserError for settings that need more memory than any machine has: the system might kill the process without
+    an error."""
     if cfg.slots > MOST_SLOTS or cfg.slots * cfg.rollout > MOST_FRAMES:
         most = f"more than {MOST_SLOTS:,} slots or {MOST_FRAMES:,} frames an update: choose fewer"
         raise UserError(f"--slots {cfg.slots}, --rollout {cfg.rollout} are {most}")
@@ -914,27 +907,22 @@ def refuse_endless(cfg: Config):
 
 def main(flags: dict):
     cfg = Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in flags.items()})
+    one_job(cfg, flags, {"plot": ("figure",)})
     if cfg.plot:
-        say_ignored(flags.keys() - {"plot", "figure"}, "--plot")
         return plot(cfg.plot, cfg.figure)
     cfg.output_dir = cfg.output_dir or f"runs/babyai-{cfg.method}-{cfg.seed}"
-    if cfg.resume and (path := Path(cfg.output_dir) / "config.json").exists():
-        same = {name: value for name, value in flags.items() if name not in ("frames", "figure")}
-        cfg = resumed(Config, path, same | {"output_dir": cfg.output_dir})  # it may have been moved
-        frames = flags.get("frames", cfg.frames)  # nothing is scheduled by them
-        if frames < cfg.frames:
-            raise UserError(f"--frames {frames} is less than the run in {path.parent} has, {cfg.frames}: give more")
-        cfg.frames = frames
-    unused = {name for name in flags if cfg.method not in USED_BY.get(name, METHODS)}
-    say_ignored(unused, f"--method {cfg.method}")
-    say_ignored(flags.keys() & {"figure"}, "no --plot")
+    fixed = {name: value for name, value in flags.items() if name not in ("frames", "figure")}
+    if saved := resumed_config(Config, fixed | {"output_dir": cfg.output_dir}):
+        frames = flags.get("frames", saved.frames)  # no schedule depends on them
+        if frames < saved.frames:
+            least = f"less than the run in {cfg.output_dir} has, {saved.frames}"
+            raise UserError(f"--frames {frames} is {least}: give more")
+        cfg = dataclasses.replace(saved, frames=frames)
+    if ignored := [as_flag(name) for name in flags if cfg.method not in USED_BY.get(name, METHODS)]:
+        print(f"ignored with --method {cfg.method}: {', '.join(ignored)}")
+    if "figure" in flags:
+        print("ignored without --plot: --figure")
     return train(cfg)
-
-
-def say_ignored(names: set[str], beside: str):
-    """Name flags that change nothing beside another."""
-    if names:
-        print(f"changes nothing with {beside}: --{' --'.join(sorted(names)).replace('_', '-')}")
 
 
 if __name__ == "__main__":

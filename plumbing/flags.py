@@ -115,9 +115,7 @@ ABOVE_ZERO = (
     "patience soup beams training_tasks"
 ).split()
 INTERVAL = r"([1-9]\d{0,8})(m?)"  # of --save-every
-NOT_NEGATIVE = (
-    "keep_every steps epochs micro_batch weight_decay warmup eval_examples test_examples shots seed".split()
-)
+NOT_NEGATIVE = "keep_every steps epochs micro_batch weight_decay warmup eval_examples test_examples shots seed".split()
 
 
 def check_ranges(cfg):

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from itertools import zip_longest
 from pathlib import Path
@@ -80,6 +81,26 @@ def write_json(path: Path, content: dict):
     """Write a JSON file, whole or not at all."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def truncate_log(path: Path, stays: Callable[[dict], bool]):
+    """Drop the lines of a log that the resumed run will write again, and a last line that is incomplete.
+
+    Raises UserError for any other damaged line.
+    """
+    if not path.exists():
+        return
+    content, lines = path.read_bytes(), []
+    *whole, _ = content.split(b"\n")
+    for number, line in enumerate(whole, 1):
+        try:
+            if stays(json.loads(line)):
+                lines.append(line + b"\n")
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f"{path}:{number} is damaged: delete this line to resume") from None
+    if (left := b"".join(lines)) != content:
+        with whole_file(path) as temporary:
+            temporary.write_bytes(left)
 
 
 def read_json(path: Path, **kinds: type) -> dict:
@@ -305,6 +326,14 @@ def remove_checkpoint(folder: Path):
             shutil.rmtree(path)
         elif re.fullmatch(r".+\.(safetensors|jsonl?)\.tmp|\.tmp\w{6}", path.name):  # ours; safetensors' own
             path.unlink()
+
+
+def read_skills(folder: Path, count: int) -> list[str]:
+    """The names of a run's skills. Raises UserError unless there are as many as its settings say."""
+    names = read_json(path := folder / "tasks.json", skills=list)["skills"]
+    if len(names) != count:
+        raise UserError(f"{path} names {len(names)} skills, the run has {count}: it was changed by hand")
+    return names
 
 
 def refuse_other(path: Path, saved, now: dict[str, str]):

@@ -25,9 +25,9 @@ from tqdm import tqdm
 from plumbing import processes
 from plumbing.backbones import advice_on_memory, make_deterministic, pick_device
 from plumbing.checkpoint import LOWER_RATE, Progress, load_checkpoint, save_checkpoint
-from plumbing.errors import RunError, UserError, hang_ups, tell
+from plumbing.errors import RunError, hang_ups, tell
 from plumbing.flags import INTERVAL, check_ranges, describe
-from plumbing.folders import CHECKPOINT, locked_folder, result_if_done, whole_file
+from plumbing.folders import CHECKPOINT, locked_folder, result_if_done, truncate_log
 
 
 def run_in_folder(work: Callable, cfg, script: str, advice: str) -> dict:
@@ -78,26 +78,6 @@ class Log:
         """Flush and fsync the log, so that no checkpoint outlives its log lines."""
         self.file.flush()
         os.fsync(self.file.fileno())
-
-
-def truncate_log(path: Path, stays: Callable[[dict], bool]):
-    """Drop the lines of a log that the resumed run will write again, and a last line that is incomplete.
-
-    Raises UserError for any other damaged line.
-    """
-    if not path.exists():
-        return
-    content, lines = path.read_bytes(), []
-    *whole, _ = content.split(b"\n")
-    for number, line in enumerate(whole, 1):
-        try:
-            if stays(json.loads(line)):
-                lines.append(line + b"\n")
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"{path}:{number} is damaged: delete this line to resume") from None
-    if (left := b"".join(lines)) != content:
-        with whole_file(path) as temporary:
-            temporary.write_bytes(left)
 
 
 class Every:

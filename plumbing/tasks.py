@@ -5,6 +5,8 @@
             ...
             run.record(before=..., stops=..., metrics=...)
         results = run.results()                          # of all, also those done before an interruption
+
+A task that has its result file is done: a resumed run skips it.
 """
 
 import time

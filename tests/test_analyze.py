@@ -23,7 +23,7 @@ import adapt
 from tools import analyze
 from tools import figures
 
-import models
+from tests import helpers as models
 import train
 from tools.analyze import choose, gradient_alignment
 from methods import build_model

@@ -10,7 +10,7 @@ from transformers import T5ForConditionalGeneration
 
 from experiments import bench
 from inject import freeze
-from tests.models import small_config
+from tests.helpers import small_config
 
 ROOT = Path(__file__).parents[1]
 POINT = dict(batch=4, length=8, rank=2, heads=4)

@@ -19,7 +19,7 @@ from benchmarks import choices
 from benchmarks.choices import choice_log_probs, choice_scores, choose, t_few_loss
 from data import Example
 from inject import adapter_parameters, task_ids
-from models import IDS, NAMES, TASKS, adapted, difference
+from tests.helpers import IDS, NAMES, TASKS, adapted, difference
 
 LIMITS = (32, 16)  # tokens: more than any text below has, where a test does not say otherwise
 LABELS = [1, 0, 0, 3]

@@ -12,7 +12,7 @@ import evaluate
 import train
 from methods import add_adapters
 from plumbing.errors import UserError
-from tests.models import small_config
+from tests.helpers import small_config
 
 XL = {  # T5-XL, 313 tasks: trained on all tasks, Z, and for one new task all, z, mu
     "full": (2_849_757_184, 0, 2_849_757_184, None, None),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import poly
-import solutions
+from tests import solutions
 from inject import LORA_LAYERS, freeze, inject, task_ids
 from lora import LoRA, LoRALinear
 from mhr import MHRLinear, MHRRouter

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from models import (
+from tests.helpers import (
     GIVEN, HEADS, IDS, LEARNED, NAMES, RANK, SINGLE, SKILLS, TABLES, TASKS, adapted, backbone, difference, grid, inputs,
     layers_of, logits, randomise,
 )  # fmt: skip

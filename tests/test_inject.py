@@ -31,7 +31,7 @@ from inject import (
 )  # fmt: skip
 from lora import LoRA, LoRALinear
 from mhr import MHRRouter
-from models import (
+from tests.helpers import (
     CLASSES, GIVEN, HEADS, IDS, LEARNED, NAMES, POLY_MHR, RANK, ROUTED, SINGLE, SKILLS, TASKS, VOCAB, adapted,
     backbone, difference, gradients, grid, inputs, layer_maker, layers_of, logits, randomise, row,
 )  # fmt: skip

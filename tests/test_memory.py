@@ -17,7 +17,7 @@ from plumbing.backbones import TINY
 from plumbing.errors import UserError
 from tools.count_parameters import meta_backbone
 from inject import task_ids
-from tests.models import small_config
+from tests.helpers import small_config
 
 
 def test_peak_is_what_lives_at_once():

@@ -45,7 +45,7 @@ import scoring
 import data
 import evaluate
 
-import models
+from tests import helpers as models
 import train
 from plumbing.errors import UserError
 from recipes import FEW_SHOT, PRETRAINING

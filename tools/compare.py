@@ -1,6 +1,6 @@
 """Compare runs: one table over run folders, seeds as mean +- standard deviation.
 
-    python -m tools.compare runs/*
+python -m tools.compare runs/*
 """
 
 import argparse

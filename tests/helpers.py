@@ -1,22 +1,31 @@
-"""Tiny random Hugging Face models, and adapters in them under which tasks really differ. Used by the tests."""
+"""What the tests share: tiny random models, adapters in them under which tasks really differ, and files of runs."""
 
 import copy
+import hashlib
+import json
+import zlib
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
+import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
-    BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config,
-    T5ForConditionalGeneration,
+    BartConfig, BartForConditionalGeneration, ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
+    T5Config, T5ForConditionalGeneration,
 )  # fmt: skip
 
 import train
+from benchmarks.metrics import METRICS
+from inject import adapter_parameters, freeze, inject, named_layers, task_ids
 from methods import SINGLE as ONE_LAYER
 from methods import make_adapter, make_router
-from recipes import ONE_ADAPTER
-from inject import adapter_parameters, freeze, inject, named_layers, task_ids
 from mhr import MHRLinear
+from plumbing.backbones import tiny_from_scratch
 from poly import PolyLinear
+from recipes import ONE_ADAPTER
 
 NAMES = ("t5", "bart", "llama", "gpt2")
 VOCAB, WIDTH = 100, 32
@@ -174,3 +183,69 @@ def gradients(model: nn.Module, batch: dict[str, torch.Tensor], ids) -> dict[str
 def difference(x: torch.Tensor, y: torch.Tensor) -> float:
     """The largest difference, relative to the largest value of y."""
     return ((x - y).abs().max() / y.abs().max()).item()
+
+
+# --- Runs -------------------------------------------------------------------------------------------------------------
+
+
+def small_backbone(folder: Path, layers: int = 1, shift: float = 0.0) -> str:
+    """The tiny backbone at an eighth of its width, with this many encoder and decoder layers, saved as a folder.
+
+    shift: added to its embeddings; another shift is another backbone.
+    """
+    shape = tiny_from_scratch().config
+    shape.d_model, shape.d_kv, shape.d_ff, shape.num_layers, shape.num_decoder_layers = 16, 4, 32, layers, layers
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = T5ForConditionalGeneration(shape)
+    with torch.no_grad():
+        model.shared.weight += shift
+    return save_as_backbone(model, folder)
+
+
+def save_as_backbone(model: nn.Module, folder: Path) -> str:
+    """Save a model with a tokenizer whose tokens are bytes; returns its name for --backbone."""
+    model.save_pretrained(folder)
+    ByT5Tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def fingerprint(predictions, references) -> float:
+    """A score of 0 to 100 that changes whenever a prediction or a reference changes."""
+    return zlib.crc32(repr((predictions, references)).encode()) % 10_000 / 100
+
+
+@contextmanager
+def fingerprints_as_metrics():
+    """Every metric is `fingerprint`, so that scores are equal only if all predictions are. Yields the MonkeyPatch."""
+    with pytest.MonkeyPatch.context() as patch:
+        for metric in METRICS:
+            patch.setitem(METRICS, metric, fingerprint)
+        yield patch
+
+
+def read(path: Path):
+    """The content of a JSON file."""
+    return json.loads(path.read_text())
+
+
+def lines_of(path: Path) -> list[dict]:
+    """The lines of a log."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def change_json(path: Path, **changes):
+    """Change entries of a JSON file."""
+    path.write_text(json.dumps(read(path) | changes))
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """A hash of every file under a folder, by its path there."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def same_tensors(a: Path, b: Path) -> bool:
+    """Whether two safetensors files hold the same tensors, to the bit."""
+    one, other = load_file(a), load_file(b)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
