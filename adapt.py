@@ -68,7 +68,7 @@ class Config:
 
 
 if __name__ == "__main__":  # read the flags before the slow imports: --help and mistakes answer at once
-    FLAGS = explicit_flags(Config, FEW_SHOT)
+    FLAGS = explicit_flags(Config, FEW_SHOT, moved={"keep": "is best_by now, a setting of the recipe in recipes.py"})
 
 import dataclasses
 import functools
@@ -206,16 +206,16 @@ def adapt_task(model, tokenizer, task: data.Task, lengths, cfg, log: Log, split:
     best_value, best_step = dev_value(model, tokenizer, task, lengths, cfg), 0
     best, batches = [p.detach().clone() for p in trained], data.batches([task], cfg.batch_size, cfg.seed)
     for step in range(1, cfg.steps + 1):
-        batch = next(batches)  # 1  take a batch of this task
-        train.set_rates(optimizer, rates, train.warmup_then_decay(step - 1, cfg.steps, cfg.warmup))  # 2  set the rates
-        loss = train.backward_in_parts(loss_of, batch, cfg.micro_batch, weight)  # 3  forward, backward
-        norm = nn.utils.clip_grad_norm_(trained, cfg.clip).item()  # 4  clip
+        batch = next(batches)  # 1 take a batch of this task
+        train.set_rates(optimizer, rates, train.warmup_then_decay(step - 1, cfg.steps, cfg.warmup))  # 2 set the rates
+        loss = train.backward_in_parts(loss_of, batch, cfg.micro_batch, weight)  # 3 forward, backward
+        norm = nn.utils.clip_grad_norm_(trained, cfg.clip).item()  # 4 clip
         if not (math.isfinite(loss) and math.isfinite(norm)):
             print(f"{task.name}: loss or gradients are not finite in step {step}: the best values before are kept")
             break
-        optimizer.step()  # 5  step
+        optimizer.step()  # 5 step
         optimizer.zero_grad()
-        if step % cfg.eval_every == 0 or step == cfg.steps:  # 6  look at dev examples, record
+        if step % cfg.eval_every == 0 or step == cfg.steps:  # 6 record: look at the dev examples
             value = dev_value(model, tokenizer, task, lengths, cfg)
             log.write({"split": split, "task": task.name, "step": step, "loss": loss, key: sign * value})
             if value < best_value:

@@ -43,7 +43,10 @@ MOVED = {
     "compare": "is a command now: python -m tools.compare RUN RUN ...",
     "count_parameters": "is a command now: python -m tools.count_parameters --backbone NAME",
     "memory": "is a command now: python -m tools.estimate_memory --backbone NAME --batch-size N",
-}
+} | dict.fromkeys(
+    ("backbone", "training_tasks", "max_input", "max_output"),
+    "belongs to python -m tools.count_parameters or tools.estimate_memory now",
+)
 
 if __name__ == "__main__":  # read the flags before the slow imports: --help and mistakes answer at once
     FLAGS = explicit_flags(Config, {}, moved=MOVED)

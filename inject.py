@@ -97,7 +97,7 @@ def sharing_key(name: str, granularity: str) -> str:
     linear: every linear layer its own. layer: an attention or feed-forward sub-layer. block: a Transformer block.
     coder: encoder or decoder (a decoder-only model has one). model: all. By module structure: a block is what is
     numbered first in the name, a sub-layer the module that the linear is in (BART's fc1 and fc2, which are in the block
-    itself, are one). MHR also shares "for every block of layers", several Transformer blocks: not here.
+    itself, are one). MHR's "for every block of layers", several Transformer blocks, is not supported.
     Raises ValueError for an unknown granularity, or a layer outside all blocks.
     """
     if granularity not in GRANULARITIES:
@@ -123,7 +123,7 @@ class _Context(NamedTuple):
     tasks: Tensor  # (u,) distinct ids
     rows: Tensor  # (n,) which of them each example has
     largest: int
-    kept: dict | None  # layer -> its mixed adapters, where they are kept
+    kept: dict | None  # layer -> its mixed adapters, if they are kept
 
 
 _contexts: list[_Context] = []  # innermost last
@@ -136,8 +136,8 @@ def task_ids(ids, among=None, keep=False):
     ids (n,): a list or tensor of integers >= 0. Contexts nest; leaving one restores the one around it.
     among: the ids of a larger batch that this one is a part of; routing noise is then drawn for all of its tasks, so
     that every part (in another process) draws the same. None: the batch is all there is.
-    keep: each layer mixes its adapters once and keeps them until the context ends. For generation, which calls it for
-    every token; only where no parameter changes and nothing is learned (it is an error where gradients are on).
+    keep: each layer mixes its adapters once and keeps them until the context ends. For generation, which calls a layer
+    for every token; an error if gradients are on, for nothing may be trained meanwhile.
     Raises ValueError if ids are not integers, negative, not among `among`, or not a flat list of at least one.
     """
     ids = _checked(ids)
@@ -209,13 +209,13 @@ def inject(model: nn.Module, make_layer, pattern: str) -> list[str]:
     if adapted_layers(model):
         raise ValueError("this model already has adapters")
     try:
-        found = [(name, module) for name, module in model.named_modules() if re.fullmatch(pattern, name)]
+        matches = [(name, module) for name, module in model.named_modules() if re.fullmatch(pattern, name)]
     except re.error as error:
         raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from None
-    if not found:
+    if not matches:
         raise ValueError(f"no layer's name matches the pattern {pattern!r}")
     made = []
-    for name, module in found:
+    for name, module in matches:
         if type(module).__name__ == "Conv1D":
             module = _as_linear(module)
         if not isinstance(module, nn.Linear):
@@ -332,7 +332,7 @@ def fingerprint(model: nn.Module) -> str:
     Adapters do not enter, so it is the same before and after injection. Values are rounded to bfloat16 first, so a
     backbone loaded in bfloat16 or float32 is the same backbone.
     """
-    digest = hashlib.sha256()
+    sha = hashlib.sha256()
     layers, added = adapted_layers(model), adapter_parameters(model)
     for name, p in model.named_parameters():
         if name in added:
@@ -342,9 +342,9 @@ def fingerprint(model: nn.Module) -> str:
             name = f"{owner.removesuffix('.linear')}.{leaf}"
         p = p.detach() if p.is_contiguous() else p.detach().T  # a Conv1D that `inject` turned: turn it back
         values = p.flatten()[:: -(-p.numel() // 64) or 1].to("cpu", torch.bfloat16).contiguous()
-        digest.update(f"{name} {tuple(p.shape)}".encode())
-        digest.update(values.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+        sha.update(f"{name} {tuple(p.shape)}".encode())
+        sha.update(values.view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()[:16]
 
 
 def save_adapters(model: nn.Module, path: str):
@@ -372,7 +372,7 @@ def write_tensors(tensors: dict[str, Tensor], path: str, **metadata: str):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        if os.name == "posix":  # the new name too: else a power cut may undo the renaming, but not what came after
+        if os.name == "posix":  # fsync the directory, so that the rename survives a power cut
             number = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
             try:
                 os.fsync(number)
@@ -401,11 +401,11 @@ def read_tensors(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def digest(tensors: dict[str, Tensor], state: str = "") -> str:
     """SHA-256 of names, types, shapes and bytes, and of a text that is saved with them."""
-    found = hashlib.sha256(state.encode())
+    sha = hashlib.sha256(state.encode())
     for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {_kind(tensor)}".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
+        sha.update(f"{name} {_kind(tensor)}".encode())
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 @torch.no_grad()

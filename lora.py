@@ -17,16 +17,18 @@ Shape key, the same in every file:
 Orientation: x is a row vector, so A is (i, r), B is (r, o) and the update is (x A) B. Hu et al. and PEFT's LoRA
 store both transposed: (r, i) and (o, r).
 
-Names: A is at the input and random, B at the output and zero, as in Hu et al. and the authors' code. Both routing
-papers have the letters the other way round, and columns: in [2]'s A B^T x, their B is our A and their A our B^T; in
-Polytropon's eq. 4, A B x, their B is our A^T, their A our B^T, and its "A matrices ... initialised to zero" our B = 0.
+Names: the two routing papers swap Hu et al.'s letters, which the authors' code and this file keep:
+
+    here: (x A) B                     MHR [2]: A B^T x     Polytropon eq. 4: A B x
+    A (i, r), at the input, random    B                    B^T
+    B (r, o), at the output, zero     A^T                  A^T ("A matrices ... initialised to zero")
 
 Deviations:
 * Init of A: uniform within +-1/sqrt(3 i), as in the MHR authors' code. PEFT's Poly takes +-sqrt(h/i), which is
   sqrt(3 h) times wider and depends on the number of heads. B is zero everywhere.
 * The update is scaled by alpha / r, alpha = 1, as in [2]'s 2022 version ("alpha = 1/|r|") and the authors' code; its
-  2023 version calls the scale tunable, and Polytropon's eq. 4 has none. At CrossFit's r = 16 that makes our update 1/16
-  of eq. 4's; to Adam it is a learning rate of B divided by 16 (but for its epsilon, the clipped norm and decay).
+  2023 version calls the scale tunable, and Polytropon's eq. 4 has none. At CrossFit's r = 16 our update is 1/16 of
+  eq. 4's; to Adam that is a learning rate of B divided by 16 (except for its epsilon, clipping and decay).
 
 Not here: dropout, and merging as a hidden side effect of .eval(); `merged` returns a new layer instead.
 

@@ -105,10 +105,7 @@ def names_of_skills(cfg, tasks: list) -> list[str]:
 
 
 def starting_point(cfg, tasks: list, skills: list[str]):
-    """(model, tokenizer) before training: with fresh adapters, or with those of --from-run, averaged for method mu.
-
-    skills: of `names_of_skills`.
-    """
+    """(model, tokenizer) before training: with fresh adapters, or with those of --from-run, averaged for method mu."""
     if not cfg.from_run:
         return build_model(cfg, len(tasks), given_table(cfg.method, tasks, skills) if skills else None)
     base = read_config(type(cfg), Path(cfg.from_run) / "config.json")
@@ -157,9 +154,6 @@ def save_run(model: nn.Module, tokenizer, folder: Path, mark: str = ""):
     """`save_trained` as a run of train.py names it. mark: added to the name. The first of several processes saves."""
     if processes.first():
         save_trained(model, tokenizer, folder / f"{'adapter' if adapted_layers(model) else 'backbone'}{mark}")
-
-
-# --- Average and count ------------------------------------------------------------------------------------------------
 
 
 def collapse(model: nn.Module, adapter: str, params_of):

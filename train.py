@@ -189,24 +189,24 @@ def train_steps(model, tokenizer, tasks: list[data.Task], steps: int, cfg: Confi
     optimizer = make_optimizer(model, cfg)
     made_with = {"backbone": fingerprint(model), "data set": marks_of_tasks(tasks)}
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
-    rates = [group["lr"] for group in optimizer.param_groups]
+    rates, part = [group["lr"] for group in optimizer.param_groups], cfg.micro_batch
     loss_of = lambda items: batch_loss(model, tokenizer, items, cfg.max_input, cfg.max_output)  # noqa: E731
     weight = lambda items: output_tokens(model, tokenizer, items, cfg.max_output)  # noqa: E731
     beside = dict(save_every=cfg.save_every, log_every=cfg.log_every, resume=cfg.resume, made_with=made_with)
     with Run(folder, run_tensors(model), optimizer, **beside) as run:
         batches = data.batches(tasks, cfg.batch_size, cfg.seed, start=batches_before(cfg) + run.now.step)
         for step in run.steps(steps, f"train {cfg.method}"):
-            batch = next(batches)  # 1  take a batch of many tasks
-            set_rates(optimizer, rates, warmup_then_decay(step - 1, steps, cfg.warmup))  # 2  set the two learning rates
-            loss = backward_in_parts(loss_of, processes.share(batch), cfg.micro_batch, weight, batch)  # 3  forward,
-            loss = run.sum_over_processes(loss)  #                             backward, each example under its own task
-            norm = nn.utils.clip_grad_norm_(trainable, cfg.clip).item()  # 4  clip
+            batch = next(batches)  # 1 take a batch of many tasks
+            set_rates(optimizer, rates, warmup_then_decay(step - 1, steps, cfg.warmup))  # 2 set the two learning rates
+            loss = backward_in_parts(loss_of, processes.share(batch), part, weight, batch)  # 3 forward, backward
+            loss = run.sum_over_processes(loss)
+            norm = nn.utils.clip_grad_norm_(trainable, cfg.clip).item()  # 4 clip
             refuse_nonfinite(loss, norm, step, batch, tasks)
-            optimizer.step()  # 5  step
+            optimizer.step()  # 5 step
             optimizer.zero_grad()
             if cfg.keep_every and step % cfg.keep_every == 0:
                 save_run(model, tokenizer, folder, f"-{step}")
-            run.record(loss, norm)  # 6  record
+            run.record(loss, norm)  # 6 record: log, save a checkpoint when due, stop if a signal asked for it
     return run
 
 

@@ -1,18 +1,18 @@
 """AdapterSoup (Chronopoulou et al. 2023, https://arxiv.org/abs/2302.07027), as in the MHR paper section 4.1.
 
-Pre-training: one adapter for each task, nothing shared: a `FixedRouter` with a table of identity. Adaptation: a new
-task starts from the average of the adapters of the n training tasks that are most like it, as ONE adapter, and trains
-that. Two tasks are alike by the cosine of their embeddings: a text encoder's hidden states, averaged over the tokens of
-an input and over the task's training inputs.
+Pre-training: one adapter per task, nothing shared: a `FixedRouter` whose table is the identity. Adaptation: a new task
+trains ONE adapter, which starts as the average of the adapters of the n most similar training tasks. Similarity is the
+cosine of two tasks' embeddings: a text encoder's hidden states, averaged over the tokens of an input and over the
+task's training inputs.
 
 Shape key, as in poly.py: b examples, l sequence length, t tasks; d is the encoder's width.
 
-Unlike `poly.py`: what a task takes from others is not learned but looked up, and only when all training is over.
+Unlike `poly.py`: which adapters a new task gets is looked up, not learned, and only after training.
 
 Deviations:
-* The adapters are trained in one run, each batch mixed over tasks, not in a run for each task: the same updates but for
-  what the optimiser shares (the clipped norm, and moments that decay while a task is not in the batch).
-* On T0 a task is a (data set, template), 313 adapters; the paper's 84M parameters are 38, one a data set.
+* One run trains all adapters, with tasks mixed in each batch, not one run per task. The updates are the same but for
+  what the optimiser shares: the clipped norm, and moments that decay while a task is not in the batch.
+* On T0 a task is a (data set, template), 313 adapters; the paper's 84M parameters are 38 adapters, one per data set.
 * A task's embedding is averaged over at most EXAMPLES of its training inputs, evenly spaced.
 """
 
@@ -35,15 +35,15 @@ EXAMPLES = 200
 def embed(encoder, tokenizer, task: Task, max_input: int, batch_size: int = 16) -> Tensor:
     """The embedding (d,) of a task, float32 on the CPU.
 
-    encoder: any Hugging Face model that makes hidden states, without adapters: of an encoder-decoder model the encoder
-    is used, of a language model what is below its head. Inputs are cut to max_input tokens.
+    encoder: any Hugging Face model without adapters; of an encoder-decoder model its encoder is used, of a language
+    model the part below its head. Inputs are cut to max_input tokens.
     """
     body = encoder.get_encoder() if encoder.config.is_encoder_decoder else encoder.base_model
     examples = task.train[:: max(1, -(-len(task.train) // EXAMPLES))]
     total = torch.zeros(encoder.config.hidden_size)
     for start in range(0, len(examples), batch_size):
-        few = [examples[k] for k in range(start, min(start + batch_size, len(examples)))]
-        batch = collate(few, None, tokenizer, True, max_input, 0)  # True: pads on the right
+        chosen = [examples[k] for k in range(start, min(start + batch_size, len(examples)))]
+        batch = collate(chosen, None, tokenizer, True, max_input, 0)  # True: pads on the right
         batch = {name: tensor.to(encoder.device) for name, tensor in batch.items()}
         hidden = body(**batch).last_hidden_state.float()  # (b, l, d)
         mask = batch["attention_mask"][..., None]
@@ -52,7 +52,7 @@ def embed(encoder, tokenizer, task: Task, max_input: int, batch_size: int = 16) 
 
 
 def embed_tasks(cfg, tasks: list[Task]) -> Tensor:
-    """The embedding of each task that has examples, (s, d), to compare new tasks with. cfg: a `train.Config`."""
+    """The embeddings (s, d) of the tasks that have examples. cfg: a `train.Config`."""
     encoder, tokenizer = load_encoder(cfg)
     bar = tqdm([task for task in tasks if len(task.train)], desc="embed", unit="task", disable=None)
     return torch.stack([embed(encoder, tokenizer, task, cfg.max_input) for task in bar])
@@ -66,10 +66,7 @@ def load_encoder(cfg):
 
 
 def soup_weights(embeddings: Tensor, new: Tensor, n: int) -> Tensor:
-    """Weights (1, t) over training tasks: 1/n for the n whose embeddings (t, d) have the largest cosine with new (d,).
-
-    All of them if there are fewer than n.
-    """
+    """Weights (1, t) over training tasks: equal for the n (or all) whose embeddings (t, d) are nearest to new (d,)."""
     cosine = torch.cosine_similarity(embeddings, new[None], dim=-1)  # (t,)
     best = cosine.topk(min(n, len(cosine))).indices
     return torch.zeros(1, len(cosine)).index_fill_(1, best, 1 / len(best))

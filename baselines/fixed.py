@@ -1,7 +1,7 @@
 """Fixed routings: Shared, Private and Expert (Polytropon section 2.5), Random (MHR section 5.2 and its first version).
 
-Routers for a `poly.PolyLinear` that learn nothing: the skills are trained, who uses which is given. Not in poly.py, so
-that the difference between poly.py and mhr.py stays the head axis alone.
+Routers for a `poly.PolyLinear` without trained parameters: the skills are trained, who uses which is fixed. Not in
+poly.py, so that poly.py and mhr.py differ in the head axis alone.
 
     PolyLinear(linear, LoRA(rank=1), FixedRouter(torch.eye(64)))
 
@@ -15,11 +15,11 @@ from poly import rows_of
 
 
 class FixedRouter(nn.Module):
-    """An allocation that is given and not learned: the baselines of Polytropon section 2.5 are tables.
+    """A fixed allocation, as in the baselines of Polytropon section 2.5.
 
     table (t, s): how much each task uses each skill, 0 or more, no row all 0. `torch.ones(t, 1)` is Shared,
-    `torch.eye(t)` Private, a known task-skill table Expert, and half of the skills at random, drawn once per task, the
-    Random of MHR's first version. Z is kept as a parameter that never trains, so it is saved with the adapters.
+    `torch.eye(t)` Private, a known task-skill table Expert, and a random half of the skills per task the Random of
+    MHR's first version. Z is a parameter without gradient, so that it is saved with the adapters.
     Raises ValueError for another shape, negative entries or a row of zeros.
     """
 
@@ -30,7 +30,7 @@ class FixedRouter(nn.Module):
         if table.dim() != 2 or bool((table < 0).any()) or not bool((table.sum(-1) > 0).all()):
             raise ValueError("a table (tasks, skills) needs entries of 0 or more, and in each row one above 0")
         self.skills = table.shape[1]
-        self.Z = nn.Parameter(table.detach().float().clone(), requires_grad=False)  # its own memory
+        self.Z = nn.Parameter(table.detach().float().clone(), requires_grad=False)  # a copy
 
     tasks = property(lambda self: self.Z.shape[0])
 
@@ -50,24 +50,24 @@ class FixedRouter(nn.Module):
 
 
 def labels(method: str, task) -> tuple[str, ...]:
-    """The names of the skills that a task (a `data.Task`) uses under a method whose allocation is given.
+    """The names of the skills that a task (a `data.Task`) uses under a method with a fixed table.
 
-    expert: what the task is truly made of (strings), or its kind: CrossFit's four task types as in Polytropon section
-    4.2, SuperNI's category, T0's data set. private: itself alone. A task of which nothing is known has no names.
+    expert: the operations that it is composed of (strings), or its group: CrossFit's four task types as in Polytropon
+    section 4.2, SuperNI's category, T0's data set; none if neither is known. private, adapter-soup: its own name.
     """
     names = (task.skills or (task.group,)) if method == "expert" else (task.name,)
     return tuple(name for name in names if name)
 
 
 def skill_names(method: str, tasks) -> list[str]:
-    """The inventory that the training tasks make: a skill for each name, in order of appearance."""
+    """The skills of the training tasks: one for each name, in order of appearance."""
     return list(dict.fromkeys(name for task in tasks for name in labels(method, task)))
 
 
 def given_table(method: str, tasks, names: list[str]) -> Tensor:
     """The table (t, s) of these tasks over the skills `names`: 1 where a task has the name, else 0.
 
-    A task with none of the names uses all skills alike, a row of ones: any new task under private, and under expert the
+    A task with none of the names uses all skills alike, a row of ones: under private any new task, under expert the
     held-out data sets of T0 and categories of SuperNI, which no training task has.
     """
     own = [labels(method, task) for task in tasks]
@@ -76,19 +76,16 @@ def given_table(method: str, tasks, names: list[str]) -> Tensor:
 
 
 def half_of_skills(tasks: int, skills: int) -> Tensor:
-    """Random per task (MHR's first version, section 4.1): a table (t, s), half of the skills, drawn for each task.
-
-    An odd number is rounded up: with one skill every task uses it.
-    """
+    """Random per task (MHR's first version, section 4.1): a table (t, s), half of the skills (rounded up) per task."""
     return (torch.rand(tasks, skills).argsort(-1) < (skills + 1) // 2).float()
 
 
 class RandomRouter(FixedRouter):
     """Random routing per example (MHR section 5.2): in training each example draws its skills, whatever its task.
 
-    In evaluation all count alike: the average that Random-mu goes on from. The paper says "randomly assign a binary
-    module allocation to each data point"; a probability of 1/2 for each skill, dividing by their number, and a draw of
-    its own in each layer are our choices.
+    In evaluation all skills have the same weight, which gives the average that Random-mu starts from. The paper says
+    "randomly assign a binary module allocation to each data point". Our choices: each skill has probability 1/2, the
+    weights are divided by their number, and each layer draws for itself.
     """
 
     per_example = True

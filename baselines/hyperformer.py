@@ -1,20 +1,20 @@
 """HyperFormer (Karimi Mahabadi et al. 2021, https://aclanthology.org/2021.acl-long.47), as in Polytropon section 2.5.
 
-A hyper-network makes a task's adapter from an embedding of the task: embedding (e), one hidden layer with a ReLU (h),
-and a linear layer whose output is the adapter's parameters. Polytropon points at the kinship: the last layer's weights
-are an inventory Phi of h "skills", and the hidden activations are the task's weights over them. So here it is a router
-for a `PolyLinear`, and differs from `poly.PolyRouter` in this: the weights are dense, unbounded above and not divided
-by their sum, and tasks share what maps an embedding to them.
+A hyper-network maps a task's embedding to its adapter: embedding (e), one hidden layer with a ReLU (h), and a linear
+layer whose output is the adapter's parameters. Polytropon notes the relation: the last layer's weights are an inventory
+Phi of h "skills", and the hidden activations are the task's weights over them. So here it is a router for a
+`PolyLinear`. It differs from `poly.PolyRouter`: the weights are dense, unbounded above and not divided by their sum,
+and tasks share the map from embeddings to weights.
 
 Adapters are LoRA, as in Polytropon's comparison, which sets "the embedding size e and hidden size h to an identical
-value". Here e = h = s: the last layer has exactly the size of s skills, and each router adds e^2 + e in its hidden
-layer. (Appendix A.2 counts 4l(2he + 2e)e, where h is the model's width; its 0.78 % for each dimension, as for each
-skill, comes out if the e in brackets is the rank, 16.) The last layer has no bias: with LoRA's zero B the adapted model
-starts as its backbone. A ReLU may leave a task without any unit, as it does at first in about one of 2^h layers: there
-it has no adapter and no gradient (with the 4 units of `strings`: one in 16).
+value". Here e = h = s: the last layer has the size of s skills, and the hidden layer adds e^2 + e parameters per
+router. (Appendix A.2 counts 4l(2he + 2e)e, where h is the model's width. Its 0.78 % per dimension, as per skill,
+follows if the e in brackets is the rank, 16.) The last layer has no bias: with LoRA's zero B the adapted model starts
+as its backbone. If the ReLU turns off all units of a task in a layer, it has no adapter and no gradient there.
+Initially this happens in about one of 2^h layers (with the 4 units of `strings`: one in 16).
 
-Deviation: with --granularity linear each linear layer has a hidden layer and task embeddings of its own, as it has a Z
-of its own under Poly. The original embeds a task once, and its HyperFormer++ shares the hyper-network over all layers.
+Deviation: with --granularity linear each linear layer has its own hidden layer and task embeddings, as under Poly its
+own Z. The original embeds a task once, and its HyperFormer++ shares the hyper-network over all layers.
 
     PolyLinear(linear, LoRA(rank=1), HyperRouter(tasks=64, skills=8))
 """

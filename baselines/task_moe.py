@@ -1,8 +1,9 @@
 """Task-MoE (Kudugunta et al. 2021, https://arxiv.org/abs/2110.03742), as Polytropon section 2.5 compares with it.
 
 A mixture of experts that routes by task: each task has a logit for every expert (here: skill), a softmax over them,
-and uses its k best. Two things differ from `poly.PolyRouter`: the skills of a task compete (a softmax instead of one
-sigmoid each), and every task uses the same number of them. Polytropon blames the latter's rich-gets-richer dynamics.
+and uses the k best. It differs from `poly.PolyRouter` in two ways: the skills of a task compete (a softmax instead of a
+sigmoid for each), and every task uses the same number of them. Polytropon blames the rich-gets-richer dynamics of the
+latter.
 
 Experts are LoRA modules, not feed-forward networks, as in Polytropon's comparison: put the router in a `PolyLinear`.
 
@@ -16,11 +17,10 @@ from poly import PolyRouter, rows_of
 
 
 class TaskMoERouter(PolyRouter):
-    """Softmax over skills, the k best kept and normalised again: logits Z (t, s), as `poly.PolyRouter` has them.
+    """Softmax over the k best skills, with logits Z (t, s) as in `poly.PolyRouter`.
 
-    tasks: t. skills: s. k: skills that a task uses; the paper's comparison does not state it, Kudugunta et al. use 2
-    at most. Raises ValueError unless 2 <= k <= s and t >= 1: the weight of one skill alone is always 1, and no
-    gradient would reach Z.
+    tasks: t. skills: s. k: skills that a task uses; Polytropon does not state it, Kudugunta et al. use at most 2.
+    Raises ValueError unless 2 <= k <= s and t >= 1: a single skill always has weight 1, and Z no gradient.
     """
 
     def __init__(self, tasks: int, skills: int, k: int = 2):
@@ -32,11 +32,11 @@ class TaskMoERouter(PolyRouter):
     def forward(self, tasks: Tensor, sample: bool | None = None) -> Tensor:
         """Task ids (u,) to weights (u, s), at most k of them above 0, each row summing to 1. sample: there is no noise.
 
-        The gradient reaches the kept logits only. Logits of +-inf count as the largest number, so k of the same sign
-        share evenly. Raises IndexError for an id outside 0 .. t-1.
+        Only the k best logits get a gradient. Logits of +-inf count as the largest finite number, so k equal ones share
+        evenly. Raises IndexError for an id outside 0 .. t-1.
         """
         most = torch.finfo(self.Z.dtype).max
         logits = rows_of(self.Z, tasks).clamp(-most, most)
         best = logits.topk(self.k, dim=-1).indices
         kept = torch.full_like(logits, -torch.inf).scatter(-1, best, logits.gather(-1, best))
-        return kept.softmax(-1)  # of the k best: the same as a softmax over all, cut and divided by its sum
+        return kept.softmax(-1)  # the same as a softmax over all, cut to the k best and divided by its sum

@@ -1,6 +1,6 @@
 """The papers' benchmarks, each read from its official files into tasks, and their scores.
 
-    strings, strings-single   embedded: compositions of string operations, with a known task-skill table
+    strings, strings-single   built in: compositions of string operations, with a known task-skill table
     t0                        P3's prompted data sets (Sanh et al. 2021), the papers' main benchmark
     superni                   Super-NaturalInstructions (Wang et al. 2022)
     crossfit                  the NLP Few-shot Gym (Ye et al. 2021)
@@ -25,8 +25,8 @@ def load(
 ) -> Benchmark:  # fmt: skip
     """Read a benchmark by name.
 
-    split: which few-shot examples dev and test tasks get (see each reader). parts: the lists of tasks that are needed;
-    the others may be empty. instructions: for strings. partition: for crossfit.
+    split: which few-shot examples dev and test tasks get (see each reader). parts: the lists of tasks to read; the
+    others may be empty. instructions: of strings. partition: of crossfit.
     Raises UserError for an unknown name, or a missing or damaged file.
     """
     if dataset not in READERS:
@@ -37,14 +37,14 @@ def load(
 
 
 def load_for(cfg, split: str, parts: Sequence[str]) -> Benchmark:
-    """`load` with the settings of a run. cfg: a `train.Config`."""
+    """`load` with the settings of a run, a `train.Config`."""
     return load(cfg.dataset, cfg.data_dir, split, parts, cfg.instructions, cfg.partition)
 
 
 def held_out(benchmark: Benchmark, names: str) -> list[Task]:
     """The dev or test tasks that --tasks names: all (test tasks), dev, or names joined by commas.
 
-    Raises UserError for a name that is neither a dev nor a test task, or if there are none.
+    Raises UserError for any other name, or if there are none.
     """
     if names in ("all", "dev"):
         tasks = benchmark.test if names == "all" else benchmark.dev

@@ -21,8 +21,8 @@ def choice_log_probs(
     """(log p (b, c, l), mask (b, c, l)): the log-probability of each token of each choice given the input.
 
     mask is True at tokens, False at padding and at choices that an example does not have; log p is 0 there. The
-    end-of-text token counts as a token of the choice. Call it inside `task_ids` of the b examples: the layers see that
-    the choices are c rows an example.
+    end-of-text token is a token of the choice. Call it inside `task_ids` of the b examples: the layers infer from the
+    shapes that each example has c rows.
     """
     encoder_decoder, c = model.config.is_encoder_decoder, max(len(e.choices) for e in examples)
     flat = [choice for e in examples for choice in (*e.choices, *[""] * (c - len(e.choices)))]
@@ -38,7 +38,7 @@ def choice_log_probs(
 
 
 def _encoder_decoder_logits(model: nn.Module, source: dict, tokens: Tensor, c: int) -> Tensor:
-    """Logits (b*c, l, vocabulary) for the tokens of the choices; the encoder runs once an example."""
+    """Logits (b*c, l, vocabulary) for the tokens of the choices; the encoder runs once per example."""
     hidden = model.get_encoder()(**source).last_hidden_state
     return model(
         encoder_outputs=BaseModelOutput(hidden.repeat_interleave(c, dim=0)),
@@ -48,15 +48,15 @@ def _encoder_decoder_logits(model: nn.Module, source: dict, tokens: Tensor, c: i
 
 
 def _decoder_only_logits(model: nn.Module, source: dict, tokens: Tensor, c: int) -> Tensor:
-    """The same for one stack: the input (padded on the left) runs once, and the choices go on from its cache.
+    """The same for a decoder-only model: the input (padded on the left) runs once, the choices continue from its cache.
 
-    In training with Gumbel noise the two calls draw their own; T0's recipe has none.
+    In training each of the two calls draws its own Gumbel noise; T0's recipe has none.
     """
     mask = source["attention_mask"]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     prefix = model(**source, position_ids=positions, use_cache=True)
     first = prefix.logits[:, -1:].repeat_interleave(c, dim=0)
-    if tokens.shape[1] == 1:  # --max-output 1: every choice is cut to its end-of-text token
+    if tokens.shape[1] == 1:  # --max-output 1 cuts every choice to its end-of-text token
         return first
     cache = prefix.past_key_values
     cache.batch_repeat_interleave(c)

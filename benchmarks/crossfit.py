@@ -3,13 +3,13 @@
     <data-dir>/<task>/<task>_<k>_<split>_{train,dev,test}.tsv      splits 100 13 21 42 87
     <data-dir>/<partition>                                         which tasks are for training, dev and test
 
-One example a line, also the last one with a line end; columns separated by tabs: input, output, other acceptable
-outputs. Classification tasks have k = 16 examples a label, the others k = 32 in all. The test file does not depend on
-the split.
+One example per line, the last line too ends in a line feed. Columns separated by tabs: input, output, other acceptable
+outputs. Classification tasks have k = 16 examples per label, the others k = 32 in all. The test file is the same for
+all splits.
 
 Use of the files, as in Polytropon section 4.1: a training task learns from the train and dev files of all five splits,
-one after the other, repeats included ("we concatenate"); a dev or test task is few-shot, with the train and dev file of
-one split. Unlike this, the code of MHR's authors keeps the dev files of training tasks for early stopping.
+concatenated, repeats included; a dev or test task is few-shot, with the train and dev file of one split. The code of
+MHR's authors differs: it uses the dev files of training tasks for early stopping.
 """
 
 import glob
@@ -17,14 +17,14 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from plumbing.errors import UserError
-from plumbing.folders import read_json
 from benchmarks.tables import say_once
 from data import PARTS, Benchmark, Example, Task
+from plumbing.errors import UserError
+from plumbing.folders import read_json
 
 SPLITS = ("100", "13", "21", "42", "87")
-TEST_LINES = 10_000  # the official code scores no more than the first so many lines of a test file
-# The metric of each task as CrossFit's own metrics.py has it; every task not named here is measured by ACC.
+TEST_LINES = 10_000  # the official code scores at most this many lines of a test file, the first ones
+# The metric of each task as in CrossFit's metrics.py; ACC for every task not named here.
 _METRICS = {
     "Classification-F1": """
         ade_corpus_v2-classification ag_news amazon_polarity anli circa climate_fever codah dbpedia_14 discovery emo
@@ -51,9 +51,9 @@ _METRICS = {
     "Pearson-Correlation": "app_reviews mocha yelp_review_full",
 }
 METRIC = {task: metric for metric, tasks in _METRICS.items() for task in tasks.split()}
-# The type of each of the gym's 160 tasks, by which Polytropon's EXPERT routes: the upper level of its authors' ontology
-# in their next paper's repository (INK-USC/CrossTaskMoE, playground/plot_utils/ontology.json, commit 251fb95). Its
-# classification and question answering tasks are those of CrossFit's own partition files.
+# The type of each of the gym's 160 tasks, by which Polytropon's EXPERT routes: the upper level of the CrossFit authors'
+# ontology (INK-USC/CrossTaskMoE, playground/plot_utils/ontology.json, commit 251fb95). Its classification and question
+# answering tasks are those of CrossFit's own partition files.
 _TYPES = Path(__file__).with_name("crossfit_types.tsv").read_text(encoding="utf-8")
 TYPE = dict(line.split("\t") for line in _TYPES.splitlines())
 
@@ -61,11 +61,11 @@ TYPE = dict(line.split("\t") for line in _TYPES.splitlines())
 def load(dataset: str, data_dir: str, split: str, parts: Sequence[str], partition: str = "random.json") -> Benchmark:
     """The tasks of a partition that have a folder in data_dir; the others are named once on standard output.
 
-    split: the few-shot examples of dev and test tasks. parts: the lists to read; the others come back empty.
-    partition: a file in data_dir, or a path to one elsewhere, in the form of CrossFit's dataloader/custom_tasks_splits.
-    A training task's id is its place among the partition's sorted names: without a folder it stays, with no examples,
-    so that the ids of those after it stay too.
-    Raises UserError for a missing or broken file, and if none of the tasks is here.
+    split: which few-shot examples dev and test tasks get. parts: the lists to read; the others are empty. partition: a
+    file in data_dir, or a path to one elsewhere, in the format of CrossFit's dataloader/custom_tasks_splits.
+    A training task's id is its place among the partition's sorted names. One without a folder keeps its place, without
+    examples, so that the ids after it do not change.
+    Raises UserError for a missing or broken file, and if none of the tasks has a folder.
     """
     if split not in SPLITS:
         raise UserError(f"--split {split} is not one of CrossFit's: choose {', '.join(SPLITS)}")
@@ -96,7 +96,7 @@ def load(dataset: str, data_dir: str, split: str, parts: Sequence[str], partitio
 
 
 def find_partition(root: Path, partition: str) -> Path:
-    """The partition file: in the data folder, or else wherever its path leads. Raises UserError if it is nowhere."""
+    """The partition file, in the data folder or at its path. Raises UserError if it does not exist."""
     for path in (root / partition, Path(partition)):
         if path.is_file():
             return path
@@ -107,9 +107,9 @@ def find_partition(root: Path, partition: str) -> Path:
 
 
 def what_is_in(root: Path) -> str:
-    """What a folder seems to hold, in words, for an error message."""
+    """What a folder seems to hold, for an error message."""
     if not root.is_dir():
-        return "nothing, for there is no such folder"
+        return "nothing: there is no such folder"
     if (root / "p3").is_dir() or (root / "few_shot").is_dir():
         return "what looks like T0, for --dataset t0"
     if (root / "tasks").is_dir() or (root / "splits").is_dir():
@@ -122,7 +122,7 @@ def read_partition(path: Path) -> dict[str, list[str]]:
     """A partition file: {"train": names, "dev": names, "test": names}, sorted. A name is a folder's, never a path.
 
     The lists of dev and test tasks may be empty: some official partitions evaluate on their dev tasks. One of those
-    (train_non_nli_test_nli.json) has a task both in train and in dev: that is allowed and said on standard output.
+    (train_non_nli_test_nli.json) has a task both in train and in dev: this is allowed, with a note on standard output.
     Raises UserError for anything else.
     """
     content = read_json(path)
@@ -146,45 +146,45 @@ def read_partition(path: Path) -> dict[str, list[str]]:
 
 
 def is_folder_name(name: str) -> bool:
-    """Whether a name is that of a folder right here: not empty, no separator, not the folder above."""
+    """Whether a name can be that of a subfolder: not empty, no separator, not . or .."""
     return name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
 def make_task(name: str, train: list[Example], dev: list[Example], test: list[Example]) -> Task:
-    """A task with its metric and, as its group, its type: "" for a task that is not of the gym."""
+    """A task with its metric, and its type as its group ("" for a task that is not one of the gym's)."""
     return Task(name, METRIC.get(name, "ACC"), train, dev, test, group=TYPE.get(name, ""))
 
 
 def training_task(folder: Path, split: str) -> Task:
-    """A task of pre-training: the train and dev files of all splits to learn from, no dev examples left."""
-    train = [example for s in SPLITS for part in ("train", "dev") for example in read_split(folder, s, part)]
-    return make_task(folder.name, train, [], read_split(folder, split, "test"))
+    """A task of pre-training: the train and dev files of all splits as train, no dev examples."""
+    train = [example for s in SPLITS for part in ("train", "dev") for example in read_part(folder, s, part)]
+    return make_task(folder.name, train, [], read_part(folder, split, "test"))
 
 
 def few_shot_task(folder: Path, split: str) -> Task:
     """A held-out task: the train, dev and test file of one split."""
-    train, dev, test = (read_split(folder, split, part) for part in PARTS)
+    train, dev, test = (read_part(folder, split, part) for part in PARTS)
     return make_task(folder.name, train, dev, test)
 
 
-def read_split(folder: Path, split: str, part: str) -> list[Example]:
-    """The examples of one file of a task. Raises UserError unless there is exactly one such file."""
+def read_part(folder: Path, split: str, part: str) -> list[Example]:
+    """A task's train, dev or test examples in a split. Raises UserError unless there is exactly one such file."""
     name = folder.name
-    found = sorted(folder.glob(f"{glob.escape(name)}_[0-9]*_{split}_{part}.tsv"))
-    if len(found) != 1:
+    files = sorted(folder.glob(f"{glob.escape(name)}_[0-9]*_{split}_{part}.tsv"))
+    if len(files) != 1:
         raise UserError(
-            f"{folder}: expected one file {name}_<k>_{split}_{part}.tsv, found {len(found)}: "
-            + ("remove all but one" if found else "restore the file, or remove the folder to leave the task out")
+            f"{folder}: expected one file {name}_<k>_{split}_{part}.tsv, found {len(files)}: "
+            + ("remove all but one" if files else "restore the file, or remove the folder to leave the task out")
         )
-    return read_tsv(found[0], name, TEST_LINES if part == "test" else None)
+    return read_tsv(files[0], name, TEST_LINES if part == "test" else None)
 
 
 def read_tsv(path: Path, task: str, limit: int | None = None) -> list[Example]:
     """Examples of one file, or of its first `limit` lines.
 
-    Lines end at "\n" alone: some inputs hold other characters that str.splitlines would break at.
-    Raises UserError as `example_of` does, and for a file that has no lines or cannot be read. A file that was cut
-    between two lines looks whole: the format has no count of them.
+    Only "\n" ends a line: some inputs hold other characters at which str.splitlines would break.
+    Raises UserError as `example_of` does, and for a file that has no lines or cannot be read. A file truncated between
+    two lines goes unnoticed: the format has no count of lines.
     """
     try:
         with open(path, "rb") as lines:
@@ -200,8 +200,8 @@ def read_tsv(path: Path, task: str, limit: int | None = None) -> list[Example]:
 def example_of(line: bytes, task: str, where: str) -> Example:
     """One line as CrossFit's code writes it for the model: " [task] input" and " output", each with a space before.
 
-    where: "file:line", with which a UserError begins: the line has no end, as every line of the official files has, is
-    not UTF-8, has no output, or an empty one.
+    Raises UserError, beginning with `where` ("file:line"), for a line without a line feed (every official line has
+    one), that is not UTF-8, or that has no output or an empty one.
     """
     if not line.endswith(b"\n"):
         raise UserError(f"{where}: the file ends within this line: restore it, or end the line if it is whole")

@@ -1,8 +1,8 @@
 """Metrics: CrossFit's seven, SuperNI's two, accuracy by rank classification for T0, and plain equality for strings.
 
-Each takes predictions (strings) and references (one tuple of strings per example), and returns a number times 100.
-Predictions and references are stripped of surrounding white space first. Deviation: Rouge-L is computed by rouge-score,
-the scorer of SuperNI, where CrossFit calls the older "rouge" package.
+Each takes predictions (strings) and references (one tuple of strings per example), stripped of surrounding white space,
+and returns a number times 100. Deviation: Rouge-L comes from rouge-score, SuperNI's scorer; CrossFit uses the older
+package "rouge".
 """
 
 import math
@@ -24,7 +24,7 @@ def _plain(text: str) -> list[str]:
 
 
 def _normal(text: str) -> list[str]:
-    """SQuAD's normalisation: the same without articles."""
+    """SQuAD's normalisation: `_plain` without articles."""
     return re.sub(r"\b(a|an|the)\b", " ", " ".join(_plain(text))).split()
 
 
@@ -35,25 +35,25 @@ def _token_f1(prediction: str, reference: str) -> float:
 
 
 def _best(score):
-    """A metric that averages over examples the best score over an example's references."""
+    """A metric: each example's best score over its references, averaged over examples."""
     return lambda predictions, references: (
         100 * statistics.fmean(max(score(p, r) for r in rs) for p, rs in zip(predictions, references, strict=True))
     )
 
 
 def _classification_f1(predictions, references) -> float:
-    """Macro F1 over the strings of first references and predictions: a word that is no label is a class of its own."""
+    """Macro F1, classes being the strings of first references and predictions: a wrong word is a class of its own."""
     return 100 * float(f1_score([rs[0] for rs in references], predictions, average="macro", zero_division=0))
 
 
 def _matthews(predictions, references) -> float:
-    """Matthews correlation of "acceptable" against everything else (CoLA)."""
+    """Matthews correlation of "acceptable" against everything else (CoLA's labels)."""
     gold, guess = [rs[0] == "acceptable" for rs in references], [p == "acceptable" for p in predictions]
     return 100 * float(matthews_corrcoef(gold, guess))
 
 
 def _pearson(predictions, references) -> float:
-    """Pearson correlation of outputs read as numbers; 0 where it is not defined (no number, or all the same)."""
+    """Pearson correlation of outputs read as numbers; 0 where it is undefined (no number, or all equal)."""
     try:
         guess, gold = [float(p) for p in predictions], [float(rs[0]) for rs in references]
     except ValueError:

@@ -1,18 +1,18 @@
-"""The embedded benchmark `strings`: the papers' story with a known answer.
+"""The embedded benchmark `strings`: tasks composed of skills, with a known task-skill table.
 
-Eight operations on strings are the latent skills; a task applies two or three of them, always in the order of the
-table below, so that a set of skills is a task. Without instructions the model sees only "task: string", whatever the
-task, and must find out from examples what to do; with them it reads the operations' names instead of "task", as in T0.
+Eight operations on strings are the latent skills. A task applies two or three of them, always in the order of the table
+below, so a task is a set of skills. Without instructions every input is "task: string": the model must infer the task
+from examples. With instructions the operations' names replace the word "task", as in T0.
 
-`strings-single` is the single operations with instructions: what the bundled backbone was trained on.
+`strings-single`, the single operations with instructions, is what the bundled backbone was trained on.
 """
 
 import functools
 import itertools
 import random
 
-from plumbing.errors import UserError
 from data import Benchmark, Example, Task
+from plumbing.errors import UserError
 from plumbing.flags import split_number
 
 LETTERS = "abcdefghij"
@@ -30,9 +30,9 @@ OPERATIONS = {
 
 
 def load(dataset: str, data_dir: str, split: str, parts, instructions: bool = False) -> Benchmark:
-    """strings or strings-single, all parts. split: a whole number, from which the train and dev examples are drawn.
+    """strings or strings-single, all parts. split: a whole number, the seed of the train and dev examples.
 
-    Raises UserError for another split, or for a data_dir: there is nothing to read.
+    Raises UserError for another split, or for a data_dir: there are no files to read.
     """
     number = split_number(split, dataset)
     if data_dir:
@@ -41,21 +41,21 @@ def load(dataset: str, data_dir: str, split: str, parts, instructions: bool = Fa
 
 
 def compose(skills: tuple[str, ...], text: str) -> str:
-    """Apply these operations to a string of LETTERS, in the order of OPERATIONS: compose(("reverse",), "abc") "cba"."""
+    """Apply operations to a string of LETTERS, in the order of OPERATIONS: compose(("reverse",), "abc") is "cba"."""
     for name, operation in OPERATIONS.items():
         text = operation(text) if name in skills else text
     return text
 
 
-@functools.cache  # a second call costs nothing; benchmarks are only read
+@functools.cache  # benchmarks are never changed
 def strings(split: int = 0, instructions: bool = False) -> Benchmark:
     """The embedded benchmark: all 84 sets of two or three operations, 64 train, 8 dev and 12 test tasks.
 
     Train tasks have 500 train, 20 dev and 100 test examples; dev and test tasks 32, 32 and 100. Every example is a
-    function of (task, split number, instructions); the test examples do not even depend on the split number.
+    function of (task, split, instructions); test examples are the same for all splits.
     """
     sets = [c for n in (2, 3) for c in itertools.combinations(OPERATIONS, n)]
-    random.Random(PARTITION).shuffle(sets)  # fixed for ever, whatever the seed of a run
+    random.Random(PARTITION).shuffle(sets)  # the same for all runs, whatever their seed
     train = [_string_task(skills, split, instructions, 500, 20, 100) for skills in sets[:64]]
     other = [_string_task(skills, split, instructions, 32, 32, 100) for skills in sets[64:]]
     return Benchmark(train, dev=other[:8], test=other[8:])
@@ -69,7 +69,7 @@ def strings_single(split: int = 0) -> Benchmark:
 
 
 def _string_task(skills: tuple[str, ...], split: int, instructions: bool, *sizes: int) -> Task:
-    """A task whose train, dev and test examples, of these sizes, have no string in common."""
+    """A task with train, dev and test examples of these sizes, without a string in common."""
     train, dev, test = sizes
     name = "+".join(skills)
     held_out = _distinct_strings(random.Random(f"{name} test"), test, without=frozenset())
@@ -84,9 +84,9 @@ def _string_task(skills: tuple[str, ...], split: int, instructions: bool, *sizes
 
 def _distinct_strings(rng: random.Random, count: int, without: frozenset[str]) -> list[str]:
     """`count` different strings of 4 to 7 LETTERS, none of them in `without`."""
-    found: dict[str, None] = {}
-    while len(found) < count:
+    texts: dict[str, None] = {}
+    while len(texts) < count:
         text = "".join(rng.choices(LETTERS, k=rng.randint(4, 7)))
         if text not in without:
-            found[text] = None
-    return list(found)
+            texts[text] = None
+    return list(texts)

@@ -3,11 +3,11 @@
     <data-dir>/splits/default/{train,test}_tasks.txt      which tasks are for training and test, one name a line
     <data-dir>/tasks/<task>.json                          Definition, Categories, Instances (id, input, outputs), ...
 
-Without a data_dir the hub's copy is used: one file a task, one line an (instance, reference), no categories.
+Without a data_dir the hub's copy is used: one file per task, one line per (instance, reference), no categories.
 
-The cut is that of the MHR authors (misc/create_ni_dataset.py of microsoft/mttl) but for two things. They keep one
-reference drawn at random for dev and test; we score against all, as the official evaluation does. Where a test task
-has less than 100 + 200 instances, they give what is left to train first; we halve it, so that dev is not empty.
+Train, dev and test are cut as by the MHR authors (misc/create_ni_dataset.py of microsoft/mttl), with two differences.
+They keep one random reference for dev and test; we score against all, as the official evaluation does. If a test task
+has fewer than 100 + 200 instances, they fill train first; we halve the rest, so that dev is not empty.
 """
 
 import itertools
@@ -21,34 +21,34 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 
-from plumbing.errors import UserError
-from plumbing.folders import read_json
 from benchmarks.tables import Rows, parts_of, say_once, table_of
 from data import Benchmark, Example, Task
 from plumbing.backbones import reach_hub
+from plumbing.errors import UserError
 from plumbing.flags import split_number
+from plumbing.folders import read_json
 
 REPOSITORY = "Muennighoff/natural-instructions"  # made from the official tasks folder at commit 6174af6 of Dec 2022
 REVISION = "a29a9757125f4bb1c26445ad0d2ef7d9b2cc9c4c"
-TAIL = "\nOutput:"  # over-long inputs are cut before it
-# Instances of a task in train, and in what is held out from it. 100 is max_num_instances_per_task of the official
-# Tk-Instruct scripts, and the 100 of "42-100", the folder that the MHR authors' pretrain.json names; 42 is its seed.
+TAIL = "\nOutput:"  # inputs that are too long are cut before it
+# Largest number of instances in a task's train, dev and test. 100 is max_num_instances_per_task of the official
+# Tk-Instruct scripts; the MHR authors' pretrain.json names a folder "42-100": seed 42, 100 instances.
 CAP = 100
 TRAIN_SEED = 42
-FEWEST_HELD_OUT = 25  # of a training task, where the file has no more than CAP + 25 (MHR authors)
+FEWEST_HELD_OUT = 25  # of a training task whose file has at most CAP + 25 instances (MHR authors)
 COLUMNS = {"definition": "string", "input": "string", "outputs": ["string"], "group": "string"}
 
 
 def load(dataset: str, data_dir: str, split: str, parts) -> Benchmark:
     """The tasks of splits/default, in the lists' order. No dev tasks; group is a task's category ("" from the hub).
 
-    Training tasks: 100 instances drawn with a fixed seed, and up to 100 others as their test set; of a file with 125 or
-    fewer, 25 (at most half) are held out and the rest is train. Dev is empty. A task without a file keeps its place
-    and has no examples.
-    Test tasks: test is the first 100 instances of the file, as the official evaluation has it; of the others, shuffled
-    by the whole number `split` (the papers': 13, 42, 58), 100 are train and 100 dev, or half each where there are
-    fewer. A task without a file is left out. A task of exactly 100 instances (task393) has a test set only.
-    Raises UserError for a missing or broken file, and where the hub does not answer.
+    Training tasks: 100 instances drawn with a fixed seed are train, up to 100 others test, dev is empty. Of a file with
+    125 or fewer, 25 (at most half) are test and the rest is train. A task without a file keeps its place and has no
+    examples.
+    Test tasks: the first 100 instances of the file are test, as in the official evaluation. Of the others, shuffled by
+    the whole number `split` (the papers': 13, 42, 58), 100 are train and 100 dev, or half each if there are fewer. A
+    task without a file is left out. A task of exactly 100 instances (task393) has a test set only.
+    Raises UserError for a missing or broken file, and if the hub does not answer.
     """
     number = split_number(split, "superni: the papers' are 13, 42 and 58")
     files = {part: _files(part, data_dir) for part in ("train", "test") if part in parts}
@@ -62,8 +62,8 @@ def load(dataset: str, data_dir: str, split: str, parts) -> Benchmark:
 def example(row: dict) -> Example:
     """A row of the table as an Example: the MHR authors' prompt without demonstrations, and all references.
 
-    Tk-Instruct's own prompt says "Definition: " for "Task definition: ", has an empty line after the definition and a
-    space after "Output:", which the cut of over-long inputs may lose; the MHR authors' has none of these.
+    Tk-Instruct's own prompt differs: it says "Definition: " instead of "Task definition: ", and has an empty line after
+    the definition and a space after "Output:" (which cutting an input that is too long may lose).
     """
     definition = _stopped(f"Task definition: {row['definition'].strip()}")
     source = _stopped(f"Input: {row['input'].strip()}")
@@ -72,7 +72,7 @@ def example(row: dict) -> Example:
 
 
 def _stopped(text: str) -> str:
-    """Text with a full stop at its end, unless it ends in (ASCII) punctuation: the official rule."""
+    """Text with a full stop added, unless it ends in (ASCII) punctuation: the official rule."""
     return text if text[-1] in string.punctuation else text + "."
 
 
@@ -80,7 +80,7 @@ def _stopped(text: str) -> str:
 
 
 def _tables(read: Callable, files: dict[str, Path | None]) -> list[tuple[str, datasets.Dataset | None]]:
-    """Each task's name and its rows as `read` gives them, memory-mapped; None for a task without a file."""
+    """Each task's name and its rows from `read`, memory-mapped; None for a task without a file."""
     paths = [path for path in files.values() if path]
     tables = iter(parts_of(table_of(read, paths, COLUMNS), len(paths)))
     return [(name, next(tables) if path else None) for name, path in files.items()]
@@ -113,7 +113,7 @@ def _some(table: datasets.Dataset, rows: Sequence[int]) -> Sequence[Example]:
 
 
 def _files(part: str, data_dir: str) -> dict[str, Path | None]:
-    """The tasks of the part's list and their files, None where there is none; says once which are not there."""
+    """The tasks of the part's list and their files, None for a missing one; says once which are missing."""
     if data_dir:
         listing = Path(data_dir) / "splits" / "default" / f"{part}_tasks.txt"
         if not listing.is_file():
@@ -135,7 +135,7 @@ def _files(part: str, data_dir: str) -> dict[str, Path | None]:
 
 
 def _names(listing: Path) -> list[str]:
-    """The task names of a list, one a line. Raises UserError for a name twice, one that is a path, or none at all."""
+    """The task names of a list, one per line. Raises UserError for a repeated name, a path, or an empty list."""
     try:
         lines = listing.read_bytes().decode("utf-8").splitlines()
     except OSError as error:
@@ -157,33 +157,33 @@ def _names(listing: Path) -> list[str]:
 
 
 def _not_superni(root: Path, lack: str) -> UserError:
-    """The error for a folder that lacks something, saying what it seems to hold instead."""
+    """The error for a folder that lacks something, with what it seems to hold instead."""
     entries = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
     if not root.is_dir():
-        found = "there is no such folder"
+        holds = "there is no such folder"
     elif not entries:
-        found = "it is empty"
+        holds = "it is empty"
     elif "p3" in entries or any(root.glob("*/*.jsonl")) or any(root.glob("*/*.parquet")):
-        found = "it looks like a folder for --dataset t0"
+        holds = "it looks like a folder for --dataset t0"
     elif "random.json" in entries or any(root.glob("*/*_train.tsv")):
-        found = "it looks like a folder for --dataset crossfit"
+        holds = "it looks like a folder for --dataset crossfit"
     else:
-        found = f"it holds {', '.join(entries[:3])}{', ...' if entries[3:] else ''}"
-    return UserError(f"--data-dir {root} has {lack} ({found}): give the official folder with splits/ and tasks/")
+        holds = f"it holds {', '.join(entries[:3])}{', ...' if entries[3:] else ''}"
+    return UserError(f"--data-dir {root} has {lack} ({holds}): give the official folder with splits/ and tasks/")
 
 
 def _download(part: str) -> Path:
-    """The folder of the part's files from the hub, or from its cache. Raises UserError where neither has them."""
+    """The folder of the part's files from the hub, or from its cache. Raises UserError if neither has them."""
     reach_hub()
     try:
-        # Not datasets.load_dataset: it would turn all lines into one table of 5 million, of which we use few.
+        # Not datasets.load_dataset: it would make a table of all 5 million lines, of which few are used.
         root = huggingface_hub.snapshot_download(
             REPOSITORY, repo_type="dataset", revision=REVISION, allow_patterns=f"{part}/*.jsonl"
         )
         if not any((Path(root) / part).glob("*.jsonl")):
             raise FileNotFoundError(part)  # offline, and only the other part is in the cache
         return Path(root) / part
-    except Exception as error:  # the library passes on whatever the network or the disk does
+    except Exception as error:  # network and disk fail in any way
         offline = huggingface_hub.constants.HF_HUB_OFFLINE
         why = "the hub does not answer" if offline else f"the download from the hub failed ({type(error).__name__})"
         raise UserError(
@@ -196,14 +196,14 @@ def _download(part: str) -> Path:
 
 
 def _train_rows(path: Path) -> Iterator[dict]:
-    """The rows of a training task that are used: in an order drawn once for ever, train first, then held out."""
+    """The rows of a training task that are used, in an order with a fixed seed: train first, then test."""
     rows = list(_rows(path))
     random.Random(TRAIN_SEED).shuffle(rows)
     yield from rows[: 2 * CAP]
 
 
 def _rows(path: Path) -> Iterator[dict]:
-    """All instances of one task in the file's order, one file in memory at a time. Raises UserError if it has none."""
+    """All instances of one task in the file's order. Raises UserError if it has none."""
     rows = _official_rows(path) if path.suffix == ".json" else _hub_rows(path)
     first = next(rows, None)
     if first is None:
@@ -216,7 +216,7 @@ def _official_rows(path: Path) -> Iterator[dict]:
     for key in ("Definition", "Categories", "Instances"):
         if key not in task:
             raise UserError(f'{path} has no "{key}": it is no task file of Super-NaturalInstructions')
-    # The first definition is the one that the official code reads; older files have a string instead of a list.
+    # The official code reads the first definition; older files have a string instead of a list.
     definition, group = (_first_text(task[key], f'{path}: "{key}"') for key in ("Definition", "Categories"))
     if not isinstance(task["Instances"], list):
         raise UserError(f'{path}: "Instances" must be a list of objects')
@@ -234,7 +234,7 @@ def _official_rows(path: Path) -> Iterator[dict]:
 
 
 def _first_text(value, place: str) -> str:
-    """The first of a list of texts, or the text where there is no list."""
+    """The first of a list of texts, or a single text."""
     text = value[0] if isinstance(value, list) and value else value
     if not _is_text(text) or not text.strip():
         raise UserError(f"{place} must be a list of strings, the first not empty")
@@ -247,7 +247,7 @@ def _is_text(value) -> bool:
 
 
 def _hub_rows(path: Path) -> Iterator[dict]:
-    """The hub's lines: those of one instance follow each other and are put together again."""
+    """The hub's lines, joined by instance: its references stand in consecutive lines."""
     for _, lines in itertools.groupby(_hub_lines(path), key=lambda line: (line["id"], line["inputs"])):
         first, *more = lines
         outputs = [line["targets"] for line in (first, *more)]

@@ -1,6 +1,6 @@
 """T0's benchmark on P3, the Public Pool of Prompts (Sanh et al. 2021, arXiv 2110.08207): a template makes a task.
 
-    <data-dir>/[p3/]<config>/{train,validation}.{jsonl,parquet}     one config a (data set, template), as on the hub
+    <data-dir>/[p3/]<config>/{train,validation}.{jsonl,parquet}     one config per (data set, template), as on the hub
     <data-dir>/few_shot/<task>/<k>_shot/<seed>_seed.jsonl           T-Few's samples (repository r-three/t-few, data/)
 
 Train: the 313 configs of T0's training mixture, in the MHR authors' order, which is that of `t0_tasks.tsv` (config,
@@ -8,14 +8,14 @@ data set, subset, template, cap, choices or text). The cap is T-Few's: min(rows,
 Test: the 11 tasks of T-Few (Liu et al. 2022, arXiv 2205.05638), each with its templates in `t0_test_tasks.tsv` (task,
 k, data set, config). The papers have no dev tasks.
 
-Unlike T-Few, which draws a template each time it reads one of the k examples, a test task here trains on all (example,
-template) pairs: each pair is as frequent as there. Its dev and its test list are the same validation rows, because the
-papers report the best validation accuracy.
+T-Few draws a template each time it reads one of the k examples. Here a test task trains on all (example, template)
+pairs, so each is as frequent as in T-Few. Dev and test are the same validation rows, because the papers report the best
+validation accuracy.
 """
 
+import errno
 import functools
 import json
-import errno
 import random
 import re
 from collections.abc import Iterator
@@ -30,19 +30,19 @@ import pyarrow.dataset
 import pyarrow.parquet
 from tqdm import tqdm
 
-from plumbing.errors import UserError
 from benchmarks.tables import Rows, parts_of, say_once, table_of, unwritten_cache
 from data import Benchmark, Example, Task
 from plumbing.backbones import reach_hub
+from plumbing.errors import UserError
 
 REPOSITORY = "bigscience/P3"
-REVISION = "main"  # not changed since db48520 of March 2024, the first as parquet; a hash would have to be in full
-STREAM = pyarrow.dataset.ParquetFragmentScanOptions(use_buffered_stream=True, pre_buffer=False)  # whole files else
-UNWRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}  # of a file that cannot be written
+REVISION = "main"  # unchanged since db48520 of March 2024, the first as parquet (only a full hash could be given)
+STREAM = pyarrow.dataset.ParquetFragmentScanOptions(use_buffered_stream=True, pre_buffer=False)  # not whole files
+UNWRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}  # a file cannot be written
 TEXTS = ("inputs_pretokenized", "targets_pretokenized")
 FEATURES = {TEXTS[0]: "string", TEXTS[1]: "string", "answer_choices": ["string"], "label": "int64", "idx": "int64"}
 
-# The fields of a few-shot row that every template of its data set shows, by which a P3 row is recognised.
+# The fields of a few-shot row that every template of its data set shows: they identify its P3 row.
 SHOWN = {
     "anli": ("premise", "hypothesis"),
     "super_glue/cb": ("premise", "hypothesis"),
@@ -57,7 +57,7 @@ SHOWN = {
 
 
 class Listed(NamedTuple):
-    """A training task: its config, its data set with subset, the most rows it trains on, whether it has choices."""
+    """A training task: its config, its data set with subset, its largest number of rows, whether it has choices."""
 
     config: str
     group: str
@@ -82,11 +82,11 @@ HAS_CHOICES = {task.config: task.choices for task in TRAIN} | {c: True for confi
 
 
 def load(dataset: str, data_dir: str, split: str, parts) -> Benchmark:
-    """Train: always 313 tasks, without rows where there is no config. Test: the tasks that are there. Dev: none.
+    """Train: always 313 tasks, those without a config without rows. Test: the tasks that are there. Dev: none.
 
     data_dir: a folder as above; without one, or without configs in it, P3 comes from the hub. split: the seed of the
-    few-shot files. What is not there is named once on standard output. Raises UserError for a broken or empty file, a
-    folder that holds none of it, or where the hub is needed and does not answer.
+    few-shot files. Missing tasks are named once on standard output. Raises UserError for a broken or empty file, a
+    folder without any of these files, or a hub that is needed and does not answer.
     """
     if "test" in parts and not data_dir:
         raise UserError(
@@ -102,7 +102,7 @@ def load(dataset: str, data_dir: str, split: str, parts) -> Benchmark:
 
 
 def _train_tasks(folder: Path | None) -> list[Task]:
-    """The 313 tasks. Dev and test rows are P3's validation split, where it has one (wiki_bio's "val" is not read)."""
+    """The 313 tasks. Dev and test are P3's validation rows, if it has any (wiki_bio's "val" is not read)."""
     rows = _read(folder, [task.config for task in TRAIN])
     if not rows:
         raise UserError(f"--data-dir {folder} holds test tasks only: give a folder with training tasks as well")
@@ -116,13 +116,13 @@ def _train_tasks(folder: Path | None) -> list[Task]:
         train, held_out = parts.get("train", []), parts.get("validation", [])
         if parts:
             train = Rows(train.table, train.example, size=cap)
-        metric = "Rank-ACC" if choices else "Rouge-L"  # a template has choices for all its rows or for none
+        metric = "Rank-ACC" if choices else "Rouge-L"  # a template has choices in all rows or in none
         tasks.append(Task(config, metric, train, held_out, held_out, group=group))
     return tasks
 
 
 def _test_tasks(folder: Path | None, root: Path, seed: str) -> list[Task]:
-    """The test tasks that have a few-shot file of this seed and a config; the others are named."""
+    """The test tasks that have a few-shot file of this seed and a config; the others are named once."""
     seeds = {path.name.removesuffix("_seed.jsonl") for path in root.glob("few_shot/*/*_shot/*_seed.jsonl")}
     if not seeds:
         raise UserError(f"--data-dir {root} has no few_shot/<task>/<k>_shot/<seed>_seed.jsonl: add T-Few's files")
@@ -144,14 +144,14 @@ def _test_tasks(folder: Path | None, root: Path, seed: str) -> list[Task]:
 
 
 def _test_task(task: str, templates: dict[str, dict[str, Rows]], few_shot: Path) -> Task:
-    """Learn from the few-shot rows under every template; score each validation row number under one, always the same.
+    """Learn from the few-shot rows under every template; score each validation row under one template, always the same.
 
-    A number is the same source row under all templates where these keep the source's order. Should the hub's differ,
-    the scored pairs are a sample of (row, template) in which a source row may stand twice or not at all.
+    Row k is the same source row under all templates that keep the source's order. If the hub's do not, the scored rows
+    are a sample of (row, template) in which a source row may occur twice or never.
     """
     shots = _read_shots(few_shot, task)
-    found = [_find(shots, config, parts, few_shot) for config, parts in templates.items()]
-    train = [example for pairs in zip(*found, strict=True) for example in pairs]  # all templates of a row, the next row
+    by_template = [_find(shots, config, parts, few_shot) for config, parts in templates.items()]
+    train = [example for same_row in zip(*by_template, strict=True) for example in same_row]
     sizes = {config: len(parts.get("validation", ())) for config, parts in templates.items()}
     if len(set(sizes.values())) > 1 or 0 in sizes.values():
         least, most = min(sizes, key=sizes.get), max(sizes, key=sizes.get)
@@ -192,18 +192,18 @@ def _as_list(value) -> list:
 
 
 def _letters(text: str) -> str:
-    """Letters and digits alone: templates change case, punctuation and white space."""
+    """Lower-case letters and digits alone: templates change case, punctuation and white space."""
     return re.sub(r"[\W_]+", "", text.lower())
 
 
 def _find(shots: list[dict], config: str, parts: dict[str, Rows], few_shot: Path) -> list[Example]:
     """The P3 row of each few-shot row, under the template of this config.
 
-    It shows the same texts and has the same label, and the same idx where P3 rows have one. The hub's rows have none,
-    nor is their number in the split the source's: the pipeline that wrote P3 (seqio's) does not keep the order.
-    Raises UserError for a few-shot row that is not there.
+    It shows the same texts and has the same label, and the same idx if P3 rows have one. The hub's rows have none, nor
+    the source's order, which seqio, the pipeline that wrote P3, does not keep.
+    Raises UserError if a few-shot row has no P3 row.
     """
-    found: dict[int, Example] = {}
+    examples: dict[int, Example] = {}
     for rows in parts.values():
         batches = rows.table.iter(batch_size=1000)
         for batch in tqdm(batches, desc=f"few-shot rows of {config}", unit="k rows", leave=False, disable=None):
@@ -213,11 +213,11 @@ def _find(shots: list[dict], config: str, parts: dict[str, Rows], few_shot: Path
                 shown = _letters(" ".join([example.input, *example.choices]))
                 for k, shot in enumerate(shots):
                     same = example.label == shot["label"] and idx in (None, shot["idx"])
-                    if same and k not in found and _shows(shown, shot["texts"]):
-                        found[k] = example
-            if len(found) == len(shots):
-                return [found[k] for k in range(len(shots))]
-    line = min(set(range(len(shots))) - set(found)) + 1
+                    if same and k not in examples and _shows(shown, shot["texts"]):
+                        examples[k] = example
+            if len(examples) == len(shots):
+                return [examples[k] for k in range(len(shots))]
+    line = min(set(range(len(shots))) - set(examples)) + 1
     raise UserError(
         f"{few_shot}:{line}: no row of {config} shows these texts with this label: give the P3 rows that the few-shot "
         "files were drawn from"
@@ -225,7 +225,7 @@ def _find(shots: list[dict], config: str, parts: dict[str, Rows], few_shot: Path
 
 
 def _shows(shown: str, texts: list[str]) -> bool:
-    """Whether the texts stand in `shown`, each in a place of its own."""
+    """Whether `shown` holds all texts, without overlap."""
     for text in texts:
         if text not in shown:
             return False
@@ -239,8 +239,8 @@ def _shows(shown: str, texts: list[str]) -> bool:
 def as_example(row: dict, has_choices: bool) -> Example:
     """A P3 row as an Example, without the white space around its texts (a target is often "\\nYes").
 
-    has_choices: whether the row must have answer_choices, of which one is the target; they are not read otherwise.
-    Raises ValueError saying what is wrong with the row.
+    has_choices: whether the row must have answer_choices, one of them the target; otherwise they are not read.
+    Raises ValueError with what is wrong with the row.
     """
     for name in TEXTS:
         if not isinstance(row.get(name), str) or not row[name].strip():
@@ -261,9 +261,9 @@ def as_example(row: dict, has_choices: bool) -> Example:
 
 
 def _read(folder: Path | None, configs: list[str]) -> dict[str, dict[str, Rows]]:
-    """config -> "train" -> rows, "validation" -> rows; from a folder the configs that are there, else from the hub.
+    """{config: {"train": rows, "validation": rows}} of the configs that a folder has, or from the hub.
 
-    All JSON files become one table on disk; each parquet split is one of its own.
+    All JSON files become one table on disk; the parquet files of each part become a table of their own.
     """
     folder = folder or _download(configs)
     files = {config: _files(folder / config) for config in configs if (folder / config).is_dir()}
@@ -275,26 +275,18 @@ def _read(folder: Path | None, configs: list[str]) -> dict[str, dict[str, Rows]]
         for part, paths in parts.items():
             table = by_path[paths[0]] if paths[0] in by_path else _read_parquet(paths, HAS_CHOICES[config])
             place = str(paths[0]) if len(paths) == 1 else f"{paths[0].parent}/{paths[0].name.split('-')[0]}-*.parquet"
-            # Checked when they are read: a check of millions at the start would take minutes.
+            # Checked on access: checking millions at the start would take minutes.
             rows[config][part] = Rows(table, functools.partial(_checked, table, HAS_CHOICES[config], place))
     return rows
-
-
-def _splits(config: str, there) -> dict[str, str]:
-    """Which of the splits that are there serve as "train" and "validation". On the hub story cloze has no train."""
-    names = ("train", "validation")
-    if config.startswith("story_cloze") and "train" not in there:
-        names = ("validation", "test")
-    return {part: name for part, name in zip(("train", "validation"), names, strict=True) if name in there}
 
 
 # --- From a folder ----------------------------------------------------------------------------------------------------
 
 
 def _config_folder(root: Path) -> Path | None:
-    """The folder of the configs: DIR/p3 or DIR itself; None where DIR has few-shot files alone.
+    """The folder of the configs: DIR/p3 or DIR itself; None if DIR has few-shot files alone.
 
-    Raises UserError if it holds neither, saying what it seems to be.
+    Raises UserError if it holds neither, with what it seems to be.
     """
     for folder in (root / "p3", root):
         if any((folder / config).is_dir() for config in HAS_CHOICES):
@@ -318,22 +310,23 @@ def _seems(root: Path) -> str:
 
 def _files(folder: Path) -> dict[str, list[Path]]:
     """The files of a config's "train" and "validation": one of JSON lines, one of parquet, or the hub's shards."""
-    there = {}
-    for split in ("train", "validation", "test"):
-        forms = [[folder / f"{split}.jsonl"], [folder / f"{split}.parquet"], sorted(folder.glob(f"{split}-*.parquet"))]
+    files = {}
+    for part in ("train", "validation", "test"):
+        forms = [[folder / f"{part}.jsonl"], [folder / f"{part}.parquet"], sorted(folder.glob(f"{part}-*.parquet"))]
         forms = [paths for paths in forms if paths and paths[0].is_file()]
         if len(forms) > 1:
             raise UserError(f"{folder} holds {forms[0][0].name} and {forms[1][0].name}: keep one of them")
         if forms:
-            there[split] = forms[0]
-    files = {part: there[split] for part, split in _splits(folder.name, there).items()}
-    if "train" not in files:
+            files[part] = forms[0]
+    if folder.name.startswith("story_cloze") and "train" not in files:  # the hub has its validation and test rows alone
+        files = {"train": files.pop("validation", None), "validation": files.pop("test", None)}
+    if not files.get("train"):
         raise UserError(f"{folder} has no train.jsonl or train.parquet: add it, or delete the folder")
-    return files
+    return {part: files[part] for part in ("train", "validation") if files.get(part)}
 
 
 def _read_jsonl(path: Path) -> Iterator[dict]:
-    """The rows of a JSON lines file, all of them checked. Raises UserError with file and line."""
+    """The rows of a JSON lines file, each one checked. Raises UserError with file and line."""
     for place, row in _json_lines(path):
         try:
             example = as_example(row, HAS_CHOICES[path.parent.name])
@@ -350,7 +343,7 @@ def _read_jsonl(path: Path) -> Iterator[dict]:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """(file:line, object) for each line. Raises UserError for what is no JSON object, and for an empty file."""
+    """("file:line", object) for each line. Raises UserError for a line that is no JSON object, or an empty file."""
     number = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -368,7 +361,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _read_parquet(paths: list[Path], has_choices: bool) -> datasets.Dataset:
-    """A table of the needed columns alone: P3's token ids are most of it. Only the schema is checked here."""
+    """A table of the needed columns (most of P3 is token ids). Only the schema is checked here."""
     wanted = {TEXTS[0]: "string", TEXTS[1]: "string"} | ({"answer_choices": "list<string>"} if has_choices else {})
     columns = list(wanted)
     for path in paths:
@@ -396,7 +389,7 @@ def _read_parquet(paths: list[Path], has_choices: bool) -> datasets.Dataset:
 
 
 def _type(kind: pyarrow.DataType) -> str:
-    """An Arrow type, the variants that hold the same being the same."""
+    """The name of an Arrow type, the same for variants that hold the same values."""
     if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
         return f"list<{_type(kind.value_type)}>"
     if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
@@ -405,7 +398,7 @@ def _type(kind: pyarrow.DataType) -> str:
 
 
 def _checked(table: datasets.Dataset, has_choices: bool, place: str, row: dict) -> Example:
-    """A row as an Example. Raises UserError with the place and the row's number."""
+    """A row as an Example. Raises UserError with the file and the row's number."""
     try:
         return as_example(row, has_choices)
     except ValueError as error:
@@ -413,7 +406,7 @@ def _checked(table: datasets.Dataset, has_choices: bool, place: str, row: dict) 
 
 
 def _number(table: datasets.Dataset, row: dict) -> int:
-    """The first row of a table that equals this one, counted from 1; only rows with its input are compared in full."""
+    """The number, from 1, of the first row of a table that equals this one; only rows with its input are compared."""
     column, text = table.data.column(TEXTS[0]), row[TEXTS[0]]
     same = column.is_null() if text is None else pyarrow.compute.equal(column, text)
     numbers = pyarrow.compute.indices_nonzero(same).to_pylist()
@@ -424,16 +417,16 @@ def _number(table: datasets.Dataset, row: dict) -> int:
 
 
 def _download(configs: list[str]) -> Path:
-    """The folder of the hub's parquet files, with the splits that are needed of these configs; cached files stay.
+    """A folder with the hub's parquet files of these configs, without unused test rows; cached files are reused.
 
-    Not by datasets.load_dataset, which reads P3's list of 660 configs anew for each config (about 3 seconds, also when
-    all is cached) and downloads the test splits. Raises UserError if the hub does not answer or has none of them.
+    Not datasets.load_dataset, which reads P3's list of 660 configs again for each config (about 3 seconds, even if all
+    is cached) and downloads all test rows. Raises UserError if the hub does not answer or has none of the configs.
     """
     reach_hub()
     wanted = [
-        f"{config}/{split}-*.parquet"
+        f"{config}/{part}-*.parquet"
         for config in configs
-        for split in (("validation", "test") if config.startswith("story_cloze") else ("train", "validation"))
+        for part in (("validation", "test") if config.startswith("story_cloze") else ("train", "validation"))
     ]
     try:
         folder = Path(
@@ -441,7 +434,7 @@ def _download(configs: list[str]) -> Path:
         )
         if not any((folder / config).is_dir() for config in configs):
             raise FileNotFoundError(f"no files of {configs[0]}")
-    except Exception as error:  # the library raises many kinds, some of them without a common base
+    except Exception as error:  # the library raises errors of many kinds without a common base
         if huggingface_hub.constants.HF_HUB_OFFLINE:
             raise UserError(
                 "--dataset t0: the hub does not answer: give --data-dir DIR (a folder of <config>/<split>.jsonl or "

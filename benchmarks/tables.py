@@ -1,4 +1,4 @@
-"""Large mixtures of examples, memory-mapped: memory does not grow with the number of rows."""
+"""Large sets of examples as memory-mapped tables: memory does not grow with the number of rows."""
 
 import functools
 import inspect
@@ -12,14 +12,14 @@ import numpy as np
 from data import Example
 from plumbing.errors import UserError
 
-datasets.disable_progress_bars()  # there would be hundreds, one for each file
+datasets.disable_progress_bars()  # one for each file, hundreds
 
 
 class Rows(Sequence):
-    """Examples in a table on disk, each read when it is accessed.
+    """Examples in a table on disk, each read on access.
 
-    table: a memory-mapped datasets.Dataset. example: turns one of its rows (a dict) into an Example. size: how many
-    of the rows to show (default: all), evenly spaced, so that a table sorted by label stays balanced.
+    table: a memory-mapped datasets.Dataset. example: turns one of its rows (a dict) into an Example. size: number of
+    rows to use (default: all), evenly spaced, so that a table sorted by label stays balanced.
     """
 
     def __init__(self, table: datasets.Dataset, example: Callable[[dict], Example], size: int | None = None):
@@ -38,11 +38,11 @@ class Rows(Sequence):
 
 
 def table_of(read: Callable, files: list[Path], features: dict) -> datasets.Dataset:
-    """All rows that `read(path)` yields for these files, in order, as one memory-mapped table with a column "file".
+    """All rows that `read(path)` yields for these files, in order, as one memory-mapped table.
 
-    read: a generator function; its rows are dicts with the keys of features, which gives each column's type ("string",
-    "int64" or ["string"] for a list). "file" is the file's number in the list. The table is written once to the cache
-    of `datasets`, and reused while reader and files are unchanged (in name, size and modification time).
+    read: a generator function; its rows are dicts with the keys of features, which has each column's type ("string",
+    "int64" or ["string"] for a list). A further column "file" has the file's number. The table is written once to the
+    cache of `datasets` and reused until the reader's source or a file (name, size, modification time) changes.
     Raises UserError as `read` does, OSError if the cache cannot be written.
     """
     types = {name: datasets.List(datasets.Value(t[0])) if isinstance(t, list) else datasets.Value(t)
@@ -68,8 +68,8 @@ def table_of(read: Callable, files: list[Path], features: dict) -> datasets.Data
 
 
 def unwritten_cache(cause: OSError) -> OSError:
-    """The error to raise if the cache of `datasets` cannot be written: the cause, the folder and what to do."""
-    reason = (cause.strerror or str(cause)).splitlines()[-1]  # after lines that datasets adds
+    """The error for a cache of `datasets` that cannot be written: the cause, the folder and what to do."""
+    reason = (cause.strerror or str(cause)).splitlines()[-1]  # below lines of datasets' own
     reason = f"the cache of datasets cannot be written ({reason}): make room, or set HF_DATASETS_CACHE to another"
     return OSError(cause.errno, reason, str(datasets.config.HF_DATASETS_CACHE))
 
@@ -84,12 +84,12 @@ def _rows_of_files(read: Callable, stamps: tuple, source: str) -> Iterator[dict]
 
 
 def parts_of(table: datasets.Dataset, files: int) -> list[datasets.Dataset]:
-    """The rows of each file of a `table_of` so many files, as views: nothing is copied."""
+    """The rows of each of the files of a `table_of`, as views: nothing is copied."""
     ends = np.searchsorted(table.with_format("numpy")["file"][:], np.arange(files + 1))
     return [table.select(range(a, b) if a < b else []) for a, b in itertools.pairwise(ends.tolist())]
 
 
 @functools.cache
 def say_once(text: str):
-    """Print a line once in a process: a benchmark is read again for each split, and lacks the same files each time."""
+    """Print a line once per process: a benchmark is read again for each split, and lacks the same files each time."""
     print(text)

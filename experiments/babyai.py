@@ -5,9 +5,9 @@ r"""Routing beyond language: one agent for eight levels of BabyAI (Polytropon [1
     python -m experiments.babyai --resume --output-dir runs/babyai-skilled-0          (--frames may grow)
     python -m experiments.babyai --plot runs/babyai-*       the paper's figure 2, and a table at equal episodes
 
-Every level has parameters of its own: theta_l = theta_0 + sum_s w_ls Phi_s ([1] eq. 3). theta_0 and Phi are both
-trained. A skill Phi_s changes a tenth of the entries, drawn at random (`sft.py`). Each layer has its own router
-(`poly.py`, `mhr.py`, `baselines/fixed.py`). A batch is divided by level, and each part runs with its level's parameters.
+The agent's parameters depend on the level l: theta_l = theta_0 + sum_s w_ls Phi_s ([1] eq. 3). theta_0 and Phi are
+both trained. A skill Phi_s changes a tenth of the entries, drawn at random (`sft.py`). Each layer has its own router
+(`poly.py`, `mhr.py`, `baselines/fixed.py`). A batch is divided by level; each part runs with its level's parameters.
 
     skilled       a Z over 9 skills, learned at a higher rate than the rest (dual-speed)
     single-speed  the same at one learning rate         dense   the same with skills of all entries ("- sparsity")
@@ -26,7 +26,7 @@ What [1] leaves open, and what was chosen:
   of frames: an unsolved maze takes 576 frames, another level 64 or 128.
 * PPO is that of BabyAI 1.1 [2], whose setup [1] follows: rewards times 20, lambda 0.99, 64 slots of 40 frames an
   update, 4 epochs of 2 batches, gradients through 20 frames, clipping 0.2 (of the value too), entropy 0.01, gradient
-  norm at most 0.5 (over all levels together, also under private). A time-out ends an episode like a success.
+  norm at most 0.5 (over all levels together, also under private). After a time-out no reward is expected.
 * theta_0 and Phi have one learning rate, and a step moves theta_l by both: under dense up to twice as far as under
   private, which has no theta_0. Private at `--lr 2e-4` beside dense at 1e-4 is the control for this.
 * The noise of Z (eq. 2) is drawn once an update and used for acting and learning, so that PPO's ratios begin at one.
@@ -37,8 +37,8 @@ What [1] leaves open, and what was chosen:
 * [2] normalises by batch. That would mix levels, and acting would differ from learning: here GroupNorm, by example.
 * Kaiming uniform has torch's default bound 1 / sqrt(fan-in), 1 for look-up tables. A skill's vectors begin at 0, except
   under private, whose skills are whole agents.
-* mhr: a layer keeps one Z if --heads does not divide the rows of all its tensors; with 8 heads these are the look-up
-  tables and the last layers.
+* mhr: a layer has one Z for all heads unless --heads divides the rows of each of its tensors; with 8 heads these are
+  the look-up tables and the last layers.
 
 One process steps all slots; `share_of_time` in result.json is the shares of environments, acting and learning.
 results/babyai.md shows all methods, half a million frames at [1]'s learning rate and three quarters of a million at
@@ -112,9 +112,7 @@ class Config:
     batch_size: int = flag(1280, "frames of an optimiser step")
     seed: int = flag(0, "seed of initial values, levels, actions and noise", group="the run")
     output_dir: str = flag("", "run folder; none: runs/babyai-METHOD-SEED", metavar="DIR")
-    save_every: str = flag(
-        "10m", "checkpoint interval: 200 is 200 updates, 10m is 10 minutes", metavar="UPDATES|MINUTESm"
-    )
+    save_every: str = flag("10m", "checkpoint interval: 5 is 5 updates, 10m is 10 minutes", metavar="UPDATES|MINUTESm")
     resume: bool = flag(False, "resume the run in --output-dir, or start it if it is not there")
     plot: tuple = flag((), "run folders to plot", metavar="DIR", group="to plot instead of training")
     figure: str = flag("babyai", "path of figure and table, without .png, .svg, .md", metavar="PATH")
@@ -197,7 +195,7 @@ class Slots:
     """n environments in one process, and what they show: image (n, 7, 7, 3), words (n, LENGTH), level (n,).
 
     The run's seed, the slot and the number of its episode determine the episode's level and seed. So a checkpoint holds
-    of each slot (`tensors`) that number and the actions taken since; `restore` takes them again.
+    for each slot (`tensors`) that number and the episode's actions so far; `restore` takes them again.
     """
 
     def __init__(self, levels: tuple[str, ...], count: int, seed: int):
@@ -207,12 +205,9 @@ class Slots:
         self.level = torch.zeros(count, dtype=torch.int64)
         self.episode = torch.zeros(count, dtype=torch.int64)
         self.length = torch.zeros(count, dtype=torch.int64)  # of the episode so far
-        self.actions = torch.zeros(count, LONGEST, dtype=torch.uint8)  # of an episode: its first `length` entries
+        self.actions = torch.zeros(count, LONGEST, dtype=torch.uint8)  # of the episode: the first `length`
+        self.tensors = {"episode": self.episode, "length": self.length, "actions": self.actions}
         self.restore()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds, always the same tensors; after they were changed: `restore`."""
-        return {"episode": self.episode, "length": self.length, "actions": self.actions}
 
     def restore(self):
         """Bring every environment to where `tensors` says it is."""
@@ -518,7 +513,7 @@ def learn(agent: RoutedAgent, optimizer, seen: dict[str, Tensor], cfg: Config, n
     A sequence begins with the memory that acting had there. Raises RunError if gradients are not finite.
     """
     all_sequences = sequences(seen, cfg.recurrence)
-    figures_of_steps, trainable = [], [p for group in optimizer.param_groups for p in group["params"]]
+    steps, trainable = [], [p for group in optimizer.param_groups for p in group["params"]]
     for _ in range(EPOCHS):
         for some in torch.randperm(all_sequences["level"].shape[1]).split(cfg.batch_size // cfg.recurrence):
             loss, more = loss_of(agent, {name: x[:, some] for name, x in all_sequences.items()}, noise)
@@ -528,9 +523,8 @@ def learn(agent: RoutedAgent, optimizer, seen: dict[str, Tensor], cfg: Config, n
             if not math.isfinite(norm):
                 raise RunError(f"the gradients' norm is {norm}: try a lower --lr in a new folder")
             optimizer.step()
-            figures_of_steps.append({"loss": loss.item(), "norm": norm, **more})
-    mean = lambda name: sum(step[name] for step in figures_of_steps) / len(figures_of_steps)  # noqa: E731
-    return {name: round(mean(name), 5) for name in figures_of_steps[0]}
+            steps.append({"loss": loss.item(), "norm": norm, **more})
+    return {name: round(sum(step[name] for step in steps) / len(steps), 5) for name in steps[0]}
 
 
 # --- The run ----------------------------------------------------------------------------------------------------------
@@ -552,34 +546,25 @@ def train(cfg: Config) -> dict:
     folder = Path(cfg.output_dir)
     advice = "fewer --slots or a smaller --width in a new folder, or a machine that has more"
     with locked_folder(folder, "python -m experiments.babyai"), advice_on_memory(advice):
-        return result_if_enough(folder, cfg) or train_in(folder, cfg)
-
-
-def result_if_enough(folder: Path, cfg: Config) -> dict | None:
-    """The result of a run that --resume finds finished with cfg.frames; None if there is something to do.
-
-    Raises UserError if the folder holds a run and --resume was not given, or if there is nothing to resume from.
-    """
-    if not (cfg.resume and (folder / "config.json").exists()):
-        refuse_used(cfg.output_dir)
-    elif (folder / "result.json").exists():
-        result = read_json(folder / "result.json", frames=int)
-        if result["frames"] >= cfg.frames:
-            print(f"{folder} is finished: nothing to resume, unless with more --frames")
-            return result
-        if not (folder / CHECKPOINT).exists():
-            raise UserError(f"{folder} is finished and its {CHECKPOINT} is gone: start again in another folder")
-    return None
+        if not (cfg.resume and (folder / "config.json").exists()):
+            refuse_used(cfg.output_dir)
+        elif (folder / "result.json").exists():
+            result = read_json(folder / "result.json", frames=int)
+            if result["frames"] >= cfg.frames:
+                print(f"{folder} is finished: nothing to resume, unless with more --frames")
+                return result
+            if not (folder / CHECKPOINT).exists():
+                raise UserError(f"{folder} is finished and its {CHECKPOINT} is gone: start again in another folder")
+        print(describe(cfg))
+        return train_in(folder, cfg)
 
 
 def train_in(folder: Path, cfg: Config) -> dict:
-    """`train` in a folder that this process has locked. `plumbing/run.py` resumes, logs, saves, and stops on a
-    signal."""
-    print(describe(cfg))
+    """`train` in a folder that this process has locked. `plumbing/run.py` resumes, logs, saves, stops on a signal."""
     agent, slots = build(cfg), Slots(cfg.levels, cfg.slots, cfg.seed)
     memory, first = torch.zeros(cfg.slots, 256), torch.ones(cfg.slots, dtype=torch.bool)
     optimizer, frames = make_optimizer(agent, cfg), cfg.slots * cfg.rollout  # of an update
-    run, episodes = begin(folder, cfg, agent, optimizer, slots, {"memory": memory, "first": first})
+    run, episodes = begin(folder, cfg, agent, optimizer, slots, memory=memory, first=first)
     with run:
         for update in run.steps(-(-cfg.frames // frames), f"train {cfg.method}", counts="frame", each=frames):
             acting, noise = chance(cfg.seed, update)
@@ -596,20 +581,18 @@ def train_in(folder: Path, cfg: Config) -> dict:
     return finish(cfg, folder, agent, run.now, np.array(episodes).reshape(-1, 2))
 
 
-def begin(folder: Path, cfg: Config, agent, optimizer, slots: Slots, state: dict[str, Tensor]) -> tuple[Run, list]:
-    """The run, new or with --resume where its checkpoint has it, and its episodes so far; writes config.json.
+def begin(folder: Path, cfg: Config, agent, optimizer, slots: Slots, **state: Tensor) -> tuple[Run, list]:
+    """The run, resumed or new, and its episodes so far; writes config.json. state: what else the loop changes.
 
-    state: the other tensors that the loop changes. Raises UserError, with nothing written, if checkpoint or log are
-    damaged or of another run.
+    Raises UserError, with nothing written, if checkpoint or log are damaged or do not belong to this run.
     """
     checkpoint, log = folder / CHECKPOINT, folder / "log.jsonl"
-    lines, tensors = lines_of(log), agent.state_dict() | slots.tensors() | state
+    lines, tensors = lines_of(log), agent.state_dict() | slots.tensors | state
     limits = {f"place{k}": agent.base.get_parameter(name).numel() for k, (_, name) in enumerate(agent.names)}
     limits |= {"episode": 2**62, "length": LONGEST, "actions": ACTIONS}
-    if cfg.resume and checkpoint.exists():
+    if cfg.resume:
         refuse_odd_numbers(checkpoint, tensors, limits)
-    made_with = {"--rollout": cfg.rollout}
-    beside = dict(save_every=cfg.save_every, resume=cfg.resume, made_with=made_with, unit="update")
+    beside = dict(save_every=cfg.save_every, resume=cfg.resume, made_with={"--rollout": cfg.rollout}, unit="update")
     run = Run(folder, tensors, optimizer, **beside)
     if len(lines) < run.now.step:
         raise UserError(f"{log} has not all episodes of {checkpoint}: start again in another folder")
@@ -620,13 +603,12 @@ def begin(folder: Path, cfg: Config, agent, optimizer, slots: Slots, state: dict
 
 
 def refuse_odd_numbers(checkpoint: Path, tensors: dict[str, Tensor], limits: dict[str, int]):
-    """Raise UserError for numbers of a checkpoint that are negative or not below their limit. Anything else that may be
-    wrong with it is found when it is loaded."""
-    with suppress(ValueError):  # no whole file
+    """Raise UserError unless these numbers of a checkpoint are from 0 to below their limits. `Run` checks all else."""
+    with suppress(ValueError):  # there is no file, or it is damaged
         saved, _ = read_tensors(str(checkpoint))
         for name, limit in limits.items():
-            x = saved.get(f"model.{name}")
-            if x is not None and x.dtype == tensors[name].dtype and ((x < 0) | (x >= limit)).any():
+            x = saved.get(f"model.{name}", tensors[name])
+            if x.dtype == tensors[name].dtype and ((x < 0) | (x >= limit)).any():
                 raise UserError(f"{checkpoint}: {name} has numbers that no run has: delete it to start the run again")
 
 
@@ -742,7 +724,7 @@ def outcomes(lines: list[dict]) -> np.ndarray:
 
 
 def success_by_level(episodes: np.ndarray, levels: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """{level: success of its episodes in order}, and "all": of all."""
+    """{level: success of its episodes in order, "all": of all episodes}. episodes: from `outcomes`."""
     return {level: episodes[episodes[:, 0] == k, 1] for k, level in enumerate(levels)} | {"all": episodes[:, 1]}
 
 
@@ -892,8 +874,7 @@ def check(cfg: Config):
 
 
 def refuse_endless(cfg: Config):
-    """Raise UserError for settings that need more memory than any machine has: the system might kill the process without
-    an error."""
+    """Raise UserError for settings that would fill any memory: the system may kill a process without an error."""
     if cfg.slots > MOST_SLOTS or cfg.slots * cfg.rollout > MOST_FRAMES:
         most = f"more than {MOST_SLOTS:,} slots or {MOST_FRAMES:,} frames an update: choose fewer"
         raise UserError(f"--slots {cfg.slots}, --rollout {cfg.rollout} are {most}")

@@ -1,7 +1,7 @@
-"""What the papers claim, as comparisons between measures on `strings`: the data of `experiments/reproduce.py`.
+"""The papers' claims as comparisons between measures on `strings`: the data of `experiments/reproduce.py`.
 
-A measure is a pre-training run and what is then asked of it; it has a value for each seed. A claim is a list of
-comparisons between measures, under the rule that stands at the top of reproduce.py.
+A measure is a number taken from a pre-training run, with a value for each seed. A claim is a list of comparisons
+between measures, judged by the rule at the top of reproduce.py.
 """
 
 from typing import NamedTuple
@@ -14,11 +14,13 @@ from experiments.methods import METHODS, RATES
 class Measure(NamedTuple):
     """A number for each seed.
 
-    method: a key of METHODS, trained at its rates in RATES. flags: more flags of train.py. then: what is asked of the
-    run: a variant of adapt.py (the held-out score after it, percent), "seen" (the score on training tasks, percent),
-    "zero-shot" (the held-out score without examples, percent, after `steps` more steps of multi-task training; routed
-    methods are averaged first), "alignment" or "alignment_mixed" (of gradients, the mean over the steps that were kept
-    in training), or the path to a number in what analyze.py writes, as "mean.usage".
+    method: a key of METHODS, trained at its rates in RATES. flags: further flags of train.py. then: the number to take:
+      a variant of adapt.py            the held-out score after it, percent
+      seen                             the score on training tasks, percent
+      zero-shot                        the held-out score without examples, percent, after `steps` more steps of
+                                       multi-task training; routed methods are averaged first
+      alignment, alignment_mixed       of gradients, the mean over the kept steps of training
+      the path to a number in the analysis.json of tools/analyze.py, as mean.usage
     """
 
     method: str
@@ -29,7 +31,7 @@ class Measure(NamedTuple):
 
 HEADS, SKILLS, GRAINS = (2, 16, 32), (2, 8, 16, 32), ("layer", "block", "coder", "model")  # beside the recipe's
 EXTRA = (0, 100, 400)  # steps of training after averaging: 0, 7 and 27 % of those before
-TOLD = "--instructions"  # the input names the operations; else nothing in it says which task it is
+TOLD = "--instructions"  # the input names the operations; without it nothing in the input says which task it is
 ONE_SPEED = RATES["Poly"][0].split()[0].replace("--lr=", "--lr-z=")  # Z as slow as the skills
 RECOVERY = (
     ("", "correlation"),
@@ -76,9 +78,12 @@ MEASURES = {
 
 
 class Claim(NamedTuple):
-    """says: the papers' sentence in our words. place: where it stands. compare: [(a, relation, b)], each a measure, a
-    number, or "measure - measure". also: measures that are shown beside these. figure: a function of reproduce.FIGURES.
-    note: what a reader must know of this setting."""
+    """A claim of the papers.
+
+    says: the claim in our words. place: where the papers make it. compare: [(a, relation, b)]; a and b are a measure, a
+    number, or "measure - measure". also: further measures to show. figure: a function of reproduce.FIGURES. note: what
+    a reader must know of this setting.
+    """
 
     says: str
     place: str

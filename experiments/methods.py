@@ -3,8 +3,8 @@
     python -m experiments.methods                   pre-train and adapt what is missing, then print the table
     python -m experiments.methods --tune            a search of learning rates, on dev tasks, seed 0
 
-Every line is a few runs of `train.py` and `adapt.py`, in runs/; a run that is there is not made again, so the command
-can be stopped at any time and resumes. Two run side by side, with one thread each (--jobs).
+Every line is a few runs of `train.py` and `adapt.py` in runs/. Existing runs are reused, so the command can be stopped
+at any time and resumes. Two run in parallel, with one thread each (--jobs).
 """
 
 import argparse
@@ -17,20 +17,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from plumbing.errors import exit_on_user_error
-from recipes import FEW_SHOT, LEARNED, PRETRAINING
 from plumbing.tables import aligned, mean_std_text
+from recipes import FEW_SHOT, LEARNED, PRETRAINING
 
 ROOT = Path(__file__).resolve().parents[1]
-KEEP = 300  # steps between the looks at training that `tools/analyze.py` takes
-RECIPE = [PRETRAINING["strings"], FEW_SHOT["strings"], KEEP]  # what flags leave open: a run of another is another run
-RUNS = ROOT / "runs" / f"methods-{zlib.crc32(json.dumps(RECIPE).encode()):08x}"
+KEEP_EVERY = 300  # --keep-every: steps between the adapters that `tools/analyze.py` looks at
+RECIPE = json.dumps([PRETRAINING["strings"], FEW_SHOT["strings"], KEEP_EVERY])  # another recipe makes other runs
+RECIPE = RECIPE.replace('"best_by"', '"keep"')  # its name when the values in results/ were made
+RUNS = ROOT / "runs" / f"methods-{zlib.crc32(RECIPE.encode()):08x}"
 
-METHODS = {  # a name for the table: (flags of train.py, variants of adapt.py, the first of which chooses its rates)
+METHODS = {  # name in the table: (flags of train.py, variants of adapt.py; the first one chooses its rates)
     "Full": ("--method full", ("all", "lora")),
     "LoRA (Shared)": ("--method lora", ("all",)),
     "LoRA-big": ("--method lora --rank 16", ("all",)),
     "(IA)^3": ("--method ia3", ("all",)),
-    "Private": ("--method private", ("mu", "all")),  # "all" is from scratch: no pre-training matters to it
+    "Private": ("--method private", ("mu", "all")),  # "all" starts from scratch, whatever the pre-training
     "Expert": ("--method expert", ("all",)),
     "Random by example": ("--method random", ("mu",)),
     "Random by task": ("--method random --random-by task", ("mu",)),
@@ -40,7 +41,7 @@ METHODS = {  # a name for the table: (flags of train.py, variants of adapt.py, t
     "Poly": ("--method poly", ("all", "z", "mu")),
     "MHR": ("--method mhr --heads 8", ("all", "z", "mu")),
 }
-RATES = {  # what --tune found: flags of train.py, then of adapt.py for each variant
+RATES = {  # found by --tune: flags of train.py, then of adapt.py for each variant
     "Full": ("--lr=0.00033", {"all": "--lr=0.00011", "lora": "--lr=0.003"}),
     "LoRA (Shared)": ("--lr=0.005", {"all": "--lr=0.027"}),
     "LoRA-big": ("--lr=0.0017", {"all": "--lr=0.003"}),
@@ -57,25 +58,26 @@ RATES = {  # what --tune found: flags of train.py, then of adapt.py for each var
 }
 
 
-def run(script: str, flags: list[str], made: Path) -> dict:
-    """What a script (train.py) or command (tools.analyze) writes to the JSON file `made`, and the "commit" of this tree
-    that made it. If the file is there, the script is not run again."""
-    if not made.exists():
+def run(script: str, flags: list[str], result: Path) -> dict:
+    """Run a script (train.py) or command (tools.analyze) unless the JSON file `result` that it writes exists.
+
+    Returns the file's content and "commit", the commit of this tree that made it.
+    """
+    if not result.exists():
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         entry = [script] if script.endswith(".py") else ["-m", script]
         command, code = [sys.executable, *entry, *flags], commit()
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\nended with code {done.returncode}:\n{done.stderr[-2000:]}")
-        (made.parent / "commit").write_text(code)
-        print(f"{made.parent.name}: {done.stdout.splitlines()[-1]}", flush=True)
-    kept = made.parent / "commit"  # not there if this program was killed while the script ran
-    return json.loads(made.read_text()) | {"commit": kept.read_text() if kept.exists() else "unknown"}
+        (result.parent / "commit").write_text(code)
+        print(f"{result.parent.name}: {done.stdout.splitlines()[-1]}", flush=True)
+    made_by = result.parent / "commit"  # missing if this program was killed while the script ran
+    return json.loads(result.read_text()) | {"commit": made_by.read_text() if made_by.exists() else "unknown"}
 
 
 def commit() -> str:
-    """The commit of this tree, marked -dirty if a file of it was changed since: not those in results/, where numbers
-    are added while runs are made."""
+    """The commit of this tree, with -dirty if a tracked file outside results/ was changed since."""
 
     def git(*command):
         return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -85,15 +87,15 @@ def commit() -> str:
 
 
 def pretrain(name: str, seed: int, root: Path, extra: tuple[str, ...] = ()) -> tuple[Path, dict]:
-    """Pre-train a method of METHODS: (run folder, result). extra: more flags, which also name the folder."""
+    """Pre-train a method of METHODS: (run folder, result). extra: further flags, also part of the folder's name."""
     folder = root / "_".join([name, str(seed), *extra]).replace(" ", "-").replace("--", "")
     flags = [*METHODS[name][0].split(), "--dataset", "strings", "--seed", str(seed), "--split", str(seed), *extra]
-    flags += ["--keep-every", str(KEEP), "--resume", "--output-dir", str(folder)]
+    flags += ["--keep-every", str(KEEP_EVERY), "--resume", "--output-dir", str(folder)]
     return folder, run("train.py", flags, folder / "result.json")
 
 
 def adapt(checkpoint: Path, variant: str, seed: int, extra: tuple[str, ...] = ()) -> dict:
-    """Adapt a pre-training run to the held-out tasks (or what `extra` says): the result."""
+    """Adapt a pre-training run to the test tasks, unless `extra` names others: the result."""
     folder = checkpoint.parent / "_".join([checkpoint.name, variant, *extra]).replace("--", "")
     flags = ["--checkpoint", str(checkpoint), "--variant", variant, "--seed", str(seed), "--split", str(seed), *extra]
     return run("adapt.py", [*flags, "--resume", "--output-dir", str(folder)], folder / "result.json")
@@ -117,7 +119,7 @@ def one_seed(name: str, seed: int, root: Path) -> dict[str, tuple[dict, dict]]:
 
 
 def table(results: dict[str, list[dict]]) -> str:
-    """results: {name: what `one_seed` returns for each seed}. One line a method and variant, scores over seeds."""
+    """One line per method and variant, scores over seeds. results: {name: what `one_seed` returns for each seed}."""
     lines = [("method", "variant", "trained on all tasks", "and Z", "for a new task", "seen tasks", "held-out tasks")]
     for name, seeds in results.items():
         for variant in METHODS[name][1]:
@@ -133,14 +135,14 @@ def table(results: dict[str, list[dict]]) -> str:
 
 
 def tune(name: str, root: Path) -> list[tuple[str, ...]]:
-    """Lines (method, flags of train.py, variant, flags of adapt.py, dev score, mark) of one method's search; each
-    variant's best is marked.
+    """One method's search as lines (method, flags of train.py, variant, flags of adapt.py, dev score, mark).
 
-    The same rule for each, seed 0, one step after the other, each going on from the best so far: the rate of
-    pre-training, from 5e-3 (full: 1e-3), by what the first variant then scores at 3e-3 (full: 1e-3); for methods that
-    learn a Z, whether a Z ten times slower is better; then for each variant its rate, from 3e-3 (full: 1e-3), under z
-    that of Z, from the recipe's. A rate is tried at a third, once and three times, and further where the best is at an
-    edge (`search`).
+    Each variant's best is marked. All methods are searched by one rule, with seed 0. Each step starts at the best of
+    the one before:
+    1. the rate of pre-training, around 5e-3 (full: 1e-3), by the score of the first variant at 3e-3 (full: 1e-3);
+    2. for methods that learn a Z, whether a Z ten times slower is better;
+    3. each variant's rate, around 3e-3 (full: 1e-3); under z the rate of Z, around the recipe's.
+    A rate is tried at 1/3, 1 and 3 times its start, and further while the best is at an edge (`search`).
     """
     method, variants, lines = METHODS[name][0].split()[1], METHODS[name][1], {}
     lr, few_lr = (1e-3, 1e-3) if method == "full" else (5e-3, 3e-3)
@@ -169,8 +171,10 @@ def tune(name: str, root: Path) -> list[tuple[str, ...]]:
 
 
 def search(score, middle: float, most: int = 7) -> float:
-    """The best of middle / 3, middle and middle * 3, going on by factors of 3 while the best is at an edge, up to
-    `most` values; of equal ones the first in this order: middle, lower, higher."""
+    """The best of middle / 3, middle and middle * 3, and further by factors of 3 while the best is at an edge.
+
+    At most `most` values. Of equal scores the first wins, in the order middle, lower, higher.
+    """
     tried = {middle * f: score(middle * f) for f in (1, 1 / 3, 3)}
     while (best := max(tried, key=tried.get)) in (min(tried), max(tried)) and len(tried) < most:
         further = best / 3 if best == min(tried) else best * 3
@@ -182,7 +186,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
+    parser.add_argument("--jobs", type=int, default=2, help="runs in parallel")
     parser.add_argument("--tune", action="store_true", help="search learning rates on dev tasks instead")
     args = parser.parse_args()
     if args.jobs < 1:
@@ -194,14 +198,13 @@ def main():
         parser.error("--seeds must not be negative")
     with ThreadPoolExecutor(args.jobs) as pool:
         if args.tune:
-            found = pool.map(lambda name: tune(name, RUNS), args.methods)
+            searches = pool.map(lambda name: tune(name, RUNS), args.methods)
             head = ("method", "pre-training", "variant", "few-shot", "dev score", "")
-            print(aligned([head, *(line for lines in found for line in lines)], left=4))
+            print(aligned([head, *(line for lines in searches for line in lines)], left=4))
             return
         runs = [(name, seed) for seed in args.seeds for name in args.methods]
-        found = list(pool.map(lambda r: one_seed(*r, RUNS), runs))
-    by_name = {name: [f for r, f in zip(runs, found, strict=True) if r[0] == name] for name in args.methods}
-    print(table(by_name))
+        results = list(pool.map(lambda r: one_seed(*r, RUNS), runs))
+    print(table({name: [of for r, of in zip(runs, results, strict=True) if r[0] == name] for name in args.methods}))
 
 
 if __name__ == "__main__":

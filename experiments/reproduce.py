@@ -1,13 +1,13 @@
-"""The papers' claims at laptop scale: one command a claim, five seeds, a verdict by one rule for all.
+"""The papers' claims at laptop scale: one command per claim, five seeds, verdicts by one rule.
 
     python -m experiments.reproduce --claim all                  make what is missing, then results/claims.md
     python -m experiments.reproduce --claim mu zero-shot         some claims only
     python -m experiments.reproduce --claim mu --results again --runs again/runs     from scratch, elsewhere
 
-A measure is a pre-training run on `strings` and what is then asked of it: the held-out score after an adaptation, a
-zero-shot score, or a number of `tools/analyze.py`. Each value of a measure and seed is a line of results/claims.jsonl, with
-the flags that made it, and is not made again as long as these flags are the same. What is missing is made by the
-project's own commands, in runs/methods/ (which `experiments/methods.py` shares), two side by side.
+A measure is a number taken from a pre-training run on `strings`: its held-out score after an adaptation, its zero-shot
+score, or a number of `tools/analyze.py`. results/claims.jsonl has one line per measure and seed, with the flags that
+made it; a value is made again only if its flags change. Missing values are made by the project's own commands, in the
+runs that `experiments/methods.py` makes too, two in parallel.
 
 A claim is a list of comparisons between measures, seed by seed:
 
@@ -15,10 +15,10 @@ A claim is a list of comparisons between measures, seed by seed:
     a <= b   holds: a is above b by less than MARGIN, or below it; fails: by more (one-sided, p < 0.05)
     a ~ b    holds: they differ by less than MARGIN (two one-sided tests); fails: by more (one-sided)
 
-Else it is undecided. b may be a number, and each side a difference of two measures. A claim holds if all its
-comparisons hold; it does not hold here if one of them fails; else it is undecided. Nothing is corrected for the number
-of comparisons: with nine independent ones without any true difference, one in five claims would be said not to hold.
-The tasks are always the same: what varies is the seed of everything else. The page says how blindly the rule was made.
+Otherwise it is undecided. b may be a number, and each side a difference of two measures. A claim holds if all its
+comparisons hold, does not hold here if one of them fails, and is otherwise undecided. There is no correction for
+multiple comparisons: of nine independent ones without a true difference, one in five claims would not hold. The tasks
+are always the same; the seed sets everything else. The page says what was known when the rule was made.
 """
 
 import argparse
@@ -32,27 +32,25 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from tools import analyze
-from tools import figures
-
-from plumbing.errors import UserError, exit_on_user_error
-from plumbing.folders import check_numbers
-from recipes import FEW_SHOT, PRETRAINING, VARIANTS
 from experiments.claims import (
     AS_ONE, CLAIMS, EXTRA, GRAINS, HEADS, MEASURES, ROUTED_OR_NOT, SHAPES, SKILLS, Claim, Measure, measures_of,
     parts_of,
 )  # fmt: skip
-from experiments.methods import KEEP, METHODS, RATES, ROOT, RUNS, adapt, few_shot_rates, pretrain, run
+from experiments.methods import KEEP_EVERY, METHODS, RATES, ROOT, RUNS, adapt, few_shot_rates, pretrain, run
+from plumbing.errors import UserError, exit_on_user_error
+from plumbing.folders import check_numbers
+from recipes import FEW_SHOT, PRETRAINING, VARIANTS
+from tools import analyze, figures
 
 SEEDS = (0, 1, 2, 3, 4)
 MARGIN = 5.0  # points of exact match: what counts as close
 
 
-# --- Values: from the file of raw numbers, or from runs ---------------------------------------------------------------
+# --- Values: from the raw file, or from runs --------------------------------------------------------------------------
 
 
 def flags_of(measure: Measure) -> str:
-    """All that decides a measure, but the seed: the key of its line in the raw file. RUNS' name has the recipe."""
+    """All that determines a measure but the seed: the key of its line in the raw file. RUNS names the recipe."""
     rates = f"{RATES[measure.method][0]} {measure.flags}".strip()
     few = " ".join(few_shot_rates(measure.method, measure.then)) if measure.then in VARIANTS else ""
     then = f"{measure.then} {few or measure.steps or ''}".strip()
@@ -60,8 +58,8 @@ def flags_of(measure: Measure) -> str:
 
 
 def read_raw(path: Path) -> dict[tuple[str, int], dict]:
-    """{(flags, seed): line} of a raw file; {} if there is none. Raises UserError for a line that is damaged."""
-    found = {}
+    """{(flags, seed): line} of a raw file; {} if there is none. Raises UserError for a damaged line."""
+    lines = {}
     for number, text in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
         try:
             line = json.loads(text)
@@ -73,20 +71,20 @@ def read_raw(path: Path) -> dict[tuple[str, int], dict]:
                 raise ValueError
             if not (new is None or type(new) is int):
                 raise ValueError
-            found[line["flags"], line["seed"]] = line
+            lines[line["flags"], line["seed"]] = line
         except (ValueError, KeyError, TypeError, RecursionError, UserError):
             raise UserError(f"{path}:{number} is damaged: delete this line, its value is then made again") from None
-    return found
+    return lines
 
 
 def make_missing(names: list[str], seeds: tuple[int, ...], path: Path, runs: Path, jobs: int):
-    """Make the values of these measures that the raw file lacks, and add each to it as soon as it is there."""
+    """Make the values of these measures that the raw file lacks, and append each one as soon as it is made."""
     have, groups = read_raw(path), defaultdict(list)
     for name in names:
         measure = MEASURES[name]
         for seed in seeds:
             if (flags_of(measure), seed) not in have:
-                groups[seed, measure.method, measure.flags].append(measure)  # those that ask the same run
+                groups[seed, measure.method, measure.flags].append(measure)  # measures of one run
     lock = threading.Lock()
 
     def make(group):
@@ -110,8 +108,10 @@ def total(result: dict) -> int:
 
 
 def ask(measure: Measure, checkpoint: Path, trained: dict, seed: int) -> tuple[float | dict, int | None, float, str]:
-    """(the measure's value, parameters trained for a new task, seconds of adaptation, commit) of a pre-training run. A
-    value over training is {step: value}."""
+    """(value, parameters trained for a new task, seconds of adaptation, commit) of a measure of a pre-training run.
+
+    A value over training is {step: value}.
+    """
     if measure.then == "seen":
         return trained["mean"], None, 0.0, trained["commit"]
     if measure.then in VARIANTS:
@@ -124,19 +124,19 @@ def ask(measure: Measure, checkpoint: Path, trained: dict, seed: int) -> tuple[f
     flags = ["--checkpoint", str(checkpoint), "--output-dir", str(folder)]
     same_run = (m for m in MEASURES.values() if (m.method, m.flags) == (measure.method, measure.flags))
     flags += [] if any(m.then.startswith("alignment") for m in same_run) else ["--no-alignment"]  # it takes a minute
-    found = run("tools.analyze", flags, folder / "analysis.json")
+    analysis = run("tools.analyze", flags, folder / "analysis.json")
     if measure.then.startswith("alignment"):
-        return {line["step"]: line[measure.then] for line in found["over_steps"]}, None, 0.0, found["commit"]
-    value = found
+        return {line["step"]: line[measure.then] for line in analysis["over_steps"]}, None, 0.0, analysis["commit"]
+    value = analysis
     for key in measure.then.split("."):
         value = value[key]
-    return value, None, 0.0, found["commit"]
+    return value, None, 0.0, analysis["commit"]
 
 
 def zero_shot(measure: Measure, checkpoint: Path, seed: int) -> tuple[float, str]:
-    """(the held-out score after measure.steps more steps, of the average of the skills of a routed method; commit)."""
+    """(held-out score without examples after measure.steps more steps, commit). Routed methods are averaged first."""
     routed = measure.method in ("Poly", "MHR")
-    if not measure.steps:  # what an adaptation scores before it begins
+    if not measure.steps:  # the score of an adaptation before its first step
         variant = "mu" if routed else "all"
         result = adapt(checkpoint, variant, seed, few_shot_rates(measure.method, variant))
         return result["mean_before"], result["commit"]
@@ -152,8 +152,8 @@ def zero_shot(measure: Measure, checkpoint: Path, seed: int) -> tuple[float, str
 
 
 class Verdict(NamedTuple):
-    """seeds: a - b of each seed. difference: their mean. interval: its 95 % confidence interval. says: holds, fails or
-    undecided."""
+    """A comparison of a and b. seeds: a - b of each seed. difference, interval: their mean and its 95 % confidence
+    interval. says: holds, fails or undecided."""
 
     seeds: list[float]
     difference: float
@@ -162,13 +162,13 @@ class Verdict(NamedTuple):
 
 
 def judge(a: np.ndarray, relation: str, b: np.ndarray, margin: float = MARGIN) -> Verdict:
-    """Compare two measures, values (seeds,) each, by the rule at the top of this file."""
+    """Compare two measures, given by their values (seeds,), by the rule at the top of this file."""
     d = np.asarray(a, float) - np.asarray(b, float)
     mean, error = d.mean(), stats.sem(d)
     half = error * stats.t.ppf(0.975, len(d) - 1)
 
     def above(bound: float, alternative: str = "greater") -> bool:
-        """Whether the mean difference is above (or "less": below) a bound; without any spread there is no doubt."""
+        """Whether the mean is significantly above a bound ("less": below). Without spread any difference counts."""
         if error == 0:
             return bool(mean > bound if alternative == "greater" else mean < bound)
         return bool(stats.ttest_1samp(d, bound, alternative=alternative).pvalue < 0.05)
@@ -187,7 +187,7 @@ def judge(a: np.ndarray, relation: str, b: np.ndarray, margin: float = MARGIN) -
 
 
 def verdict(parts: list[Verdict]) -> str:
-    """Of a whole claim."""
+    """The verdict on a whole claim."""
     if all(part.says == "holds" for part in parts):
         return "holds"
     return "does not hold here" if any(part.says == "fails" for part in parts) else "undecided"
@@ -196,8 +196,8 @@ def verdict(parts: list[Verdict]) -> str:
 # --- The page ---------------------------------------------------------------------------------------------------------
 
 
-class Found(NamedTuple):
-    """A measure's values over seeds, and the parameters trained on all tasks and for a new one."""
+class Values(NamedTuple):
+    """A measure's values (seeds,) and their lines of the raw file."""
 
     values: np.ndarray
     lines: list[dict]
@@ -211,55 +211,65 @@ class Found(NamedTuple):
         return " ± ".join(f"{x:.{digits}f}" for x in figures.mean_std(self.values))
 
 
-def collect(raw: dict[tuple[str, int], dict], names: list[str], seeds: tuple[int, ...]) -> dict[str, Found]:
-    """{measure: what was found}, of those that have all seeds; a value over training counts as its mean."""
-    found = {}
+def collect(raw: dict[tuple[str, int], dict], names: list[str], seeds: tuple[int, ...]) -> dict[str, Values]:
+    """The values of those measures that have all seeds; a value over training counts as its mean."""
+    measured = {}
     for name in names:
         lines = [raw.get((flags_of(MEASURES[name]), seed)) for seed in seeds]
         if all(lines):
             values = [line["value"] for line in lines]
             values = [np.mean(list(v.values())) if isinstance(v, dict) else v for v in values]
-            found[name] = Found(np.array(values), lines)
-    return found
+            measured[name] = Values(np.array(values), lines)
+    return measured
 
 
-def side(what: str | float, found: dict[str, Found], seeds: tuple[int, ...]) -> np.ndarray:
+def side(what: str | float, measured: dict[str, Values], seeds: tuple[int, ...]) -> np.ndarray:
     """The values (seeds,) of one side of a comparison: a measure, the difference of two, or a number."""
-    values = [found[name].values for name in parts_of(what)]
+    values = [measured[name].values for name in parts_of(what)]
     return (values[0] - sum(values[1:])) if values else np.full(len(seeds), what, float)
 
 
 def write_page(folder: Path, seeds: tuple[int, ...], names: list[str]):
-    """claims.md and a figure for each of these claims, from the raw file of a folder. A claim that lacks a value of a
-    seed is named as not made yet."""
+    """Write claims.md and a figure for each of these claims, from the raw file in a folder."""
     raw = read_raw(folder / "claims.jsonl")
+    for name in names:
+        measured = collect(raw, measures_of(CLAIMS[name]), seeds)
+        if measured.keys() == set(measures_of(CLAIMS[name])):
+            FIGURES[CLAIMS[name].figure](measured, folder / f"claim-{name}")
+    (folder / "claims.md").write_text(render(raw, seeds, names, folder.resolve() == ROOT / "results"))
+
+
+def render(raw: dict[tuple[str, int], dict], seeds: tuple[int, ...], names: list[str], with_history: bool) -> str:
+    """The page of these claims. A claim that lacks a value of a seed is listed as not made yet.
+
+    with_history: for results/claims.md, what its numbers have behind them.
+    """
     summary, sections, used = [], [], []
     for name in names:
-        claim, found = CLAIMS[name], collect(raw, measures_of(CLAIMS[name]), seeds)
-        missing = [m for m in measures_of(claim) if m not in found]
-        if missing:
+        claim, measured = CLAIMS[name], collect(raw, measures_of(CLAIMS[name]), seeds)
+        if measured.keys() != set(measures_of(claim)):
             summary.append(f"| {name} | not made yet | | | | {claim.place} |")
             continue
-        parts = [judge(side(a, found, seeds), relation, side(b, found, seeds)) for a, relation, b in claim.compare]
-        FIGURES[claim.figure](found, folder / f"claim-{name}")
+        sides = [(side(a, measured, seeds), relation, side(b, measured, seeds)) for a, relation, b in claim.compare]
+        parts = [judge(*compared) for compared in sides]
         by = {says: [" ".join(map(str, c)) for c, part in zip(claim.compare, parts, strict=True) if part.says == says]
               for says in ("holds", "fails", "undecided")}  # fmt: skip
         cells = (f"{len(by['holds'])} of {len(parts)}", "; ".join(by["fails"]), "; ".join(by["undecided"]))
         summary.append(f"| [{name}](#{name}) | {verdict(parts)} | {' | '.join(cells)} | {claim.place} |")
-        sections.append(section(name, claim, found, parts))
-        used += [line for of in found.values() for line in of.lines]
+        sections.append(section(name, claim, measured, parts))
+        used += [line for of in measured.values() for line in of.lines]
     commits = ", ".join(sorted({commit for line in used for commit in line["commits"]}))
     recipe, few = PRETRAINING["strings"], FEW_SHOT["strings"]
     about = dict(seeds=", ".join(map(str, seeds)), commits=commits, hours=hours(used), margin=MARGIN)
     about |= dict(steps=recipe["steps"], batch=recipe["batch_size"], rank=recipe["rank"], skills=recipe["skills"])
     about |= dict(shots=few["shots"], few_steps=few["steps"], few_batch=few["batch_size"], few_every=few["eval_every"])
-    about |= dict(seen=recipe["eval_examples"], keep=KEEP, examples=analyze.Config.examples)
-    about |= dict(history=HISTORY if folder.resolve() == ROOT / "results" else "")
-    (folder / "claims.md").write_text(PAGE.format(**about, summary="\n".join(summary)) + "\n".join(sections))
+    about |= dict(seen=recipe["eval_examples"], keep=KEEP_EVERY, examples=analyze.Config.examples)
+    about |= dict(history=HISTORY if with_history else "")
+    return PAGE.format(**about, summary="\n".join(summary)) + "\n".join(sections)
 
 
 def hours(lines: list[dict]) -> float:
-    """Of training and adaptation, each run once however many measures ask it."""
+    """Hours of training and adaptation, each run counted once however many measures it has."""
     runs = {(line["flags"].split(" | ")[0], line["seed"]): line["seconds"][0] for line in lines}
     adaptations = {(line["flags"], line["seed"]): line["seconds"][1] for line in lines}
     return (sum(runs.values()) + sum(adaptations.values())) / 3600
@@ -314,12 +324,12 @@ alignment rests.
 
 On real tasks with a real model, in two seeds of a small budget, few-shot, z and mu are in `smollm.md`: there MHR and
 Poly are close together, and LoRA is above both.
-"""  # of results/claims.md, and of no page that another makes
+"""  # of results/claims.md alone, not of a page that a reader makes
 
 
-def section(name: str, claim: Claim, found: dict[str, Found], parts: list[Verdict]) -> str:
+def section(name: str, claim: Claim, measured: dict[str, Values], parts: list[Verdict]) -> str:
     """A claim's part of the page: sentence, verdict, comparisons, values, figure."""
-    spent = hours([line for of in found.values() for line in of.lines])
+    spent = hours([line for of in measured.values() for line in of.lines])
     text = [
         f"## {name}",
         "",
@@ -334,7 +344,7 @@ def section(name: str, claim: Claim, found: dict[str, Found], parts: list[Verdic
         mean, *each = (f"{x:+.{digits}f}" for x in (part.difference, *part.seeds))
         text.append(f"| {a} {relation} {b} | {mean} | {low} to {high} | {part.says} | {' '.join(each)} |")
     text += ["", "| measure | flags | trained on all tasks | for a new task | mean ± std |", "|---|---|---:|---:|---:|"]
-    for measure, of in found.items():
+    for measure, of in measured.items():
         first, flags = of.lines[0], of.lines[0]["flags"].rsplit(" | ", 1)[0].replace("|", "→")
         new = f"{first['new task']:,}" if first["new task"] else ""
         text.append(f"| {measure} | `{flags}` | {first['trained']:,} | {new} | {of} |")
@@ -344,17 +354,17 @@ def section(name: str, claim: Claim, found: dict[str, Found], parts: list[Verdic
 SCORE = "exact match on held-out tasks (%)"
 
 
-def draw_dots(found: dict[str, Found], stem: Path, label: str):
-    reference = next((name for name in ("LoRA (Shared)", "LoRA (Shared), told") if name in found), "")
-    figures.by_method({name: list(of.values) for name, of in found.items()}, stem, label, reference)
+def draw_dots(measured: dict[str, Values], stem: Path, label: str):
+    reference = next((name for name in ("LoRA (Shared)", "LoRA (Shared), told") if name in measured), "")
+    figures.by_method({name: list(of.values) for name, of in measured.items()}, stem, label, reference)
 
 
 def by_size(method: str, unit: str, sizes: tuple[int, ...], own: int) -> dict[str, str]:
-    """{size: its measure} of a curve; own: the size that the method has of itself."""
+    """{size: its measure} of a curve; own: the recipe's size, whose measure has the bare name of the method."""
     return {str(k): method if k == own else f"{method}, {k} {unit}" for k in sorted((*sizes, own))}
 
 
-CURVES = {  # which measure is which point of which curve of which panel; MHR with one head is Poly
+CURVES = {  # {panel: {curve: {point: its measure}}}; MHR with one head is Poly
     "new task": {
         "heads and skills": {
             "MHR-z by heads": {"1": "Poly-z"} | by_size("MHR-z", "heads", HEADS, 8),
@@ -375,9 +385,9 @@ CURVES = {  # which measure is which point of which curve of which panel; MHR wi
 }
 
 
-def draw_parameters(found: dict[str, Found], stem: Path, which: str, when: str):
+def draw_parameters(measured: dict[str, Values], stem: Path, which: str, when: str):
     def point(name: str) -> tuple[float, float, float]:
-        return found[name].lines[0][which], *figures.mean_std(found[name].values)
+        return measured[name].lines[0][which], *figures.mean_std(measured[name].values)
 
     panels = {
         title: {label: {mark: point(name) for mark, name in of.items()} for label, of in curves.items()}
@@ -386,10 +396,10 @@ def draw_parameters(found: dict[str, Found], stem: Path, which: str, when: str):
     figures.performance(panels, stem, SCORE, when)
 
 
-def draw_alignment(found: dict[str, Found], stem: Path):
+def draw_alignment(measured: dict[str, Values], stem: Path):
     panels = {
         title: {
-            name: [([int(k) for k in v], list(v.values())) for v in found[f"alignment of {name}, {of}"].raw]
+            name: [([int(k) for k in v], list(v.values())) for v in measured[f"alignment of {name}, {of}"].raw]
             for name in ROUTED_OR_NOT
         }
         for of, title in (("inventory", "the shared inventory"), ("mixtures", "each task's own mixture"))
@@ -398,42 +408,37 @@ def draw_alignment(found: dict[str, Found], stem: Path):
 
 
 LABELS = {"discreteness": "discreteness", "sparsity": "sparsity (share on)", "usage": "usage"}  # of SHAPES
-SEEN = ("seen tasks", "score on seen tasks", 100)  # measure, label, what is divided by
+SEEN = ("seen tasks", "score on seen tasks", 100)  # measure, label, divisor
 
 
-def draw_by_skills(found: dict[str, Found], stem: Path):
+def draw_by_skills(measured: dict[str, Values], stem: Path):
     sizes, series = sorted({*SKILLS, 4}), {}
-    for what, label, scale in (
-        *((shape, LABELS[shape], 1) for shape in SHAPES),
-        SEEN,
-    ):
-        values = np.array([found[f"{what}, {s} skills"].values for s in sizes]) / scale
+    for what, label, scale in (*((shape, LABELS[shape], 1) for shape in SHAPES), SEEN):
+        values = np.array([measured[f"{what}, {s} skills"].values for s in sizes]) / scale
         series[label] = [(sizes, seed.tolist()) for seed in values.T]
     figures.over_skills(series, stem, "share, or measure of Z")
 
 
-def draw_zero_shot(found: dict[str, Found], stem: Path):
-    series = {
-        name: [
-            (EXTRA, seed) for seed in np.array([found[f"{name}, told, +{k} steps"].values for k in EXTRA]).T.tolist()
-        ]
-        for name in AS_ONE.values()
-    }
+def draw_zero_shot(measured: dict[str, Values], stem: Path):
+    series = {}
+    for name in AS_ONE.values():
+        values = np.array([measured[f"{name}, told, +{k} steps"].values for k in EXTRA])
+        series[name] = [(EXTRA, seed) for seed in values.T.tolist()]
     figures.over_steps({"": series}, stem, SCORE, "steps of training after averaging")
 
 
-def draw_recovery(found: dict[str, Found], stem: Path):
+def draw_recovery(measured: dict[str, Values], stem: Path):
     values, bars = {}, {}
     for name in ("Poly", "MHR"):
-        values[name] = list(found[f"recovery by {name}"].values)
-        bars[name] = tuple(found[f"recovery by {name}, {bound} bound"].values.mean() for bound in ("lower", "upper"))
-        values[f"{name}, chance (95 % point)"] = list(found[f"recovery by {name}, chance (95 % point)"].values)
+        values[name] = list(measured[f"recovery by {name}"].values)
+        bars[name] = tuple(measured[f"recovery by {name}, {bound} bound"].values.mean() for bound in ("lower", "upper"))
+        values[f"{name}, chance (95 % point)"] = list(measured[f"recovery by {name}, chance (95 % point)"].values)
     figures.by_method(values, stem, "rank correlation of Z and the true table", bars=bars)
 
 
-def draw_two_speeds(found: dict[str, Found], stem: Path):
+def draw_two_speeds(measured: dict[str, Values], stem: Path):
     values = {
-        f"{label}, {speeds}": list(found[f"{what}, {of}"].values / scale)
+        f"{label}, {speeds}": list(measured[f"{what}, {of}"].values / scale)
         for what, label, scale in (("discreteness", "discreteness", 1), SEEN)
         for of, speeds in (("4 skills", "two speeds"), ("one speed", "one speed"))
     }
@@ -441,11 +446,11 @@ def draw_two_speeds(found: dict[str, Found], stem: Path):
 
 
 FIGURES = {
-    "dots": lambda found, stem: draw_dots(found, stem, SCORE),
+    "dots": lambda measured, stem: draw_dots(measured, stem, SCORE),
     "two_speeds": draw_two_speeds,
     "recovery": draw_recovery,
-    "few_shot_parameters": lambda found, stem: draw_parameters(found, stem, "new task", "for a new task"),
-    "multi_task_parameters": lambda found, stem: draw_parameters(found, stem, "trained", "on all tasks"),
+    "few_shot_parameters": lambda measured, stem: draw_parameters(measured, stem, "new task", "for a new task"),
+    "multi_task_parameters": lambda measured, stem: draw_parameters(measured, stem, "trained", "on all tasks"),
     "alignment": draw_alignment,
     "zero_shot": draw_zero_shot,
     "by_skills": draw_by_skills,
@@ -457,10 +462,10 @@ def main():
     claims = f"all, or of: {', '.join(CLAIMS)}"
     parser.add_argument("--claim", nargs="+", choices=["all", *CLAIMS], default=["all"], metavar="NAME", help=claims)
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of raw numbers, page, figures")
-    parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the runs; one that is there is used")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the runs; existing ones are reused")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
-    parser.add_argument("--page", action="store_true", help="only write the page of the numbers that are there")
+    parser.add_argument("--jobs", type=int, default=2, help="runs in parallel")
+    parser.add_argument("--page", action="store_true", help="only write the page, from the values in the raw file")
     args = parser.parse_args()
     if len(set(args.seeds)) < max(3, len(args.seeds)) or min(args.seeds) < 0:
         parser.error("--seeds: the tests need at least three, all different and none negative")

@@ -23,7 +23,7 @@ from inject import adapter_parameters, digest, fingerprint, read_tensors, write_
 from plumbing.errors import RunError, UserError
 from plumbing.folders import refuse_other
 
-LOWER_RATE = "Try a lower --lr or --precision fp32 in a new folder: resuming would fail in the same way"
+LOWER_RATE = "Try a lower --lr, or fp32 if --precision was bf16, in a new folder: resuming would fail in the same way"
 
 
 class Progress(NamedTuple):

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 
 from plumbing.errors import UserError, exit_quietly_on_signals
 from recipes import FIXED_TABLE, LEARNED, METHODS, ROUTED
@@ -79,7 +80,7 @@ def _parser(Config: type, recipes: dict) -> _Parser:
     """The parser of a Config: its first docstring line at the top of --help, the rest of the docstring at the end."""
     about, _, examples = (Config.__doc__ or "").partition("\n")
     parser = _Parser(
-        description=about.strip(), epilog=examples.strip("\n"), allow_abbrev=False,
+        description=about.strip(), epilog=textwrap.dedent(examples).strip(), allow_abbrev=False,
         argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     group = parser

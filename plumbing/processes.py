@@ -1,6 +1,6 @@
 """Several processes, one run: each takes its share of every batch, and gradients are summed over all.
 
-    accelerate launch --num_processes 2 train.py --method mhr --dataset strings     or: torchrun --nproc-per-node 2 ...
+    torchrun --nproc-per-node 2 train.py --method mhr --dataset strings     on GPUs also: accelerate launch ...
 
 Started like this (or in any way that sets RANK, WORLD_SIZE and MASTER_ADDR), `train.py` computes what one process would
 compute on the same batch, up to rounding: every process holds the whole model, draws the same routing noise
@@ -14,6 +14,7 @@ backbone that has dropout, after a batch with fewer examples than processes, and
 Nothing here loads torch before the processes meet.
 """
 
+import atexit
 import os
 import sys
 
@@ -40,6 +41,7 @@ def join(device: str):
                 raise UserError(f"process {local} of this machine has no GPU: start {gpus} processes, or --device cpu")
             torch.cuda.set_device(local)
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)  # else threads of gloo may abort a process that has finished
 
 
 def _dist():

@@ -39,6 +39,12 @@ GIVEN = tuple((method, "lora") for method in ("private", "adapter-soup", "expert
 LEARNED = (*POLY_MHR, ("hyperformer", "lora"), ("task-moe", "lora"))  # with a Z that is trained
 ROUTED = (*LEARNED, *GIVEN)
 ELSEWHERE = {*SINGLE, *POLY_MHR, ("random", "lora")}  # random: the one router that is asked for each example
+QUICK = {  # (model, method, adapter) of a quick run: each kind of router and adapter on T5, some pairs on the others
+    *(("t5", *kind) for kind in (*SINGLE, *LEARNED, ("private", "lora"), ("expert", "lora"), ("random", "lora"))),
+    ("bart", "lora", "lora"), ("bart", "poly", "ia3"), ("bart", "mhr", "sft"),
+    ("llama", "shared", "sft"), ("llama", "mhr", "lora"), ("llama", "poly", "sft"),
+    ("gpt2", "ia3", "ia3"), ("gpt2", "poly", "lora"), ("gpt2", "mhr", "ia3"), ("gpt2", "random", "lora"),
+}  # fmt: skip
 TABLES = {  # of the TASKS tasks
     "private": torch.eye(TASKS),
     "adapter-soup": torch.eye(TASKS),
@@ -49,6 +55,12 @@ TABLES = {  # of the TASKS tasks
 def grid(kinds) -> list[tuple[str, str, str]]:
     """(name, method, adapter) for each model and those of the kinds that are tried on it."""
     return [(name, *kind) for name in NAMES for kind in kinds if name == "t5" or kind in ELSEWHERE]
+
+
+def sweep(names: str, cases, quick):
+    """Parametrize a test over all cases; those for which quick(*case) is false are marked slow."""
+    marks = lambda case: () if quick(*case) else pytest.mark.slow  # noqa: E731
+    return pytest.mark.parametrize(names, [pytest.param(*case, marks=marks(case)) for case in cases])
 
 
 def small_config(name: str):
@@ -109,7 +121,7 @@ def layers_of(adapter: str, name: str) -> str:
 
 
 def layer_maker(method, adapter, tasks=TASKS, router=None, **settings):
-    """make_layer for `inject`, as `backbone.add_adapters` has it. router: one for all layers; None: one for each.
+    """make_layer for `inject`, as `methods.add_adapters` has it. router: one for all layers; None: one for each.
 
     settings: of `train.Config`. With other `tasks` than TASKS there is no table yet, as before a file is loaded.
     """
@@ -249,3 +261,27 @@ def same_tensors(a: Path, b: Path) -> bool:
     """Whether two safetensors files hold the same tensors, to the bit."""
     one, other = load_file(a), load_file(b)
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- Runs -------------------------------------------------------------------------------------------------------------
+
+
+class PowerCut(BaseException):
+    """Ends a run at a chosen call, past all that handles exceptions."""
+
+
+def log_lines(folder: Path) -> list[dict]:
+    """The log of a run without the seconds, which no two runs share."""
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in log]
+
+
+def same_run(folder: Path, reference: Path):
+    """Two finished runs are the same: files, bits of what was trained, log, result but for the seconds."""
+    names, expected = ({str(p.relative_to(f)) for p in f.rglob("*")} for f in (folder, reference))
+    assert names == expected
+    for path in reference.rglob("*.safetensors"):
+        assert (folder / path.relative_to(reference)).read_bytes() == path.read_bytes(), path
+    assert log_lines(folder) == log_lines(reference)
+    results = [json.loads((f / "result.json").read_text()) | {"seconds": 0} for f in (folder, reference)]
+    assert results[0] == results[1]

@@ -1,5 +1,4 @@
-"""Measures of routing on matrices with known answers, gradient alignment against a direct computation, the figures and
-the command."""
+"""Measures of routing with known answers, gradient alignment against a direct computation, figures, the command."""
 
 import json
 import shutil
@@ -14,24 +13,26 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from matplotlib.image import imread
 from safetensors.torch import load_file
-from scipy.cluster.hierarchy import fcluster, to_tree
+from scipy.cluster.hierarchy import fcluster
 from scipy.spatial.distance import pdist, squareform
 from scipy.stats import spearmanr
 from torch import nn
 
 import adapt
-from tools import analyze
-from tools import figures
-
-from tests import helpers as models
 import train
-from tools.analyze import choose, gradient_alignment
-from methods import build_model
 from benchmarks.strings import OPERATIONS, strings
-from plumbing.errors import RunError, UserError
 from data import Example, Item, Task
 from inject import adapted_layers, adapter_parameters, routers, task_ids
-from tools.measures import MEASURES, allocations, discreteness, hierarchy, overlap, recovery, sparsity, spearman, task_similarity, usage
+from methods import build_model
+from plumbing.errors import RunError, UserError
+from plumbing.folders import write_config
+from tests import helpers
+from tests.helpers import change_json, small_backbone
+from tools import analyze, figures
+from tools.analyze import choose, gradient_alignment
+from tools.measures import (
+    MEASURES, allocations, discreteness, hierarchy, overlap, recovery, sparsity, spearman, task_similarity, usage,
+)  # fmt: skip
 
 BLOCKS = np.kron(np.eye(2), np.ones((4, 2)))  # 8 tasks, 4 skills: the first four tasks use the first two skills
 
@@ -94,10 +95,10 @@ def test_discreteness_grows_with_the_distance_from_one_half(a, b):
 @pytest.mark.parametrize("method, shape", [("poly", (5, 3)), ("mhr", (5, 4, 3))])
 def test_allocations_are_the_probabilities_of_every_router(method, shape):
     """poly and mhr: one allocation a router, sigmoid(Z), under the name of its layer."""
-    model = models.adapted("t5", method, "lora")
-    found = allocations(model)
-    assert len(found) == len(routers(model))
-    for name, p in found.items():
+    model = helpers.adapted("t5", method, "lora")
+    by_router = allocations(model)
+    assert len(by_router) == len(routers(model))
+    for name, p in by_router.items():
         assert p.shape == shape
         Z = model.get_submodule(name).router.Z.detach().numpy()
         np.testing.assert_allclose(p, 1 / (1 + np.exp(-Z.astype(float))), rtol=1e-12)
@@ -112,17 +113,17 @@ def test_a_shared_router_counts_once():
     assert names == [next(n for n in adapted_layers(model) if n.startswith(coder)) for coder in ("encoder", "decoder")]
 
 
-def test_a_given_table_is_its_own_allocation():
+def test_a_fixed_table_is_its_own_allocation():
     """expert: the table, with discreteness 1."""
-    found = allocations(models.adapted("t5", "expert", "lora"))
-    assert all((p == models.TABLES["expert"].numpy()).all() for p in found.values())
-    assert {discreteness(p) for p in found.values()} == {1}
+    by_router = allocations(helpers.adapted("t5", "expert", "lora"))
+    assert all((p == helpers.TABLES["expert"].numpy()).all() for p in by_router.values())
+    assert {discreteness(p) for p in by_router.values()} == {1}
 
 
 @pytest.mark.parametrize("method", ["lora", "task-moe", "hyperformer", "random"])
 def test_other_methods_have_no_allocation(method):
-    """One adapter, competing weights, weights without bound and weights drawn anew are no probabilities of skills."""
-    assert allocations(models.adapted("t5", method, "lora")) == {}
+    """One adapter, competing weights, unbounded weights and random weights are no probabilities of skills."""
+    assert allocations(helpers.adapted("t5", method, "lora")) == {}
 
 
 # --- Tasks beside each other ------------------------------------------------------------------------------------------
@@ -183,17 +184,17 @@ def test_a_planted_table_is_recovered_with_other_skills_and_heads():
 
 
 def test_a_mixture_of_true_skills_is_recovered_in_part():
-    """Four learned skills that each are two of the eight true ones: above chance, below one, interval around it."""
+    """Four learned skills, each two of the eight true ones: above chance, below one, interval around it."""
     table = random_table(np.random.default_rng(0))
     merged = np.maximum(table[:, :4], table[:, 4:])
-    found = recovery(task_similarity({"a": merged}), table, draws=200)
-    assert found["chance_95"] < found["low"] < found["correlation"] < found["high"] < 1
-    assert found["p"] == pytest.approx(1 / 201)
+    partly = recovery(task_similarity({"a": merged}), table, draws=200)
+    assert partly["chance_95"] < partly["low"] < partly["correlation"] < partly["high"] < 1
+    assert partly["p"] == pytest.approx(1 / 201)
 
 
 @pytest.fixture(scope="module")
 def at_random() -> list[dict[str, float]]:
-    """`recovery` for 40 pairs of tables that have nothing to do with each other."""
+    """`recovery` for 40 pairs of unrelated tables."""
     rng = np.random.default_rng(1)
     similar = [task_similarity({"a": rng.random((20, 4))}) for _ in range(40)]
     return [recovery(similarity, random_table(rng), draws=40) for similarity in similar]
@@ -222,15 +223,15 @@ def test_sets_of_two_or_three_skills_are_recovered_too():
 
 
 def test_the_interval_covers_what_is_partly_recovered():
-    """Of tasks drawn from many, with a noisy table that recovers about 0.6: most intervals hold what all tasks give."""
+    """Of tasks drawn from many, with a noisy table that recovers about 0.6: most intervals hold the value of all."""
     rng = np.random.default_rng(2)
     table = random_table(rng, 600)
     noisy = np.clip(table + rng.normal(0, 0.45, table.shape), 0, None)
     whole = recovery(task_similarity({"a": noisy}), table, draws=2)["correlation"]
     assert 0.5 < whole < 0.8
-    parts = [rng.choice(600, 64, replace=False) for _ in range(20)]
-    found = [recovery(task_similarity({"a": noisy[k]}), table[k], draws=100) for k in parts]
-    assert np.mean([one["low"] <= whole <= one["high"] for one in found]) >= 0.8
+    parts = [rng.choice(600, 64, replace=False) for _ in range(12)]
+    intervals = [recovery(task_similarity({"a": noisy[k]}), table[k], draws=50) for k in parts]
+    assert np.mean([one["low"] <= whole <= one["high"] for one in intervals]) >= 0.8
 
 
 def test_recovery_is_seeded():
@@ -245,8 +246,8 @@ def test_recovery_is_seeded():
 def test_what_is_the_same_for_all_pairs_recovers_nothing():
     """Constant similarity, as before training: correlation 0 and p 1, not NaN."""
     table = random_table(np.random.default_rng(0))
-    found = recovery(task_similarity({"a": np.full((20, 4), 0.5)}).round(9), table, draws=20)
-    assert found["correlation"] == found["chance"] == 0 and found["p"] == 1
+    nothing = recovery(task_similarity({"a": np.full((20, 4), 0.5)}).round(9), table, draws=20)
+    assert nothing["correlation"] == nothing["chance"] == 0 and nothing["p"] == 1
 
 
 @pytest.mark.parametrize("tasks, rows", [(2, 2), (5, 4)])
@@ -261,73 +262,6 @@ def test_spearman_is_scipys():
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 4, 30), rng.integers(0, 9, 30)
     assert spearman(x, y) == pytest.approx(spearmanr(x, y).statistic)
-
-
-# --- What results/routing.md says -------------------------------------------------------------------------------------
-
-
-ROUTING = {
-    m: json.loads((Path(analyze.__file__).parent / f"results/routing-{m}.json").read_text()) for m in ("poly", "mhr")
-}
-
-
-def test_the_table_of_the_routing_page():
-    """Its numbers are those of the kept analyses, in which recovery follows from similarity and the true table."""
-    page = (Path(analyze.__file__).parent / "results" / "routing.md").read_text()
-    for method, found in ROUTING.items():
-        again = recovery(
-            np.array(found["similarity"]), np.array([[o in t for o in OPERATIONS] for t in found["tasks"]])
-        )
-        assert again == pytest.approx(found["recovery"], abs=2e-3)
-        (line,) = [line for line in page.splitlines() if line.lower().startswith(f"| {method}, ")]
-        values = [f"{found['mean'][m]:.3f}" for m in MEASURES]
-        correlation, *bounds = (f"{found['recovery'][k]:.3f}" for k in ("correlation", "low", "high", "chance_95"))
-        values.append("{} ({} to {}; {})".format(correlation, *bounds))
-        assert [cell.strip() for cell in line.strip("|").split("|")][1:] == values
-
-
-def test_the_branches_of_the_routing_page():
-    """The branches of the trees of tasks that the page names, and no other task in them."""
-
-    def branch(method: str, way: str) -> list[str]:
-        found = ROUTING[method]
-        node = to_tree(hierarchy(np.array(found["similarity"])))
-        for step in way:
-            node = node.left if step == "l" else node.right
-        return [found["tasks"][k] for k in node.pre_order()]
-
-    def have(tasks: list[str], operation: str) -> int:
-        return sum(operation in task for task in tasks)
-
-    every = branch("mhr", "")
-    assert len(every) == 64 and have(every, "upper") == have(every, "sort") == 20
-    assert len(branch("mhr", "l")) == have(branch("mhr", "l"), "upper") == 19
-    assert len(branch("mhr", "rl")) == have(branch("mhr", "rl"), "sort") == 11
-    assert len(branch("mhr", "rrr")) == have(branch("mhr", "rrr"), "shift") == 18
-    assert len(branch("poly", "l")) == have(branch("poly", "l"), "upper") == 14
-    assert len(branch("poly", "rr")) == have(branch("poly", "rr"), "sort") == 15
-
-
-def test_what_the_routing_page_says_of_one_layer_and_of_all():
-    """The numbers in its words: who uses the first skill, how near entries are to 0 or 1, where Z is discrete, when."""
-    page = " ".join((Path(analyze.__file__).parent / "results" / "routing.md").read_text().split())
-    found, name = ROUTING["poly"], "discreteness"
-    ((layer, p),) = found["one layer"].items()
-    p, by_layer = np.array(p), {of: values[name] for of, values in found["layers"].items()}
-    assert layer == max(by_layer, key=by_layer.get) and by_layer[layer] == pytest.approx(discreteness(p), abs=1e-3)
-    first = [task for task, row in zip(found["tasks"], p, strict=True) if row[0] > 0.5]
-    others = [task for task in first if "sort" not in task]
-    assert len(first) - len(others) == sum("sort" in task for task in found["tasks"]) == 20
-    assert len(others) == 11 and all("reverse" in task for task in others) and "and 11 others do" in page
-    assert f"{np.mean((p < 0.1) | (p > 0.9)):.0%}".replace("%", " %") + " of its entries" in page
-    steps = {line["step"]: line[name] for line in found["over_steps"]}
-    assert sorted(steps.values()) == list(steps.values())
-    assert f"from {steps[300]:.3f} at step 300 to {steps[1500]:.3f} at step 1,500" in page
-    lowest = sorted(by_layer, key=by_layer.get)[:6]
-    assert {of for of in lowest if of.endswith((".q", ".k"))} == {of for of in lowest if ".block.0." in of}
-    last = {".".join(of.split(".")[-2:]) for of in lowest if of.startswith("decoder.block.2.")}
-    assert last == {"SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo"}
-    assert f"lowest, {by_layer[lowest[0]]:.2f} to {by_layer[lowest[-1]]:.2f}," in page
 
 
 # --- Gradient alignment -----------------------------------------------------------------------------------------------
@@ -351,7 +285,7 @@ def tiny(method: str):
     torch.manual_seed(0)
     cfg = train.Config(method=method, backbone="scratch", rank=2, skills=3, heads=4, device="cpu")
     model, tokenizer = build_model(cfg, tasks=len(TASKS))
-    models.randomise(model)
+    helpers.randomise(model)
     return model, tokenizer
 
 
@@ -391,27 +325,27 @@ def test_the_same_examples_give_1_and_skills_apart_give_0():
 
 
 def test_alignment_of_mixtures_does_not_see_who_uses_which_skill():
-    """Two tasks with the same examples and skills of equal values: their own mixtures want the same, though in the
-    inventory they share nothing. And the model is left as it was."""
+    """Two tasks with the same examples, each with its own skill, of equal values: the gradients of their mixtures are
+    equal, those of the inventory orthogonal. And the model is left as it was."""
     model, tokenizer = tiny("poly")
     with torch.no_grad():
         for layer in adapted_layers(model).values():
             for p in layer.inventory.values():
                 p.copy_(p[:1].expand_as(p).clone())
             layer.router.Z.copy_(torch.eye(3) * 80 - 40)
-    found = gradient_alignment(model, tokenizer, [TASKS[0]] * 2, [0, 1], 10, (16, 16))
-    assert found["mixed"][0] == pytest.approx(1, abs=1e-5) and found["shared"][0] == pytest.approx(0, abs=1e-5)
+    cosine = gradient_alignment(model, tokenizer, [TASKS[0]] * 2, [0, 1], 10, (16, 16))
+    assert cosine["mixed"][0] == pytest.approx(1, abs=1e-5) and cosine["shared"][0] == pytest.approx(0, abs=1e-5)
     assert not any("adapters" in vars(layer) for layer in adapted_layers(model).values())
 
 
 @pytest.mark.parametrize("method", ["lora", "poly", "mhr", "random"])
 def test_alignment_of_mixtures_is_that_of_the_merged_adapters(method):
-    """Against gradients of each layer's A and B for one task, taken as leaves; of lora what is shared. Under random
-    (by example) every example has a mixture, and the tasks have unlike numbers of examples: their sum counts."""
+    """Against gradients of each layer's A and B for one task, taken as leaves. lora: the same as of what is shared.
+    random by example: every example has a mixture, whose gradients are summed for tasks of any number of examples."""
     model, tokenizer = tiny(method)
-    found = gradient_alignment(model, tokenizer, TASKS, [0, 1, 2], 10, (16, 16))
+    alignment = gradient_alignment(model, tokenizer, TASKS, [0, 1, 2], 10, (16, 16))
     if method == "lora":
-        np.testing.assert_array_equal(found["mixed"][1], found["shared"][1])
+        np.testing.assert_array_equal(alignment["mixed"][1], alignment["shared"][1])
         return
     model.eval()
     gradients = []
@@ -427,7 +361,7 @@ def test_alignment_of_mixtures_is_that_of_the_merged_adapters(method):
         for layer in adapted_layers(model).values():
             del layer.adapters
     cosine = [[torch.cosine_similarity(a, b, dim=0).item() for b in gradients] for a in gradients]
-    np.testing.assert_allclose(found["mixed"][1], cosine, atol=1e-5)
+    np.testing.assert_allclose(alignment["mixed"][1], cosine, atol=1e-5)
 
 
 def test_alignment_by_hand(monkeypatch):
@@ -505,11 +439,11 @@ def test_a_figure_has_the_same_bytes_again(tmp_path):
 
 def drawn(monkeypatch, draw) -> list:
     """The figure that a function of figures.py would save, laid out, and its renderer."""
-    kept = []
-    monkeypatch.setattr(figures, "save", lambda figure, stem: kept.append(figure))
+    saved = []
+    monkeypatch.setattr(figures, "save", lambda figure, stem: saved.append(figure))
     draw()
-    kept[0].draw_without_rendering()
-    return [kept[0], figures.FigureCanvasAgg(kept[0]).get_renderer()]
+    saved[0].draw_without_rendering()
+    return [saved[0], figures.FigureCanvasAgg(saved[0]).get_renderer()]
 
 
 def test_labels_of_points_cover_neither_each_other_nor_points(monkeypatch):
@@ -537,12 +471,12 @@ def test_marks_of_curves_stand_at_their_own_points(monkeypatch):
     texts = {text.get_text(): text.get_window_extent(renderer) for text in figure.axes[1].texts}
     assert texts.keys() == {"linear", "model", "MHR"}
     ax = figure.axes[0]
-    found = [(text.xy, text.get_window_extent(renderer)) for text in ax.texts]
+    marks = [(text.xy, text.get_window_extent(renderer)) for text in ax.texts]
     ends = [(x, y + std) for x, y, std in heads.values()] + [(x, y - std) for x, y, std in skills.values()]
-    assert sorted(xy for xy, _ in found) == sorted(ends)
-    for k, (_, box) in enumerate(found):
-        assert not any(box.overlaps(other) for _, other in found[:k])
-        assert abs((box.x0 + box.x1) / 2 - ax.transData.transform(found[k][0])[0]) < 2  # above or below its point
+    assert sorted(xy for xy, _ in marks) == sorted(ends)
+    for k, (_, box) in enumerate(marks):
+        assert not any(box.overlaps(other) for _, other in marks[:k])
+        assert abs((box.x0 + box.x1) / 2 - ax.transData.transform(marks[k][0])[0]) < 2  # above or below its point
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["heads", "skills", "sharing"]
     assert inside(figure.legends[0], figure, renderer)
 
@@ -555,7 +489,7 @@ def inside(artist, figure, renderer) -> bool:
 
 @pytest.mark.parametrize("names", [["MHR", "Poly"], [f"alignment of method {k}" for k in range(6)]])
 def test_the_legend_and_the_axis_of_lines_are_not_cut(monkeypatch, names):
-    """With as many and as long labels as any figure here has, of several seeds."""
+    """With as many and as long labels as any figure of the repository, of several seeds."""
     series = {name: [([2, 4, 8], RNG.random(3)) for _ in range(5)] for name in names}
     for draw, of in ((figures.over_steps, {"": series}), (figures.over_skills, series)):
         figure, renderer = drawn(monkeypatch, lambda draw=draw, of=of: draw(of, "", "cosine of tasks' gradients"))
@@ -602,14 +536,12 @@ def test_numbers_of_skills_and_heads_do_not_overlap(monkeypatch, shape):
 SOME = "drop+rotate,double+reverse,sort+reverse+upper,reverse+rotate"
 
 
-LAYERS = r".*SelfAttention\.(q|v)"  # 12 of them
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Runs of four steps: two seeds of mhr, poly, lora; and poly adapted to four tasks (z, mu)."""
     root = tmp_path_factory.mktemp("runs")
-    small = dict(dataset="strings", steps=4, log_every=1, batch_size=8, eval_examples=0, rank=1, layers=LAYERS)
+    small = dict(dataset="strings", steps=4, log_every=1, batch_size=8, eval_examples=0, rank=1)
+    small |= dict(backbone=small_backbone(root / "backbone", layers=2), layers=r".*SelfAttention\.q")  # 4 layers
     for name, flags in {
         "poly": dict(method="poly", skills=2), "mhr": dict(method="mhr", heads=4, keep_every=2),
         "mhr1": dict(method="mhr", heads=4, keep_every=2, seed=1), "lora": dict(method="lora"),
@@ -644,7 +576,7 @@ def of_mhr(runs) -> dict:
 
 def test_a_routed_run(runs, of_mhr):
     """mhr: measures of every router and their mean, recovery, alignment now and over the kept steps, all figures."""
-    assert len(of_mhr["layers"]) == 12 and of_mhr["tasks"] == SOME.split(",")
+    assert len(of_mhr["layers"]) == 4 and of_mhr["tasks"] == SOME.split(",")
     for m in MEASURES:
         assert of_mhr["mean"][m] == pytest.approx(np.mean([values[m] for values in of_mhr["layers"].values()]))
     assert [line["step"] for line in of_mhr["over_steps"]] == [2, 4]
@@ -712,10 +644,11 @@ def test_one_adapter_has_alignment_alone(runs, capsys):
     assert pictures(runs / "lora" / "analysis") == {"alignment"}
 
 
-def test_a_run_of_adapt(runs):
+def test_a_run_of_adapt(runs, monkeypatch):
     """Variant z: each new task's row from its own file, no alignment."""
+    monkeypatch.setattr(figures, "save", lambda *_: None)  # to save time
     result = look(runs / "z", tasks="all")
-    assert len(result["tasks"]) == 4 and len(result["layers"]) == 12 and "alignment" not in result
+    assert len(result["tasks"]) == 4 and len(result["layers"]) == 4 and "alignment" not in result
     rows = [load_file(runs / "z" / "0" / f"{name}.safetensors") for name in result["tasks"]]
     p = {layer: np.concatenate([torch.sigmoid(row[f"{layer}.router.Z"].double()) for row in rows])
          for layer in result["layers"]}  # fmt: skip
@@ -724,12 +657,12 @@ def test_a_run_of_adapt(runs):
 
 
 def test_random_by_example_has_nothing_to_look_at(tmp_path, monkeypatch):
-    """Neither after pre-training nor after an adaptation, for which all skills are switched on."""
-    monkeypatch.setattr(analyze, "read_config", lambda *_: adapt.Config(checkpoint="x"))
-    monkeypatch.setattr(adapt, "load_adapted", None)
-    monkeypatch.setattr(adapt, "train_config", lambda _: train.Config(method="random", random_by="example"))
+    """Neither after pre-training nor after an adaptation, in which a new task uses all skills."""
+    write_config(tmp_path, adapt.Config(checkpoint="x"))
+    monkeypatch.setattr(analyze, "load_adapted", None)
+    monkeypatch.setattr(adapt, "base_config", lambda _: train.Config(method="random", random_by="example"))
     with pytest.raises(UserError, match="without probabilities of skills"):
-        analyze._adapted(analyze.Config(), tmp_path)
+        analyze.main(dict(checkpoint=str(tmp_path)))
 
 
 def test_comparison(runs, of_mhr, tmp_path, capsys):
@@ -766,8 +699,12 @@ def test_mistakes_in_comparisons(runs, tmp_path):
     """Nothing asked for, nothing finished and several data sets are refused."""
     with pytest.raises(UserError, match="--checkpoint RUN"):
         analyze.main({})
-    with pytest.raises(UserError, match="none that has finished"):
+    with pytest.raises(UserError, match="none of these has finished"):
         analyze.main(dict(compare=(str(tmp_path),), output_dir=str(tmp_path)))
+    shutil.copytree(runs / "lora", tmp_path / "t0")
+    change_json(tmp_path / "t0" / "config.json", dataset="t0")
+    with pytest.raises(UserError, match="^--compare: give runs of one data set, these are of strings, t0$"):
+        analyze.main(dict(compare=(str(runs / "lora"), str(tmp_path / "t0")), output_dir=str(tmp_path)))
 
 
 def changed(runs, tmp_path, name: str, file: str, text: str) -> tuple[str, ...]:
@@ -828,13 +765,12 @@ def test_one_job_at_a_time(runs, tmp_path, capsys):
         analyze.main(dict(compare=("a",), checkpoint="b"))
     with pytest.raises(UserError, match="does not exist"):
         analyze.main(dict(compare=(str(tmp_path / "typo"),), step=3, output_dir=str(tmp_path)))
-    assert capsys.readouterr().out == "changes nothing with --compare: --step\n"
+    assert capsys.readouterr().out == "ignored with --compare: --step\n"
 
 
 def test_method_full_is_refused(tmp_path):
     """It has no adapters."""
-    cfg = train.make_config(method="full", dataset="strings", output_dir=str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps(vars(cfg)))
+    write_config(tmp_path, train.make_config(method="full", dataset="strings", output_dir=str(tmp_path)))
     with pytest.raises(UserError, match="method full"):
         analyze.main(dict(checkpoint=str(tmp_path)))
 
@@ -857,7 +793,7 @@ def test_an_allocation_of_one_column_can_be_drawn(tmp_path):
 def test_a_look_at_a_part_does_not_replace_the_whole(tmp_path, monkeypatch):
     """--step and --tasks write into folders of their own: --compare reads analysis/."""
     wrote = []
-    monkeypatch.setattr(analyze, "read_json", lambda path: {})
+    monkeypatch.setattr(analyze, "script_of", lambda folder: "train.py")
     monkeypatch.setattr(analyze, "_pretrained", lambda cfg, folder: ({}, [], {}))
     monkeypatch.setattr(analyze, "report", lambda result: "")
     monkeypatch.setattr(analyze, "write_json", lambda path, content: wrote.append(path.parent.name))

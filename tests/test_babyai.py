@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -16,10 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call
 
-from plumbing.errors import RunError, UserError
-from plumbing.flags import explicit_flags
 from experiments import babyai
 from experiments.babyai import LEVELS, Config, Slots
+from inject import read_tensors, write_tensors
+from plumbing.errors import RunError, UserError
+from plumbing.flags import explicit_flags
+from plumbing.folders import CHECKPOINT, write_json
 
 try:
     babyai.need_minigrid()
@@ -48,11 +51,16 @@ def tiny(**changes) -> Config:
     return Config(**TINY | changes)
 
 
+def fresh(cfg: Config) -> tuple:
+    """Agent, slots, memory and first, as a run begins."""
+    memory, first = torch.zeros(cfg.slots, 256), torch.ones(cfg.slots, dtype=torch.bool)
+    return babyai.build(cfg), Slots(cfg.levels, cfg.slots, cfg.seed), memory, first
+
+
 def rolled_out(cfg: Config, noise: int = 5):
     """(agent, what a rollout saw)."""
-    agent, slots = babyai.build(cfg), Slots(cfg.levels, cfg.slots, cfg.seed)
-    memory, first = torch.zeros(cfg.slots, 256), torch.ones(cfg.slots, dtype=torch.bool)
-    return agent, babyai.roll_out(agent, slots, memory, first, cfg.rollout, noise)[0]
+    agent, *state = fresh(cfg)
+    return agent, babyai.roll_out(agent, *state, cfg.rollout, noise)[0]
 
 
 # --- Environments -----------------------------------------------------------------------------------------------------
@@ -75,9 +83,10 @@ def test_a_known_best_episode_gets_the_papers_reward(allowed, monkeypatch):
     assert reward.tolist() == [0, 0] and not end.any() and ended == []
     reward, end, ended = slots.step(torch.tensor([forward, turn]))
     assert reward.tolist() == [pytest.approx(1 - 0.9 * 2 / allowed), 0] and end.tolist() == [True, allowed == 2]
-    assert ended[0] == (0, True) and slots.episode[0] == 1 and slots.actions[0] == []
+    assert ended[0] == (0, 1) and slots.episode[0] == 1 and slots.length[0] == 0
     if allowed == 64:
-        assert ended[1:] == [] and slots.episode[1] == 0 and slots.actions[1] == [turn, turn]
+        assert ended[1:] == [] and slots.episode[1] == 0
+        assert slots.length[1] == 2 and slots.actions[1, :2].tolist() == [turn, turn]
 
 
 def test_time_out_is_an_end_without_success():
@@ -87,11 +96,12 @@ def test_time_out_is_an_end_without_success():
     env.instrs.desc.obj_poss = []  # nowhere: turning may not find it
     results = [slots.step(torch.tensor([0])) for _ in range(64)]
     assert [len(ended) for *_, ended in results] == [0] * 63 + [1]
-    assert results[-1][2] == [(0, False)] and sum(float(reward) for reward, *_ in results) == 0
+    assert results[-1][2] == [(0, 0)] and sum(float(reward) for reward, *_ in results) == 0
 
 
 def test_words_cover_the_instructions_of_all_levels():
-    """Every word is known, and LENGTH holds the longest instruction."""
+    """Every word is known, LENGTH holds the longest instruction, and LONGEST the actions of any episode."""
+    longest = 0
     for level in LEVELS:
         env = babyai.make_env(level)
         for seed in range(20):
@@ -99,11 +109,13 @@ def test_words_cover_the_instructions_of_all_levels():
             numbers = [number for number in babyai.encode(mission).tolist() if number]
             assert [babyai.WORDS[number - 1] for number in numbers] == mission.split()
         assert env.max_steps == {"PutNextLocal": 128, "GoToObjMaze": 576, "GoTo": 576}.get(level, 64)
+        longest = max(longest, env.max_steps)
+    assert longest == babyai.LONGEST
     assert len(babyai.encode("put the red ball next to the blue key")) == babyai.LENGTH
 
 
 def test_the_three_levels_of_our_runs_need_no_instruction():
-    """GoToObj has one object, and the two others always ask for a red ball: what results/babyai.md says of them."""
+    """GoToObj has one object, and the two others always ask for a red ball."""
     objects = []
     for seed in range(30):
         env = babyai.make_env("GoToObj")
@@ -116,7 +128,7 @@ def test_the_three_levels_of_our_runs_need_no_instruction():
 
 
 def test_levels_are_drawn_uniformly(monkeypatch):
-    """Each reset draws each level alike, and slots draw apart."""
+    """At each reset every level is equally likely, and slots draw independently."""
     shown = {"mission": "go to the red ball", "image": np.zeros((7, 7, 3), np.uint8)}
 
     class Stub:
@@ -126,7 +138,7 @@ def test_levels_are_drawn_uniformly(monkeypatch):
     monkeypatch.setattr(babyai, "make_env", lambda level: Stub())
     slots, drawn = Slots(tuple(LEVELS), 8, seed=1), []
     for episode in range(200):
-        slots.episode = [episode] * 8
+        slots.episode[:] = episode
         for n in range(8):
             slots.begin(n)
         drawn.append(slots.level.clone())
@@ -136,11 +148,14 @@ def test_levels_are_drawn_uniformly(monkeypatch):
 
 
 def test_slots_are_restored_as_they_were():
-    """A slot is its episode's number and the actions since: the restored ones show and do the same."""
+    """Slots with the same `tensors` show and do the same after `restore`."""
     one, chance = Slots(EASY, 3, seed=2), torch.Generator().manual_seed(0)
     for _ in range(70):
         one.step(torch.randint(7, (3,), generator=chance))
-    two = Slots(EASY, 3, seed=2, saved=one.state())
+    two = Slots(EASY, 3, seed=2)
+    for name, x in two.tensors.items():
+        x.copy_(one.tensors[name])
+    two.restore()
     for _ in range(70):
         action = torch.randint(7, (3,), generator=chance)
         for a, b in zip(one.step(action), two.step(action), strict=True):
@@ -148,18 +163,18 @@ def test_slots_are_restored_as_they_were():
         assert torch.equal(one.image, two.image) and torch.equal(one.words, two.words)
 
 
-@pytest.mark.parametrize("found", [None, "3.1.0"])
-def test_missing_or_other_minigrid_is_one_sentence(found, monkeypatch, tmp_path):
+@pytest.mark.parametrize("installed", [None, "3.1.0"])
+def test_missing_or_other_minigrid_is_one_sentence(installed, monkeypatch, tmp_path):
     """Without minigrid, or with another version, the run says what to install, and leaves no folder."""
 
     def version(name):
         assert name == "minigrid"
-        if not found:
+        if not installed:
             raise babyai.PackageNotFoundError
-        return found
+        return installed
 
     monkeypatch.setattr(babyai, "version", version)
-    with pytest.raises(UserError, match=rf"minigrid 3.2.0, here is {found or 'none'}: pip install minigrid==3.2.0$"):
+    with pytest.raises(UserError, match=f"3.2.0, here is {installed or 'none'}: pip install minigrid==3.2.0$"):
         babyai.train(tiny(output_dir=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
@@ -197,8 +212,7 @@ def test_memory_is_reset_at_every_end(short):
 def test_a_rollout_that_is_cut_counts_what_the_agent_expects_after_it():
     """The last advantage of a slot that is not at an end: 20 r + 0.99 V - v, V the value of what it shows then."""
     cfg = tiny()
-    agent, slots = babyai.build(cfg), Slots(cfg.levels, cfg.slots, cfg.seed)
-    memory, first = torch.zeros(cfg.slots, 256), torch.ones(cfg.slots, dtype=torch.bool)
+    agent, slots, memory, first = fresh(cfg)
     seen, *_ = babyai.roll_out(agent, slots, memory, first, cfg.rollout, 5)
     _, value, _ = agent(agent.mixed(5), *(x[None] for x in (slots.image, slots.words, slots.level, first)), memory)
     assert not first.any() and value.abs().min() > 1e-3
@@ -258,8 +272,10 @@ def test_grouped_by_level_equals_each_environment_alone(method):
 
 
 def by_part(agent, level: int) -> dict[str, dict]:
-    """A level's parameters, by part of the agent and name."""
-    own = {name: written_out(agent, k, name, level) for k, (_, name) in enumerate(agent.names)}
+    """A level's parameters for the noise of seed 7, by part of the agent and name."""
+    torch.manual_seed(7)
+    weights = [router(torch.arange(agent.tasks))[level] for router in agent.routers]
+    own = {name: written_out(agent, k, name, weights[layer]) for k, (layer, name) in enumerate(agent.names)}
     return {part: {n[len(part) + 1 :]: p for n, p in own.items() if n.startswith(part + ".")} for part in agent.base}
 
 
@@ -277,10 +293,8 @@ def alone(parts, written: list, inputs: list, memory) -> tuple:
     return out[:, :7], out[:, 7], memory
 
 
-def written_out(agent, k: int, name: str, level: int) -> torch.Tensor:
-    """A level's parameter by eq. 3, entry by entry of each skill, for the noise of seed 7."""
-    torch.manual_seed(7)
-    weights = [router(torch.arange(agent.tasks)) for router in agent.routers][agent.names[k][0]][level]
+def written_out(agent, k: int, name: str, weights: torch.Tensor) -> torch.Tensor:
+    """A level's parameter by eq. 3, entry by entry of each skill."""
     theta = agent.base.get_parameter(name)
     flat = theta.flatten()
     for s in range(len(agent.values[k])):
@@ -390,7 +404,7 @@ def test_gae_equals_its_sum(frames, count, seed):
     chance = torch.Generator().manual_seed(seed)
     reward, value = (torch.randn(frames, count, generator=chance) for _ in range(2))
     end, last = torch.rand(frames, count, generator=chance) < 0.3, torch.randn(count, generator=chance)
-    found = babyai.gae(reward, value, end, last)
+    advantage = babyai.gae(reward, value, end, last)
     for n in range(count):
         for t in range(frames):
             expected = 0.0
@@ -400,11 +414,11 @@ def test_gae_equals_its_sum(frames, count, seed):
                 expected += (0.99 * 0.99) ** (k - t) * delta
                 if end[k, n]:
                     break
-            assert found[t, n].item() == pytest.approx(float(expected), abs=1e-4)
+            assert advantage[t, n].item() == pytest.approx(float(expected), abs=1e-4)
 
 
 def test_settings_are_those_that_the_docstring_says():
-    """Of PPO, and two batches a rollout; the noise of Z and the trials' episodes are not among them."""
+    """Those of PPO, with two batches a rollout, and of the skills."""
     cfg, constants = Config(), (babyai.GAMMA, babyai.LAMBDA, babyai.REWARD, babyai.CLIP, babyai.ENTROPY, babyai.NORM)
     assert constants == (0.99, 0.99, 20, 0.2, 0.01, 0.5) and EPOCHS == 4
     assert (cfg.slots, cfg.rollout, cfg.recurrence, cfg.slots * cfg.rollout / cfg.batch_size) == (64, 40, 20, 2)
@@ -564,9 +578,13 @@ def test_two_updates_of_every_method(method, tmp_path, short):
     assert (result["update"], result["frames"]) == (2, 64) and set(result["levels"]) == {*EASY, "all"}
     assert sum(result["share_of_time"].values()) == pytest.approx(1, abs=0.01)
     files = {path.name for path in Path(cfg.output_dir).iterdir()}
-    assert files == {"config.json", "log.jsonl", "result.json", "agent.safetensors", babyai.CHECKPOINT}
+    assert files == {"config.json", "log.jsonl", "result.json", "agent.safetensors", CHECKPOINT}
+    assert not {"resume", "plot", "figure"} & json.loads(Path(f"{cfg.output_dir}/config.json").read_text()).keys()
+    for number, line in enumerate(babyai.lines_of(Path(f"{cfg.output_dir}/log.jsonl")), 1):
+        assert (line["update"], line["frames"]) == (number, 32 * number)
+        assert line.keys() == {*"update frames env act learn episodes loss norm lr value_error entropy seconds".split()}
     assert all(0 <= level["final"] <= 1 for level in result["levels"].values())
-    after, _ = babyai.read_tensors(f"{cfg.output_dir}/agent.safetensors")
+    after, _ = read_tensors(f"{cfg.output_dir}/agent.safetensors")
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     assert any(name.startswith("values") for name in changed) and not any("place" in name for name in changed)
     assert any(name.startswith("base") for name in changed) == (method != "private")
@@ -574,9 +592,9 @@ def test_two_updates_of_every_method(method, tmp_path, short):
 
 
 def test_resumed_equals_uninterrupted(monkeypatch, tmp_path, short):
-    """SIGTERM after the second of four updates, in mid-episode and after many ends: --resume ends with the same bits
+    """SIGTERM after the second of three updates, in mid-episode and after many ends: --resume ends with the same bits
     and episodes."""
-    flags = TINY | dict(frames=128, save_every="1")
+    flags = TINY | dict(frames=96, save_every="1")
     babyai.main(flags | dict(output_dir=str(tmp_path / "whole")))
     real, calls = babyai.learn, []
 
@@ -591,10 +609,10 @@ def test_resumed_equals_uninterrupted(monkeypatch, tmp_path, short):
     with pytest.raises(SystemExit) as stopped:
         babyai.main(cut)
     assert stopped.value.code == 143 and not (tmp_path / "cut" / "result.json").exists()
-    saved, _ = babyai.read_tensors(str(tmp_path / "cut" / babyai.CHECKPOINT))
-    assert (saved["length"] > 0).any() and saved["episode"].min() >= 4
+    saved, _ = read_tensors(str(tmp_path / "cut" / CHECKPOINT))
+    assert (saved["model.length"] > 0).any() and saved["model.episode"].min() >= 4
     babyai.main(cut)
-    assert_same_run(tmp_path / "whole", tmp_path / "cut", updates=4)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut", updates=3)
 
 
 def assert_same_run(one: Path, two: Path, updates: int):
@@ -611,71 +629,52 @@ def assert_same_run(one: Path, two: Path, updates: int):
 
 
 def test_frames_may_grow(short, tmp_path, capsys):
-    """A finished run goes on with --resume and more --frames, as if they had been given at once; fewer are refused, as
-    many are nothing to do, and without its checkpoint nothing is lost."""
+    """A finished run resumed with more --frames equals one that had them from the start. Fewer frames are refused; with
+    as many there is nothing to do; without its checkpoint the run stays as it is."""
     flags = TINY | dict(save_every="100", resume=True)
-    babyai.main(flags | dict(frames=128, output_dir=str(tmp_path / "whole")))
+    babyai.main(flags | dict(frames=64, output_dir=str(tmp_path / "whole")))
     grown = flags | dict(output_dir=str(tmp_path / "grown"))
+    babyai.main(grown | dict(frames=32))
+    with pytest.raises(UserError, match="--frames 16 is less than the run in"):
+        babyai.main(grown | dict(frames=16))
     babyai.main(grown | dict(frames=64))
-    with pytest.raises(UserError, match="--frames 32 is less than the run in"):
-        babyai.main(grown | dict(frames=32))
-    babyai.main(grown | dict(frames=128))
-    assert_same_run(tmp_path / "whole", tmp_path / "grown", updates=4)
-    assert json.loads((tmp_path / "grown" / "config.json").read_text())["frames"] == 128
+    assert_same_run(tmp_path / "whole", tmp_path / "grown", updates=2)
+    assert json.loads((tmp_path / "grown" / "config.json").read_text())["frames"] == 64
     capsys.readouterr()
-    babyai.main(grown | dict(frames=128))
+    babyai.main(grown | dict(frames=64))
     assert "is finished" in capsys.readouterr().out
-    (tmp_path / "grown" / babyai.CHECKPOINT).unlink()
+    (tmp_path / "grown" / CHECKPOINT).unlink()
     with pytest.raises(UserError, match="its checkpoint.safetensors is gone"):
-        babyai.main(grown | dict(frames=256))
+        babyai.main(grown | dict(frames=96))
     assert (tmp_path / "grown" / "result.json").exists()
 
 
 def test_the_loop_at_the_top_makes_every_run_of_the_page():
-    """Each method, two seeds, two rates, and no two in one folder; `echo` in the place of the script."""
-    loop = babyai.__doc__.split("cut off:\n")[1].split("\nShape key")[0].replace("python -m experiments.babyai", "echo")
+    """Each method, two seeds, two rates, each in its own folder; `echo` takes the place of the script."""
+    loop = babyai.__doc__.split("it resumes them:\n")[1].split("\nShape key")[0]
+    loop = loop.replace("python -m experiments.babyai", "echo")
     printed = subprocess.run(["bash", "-c", loop], capture_output=True, text=True, check=True).stdout
     runs = [explicit_flags(Config, {}, line.split()) for line in printed.splitlines()]
     assert all((run["width"], len(run["levels"]), run["resume"]) == (32, 3, True) for run in runs)
-    found = sorted((run["method"], run["seed"], run.get("lr", 1e-4), run["frames"]) for run in runs)
+    settings = sorted((run["method"], run["seed"], run.get("lr", 1e-4), run["frames"]) for run in runs)
     budgets = ((1e-4, 500_000), (2e-4, 750_000))
-    assert found == sorted((m, seed, *budget) for m in babyai.METHODS for seed in (0, 1) for budget in budgets)
+    assert settings == sorted((m, seed, *budget) for m in babyai.METHODS for seed in (0, 1) for budget in budgets)
     folders = [run["output_dir"] for run in runs if "output_dir" in run]
     assert len(set(folders)) == 14 and all("lr" in run for run in runs if "output_dir" in run)
 
 
-def test_a_moved_folder_goes_on_where_it_is(short, tmp_path, monkeypatch, capsys):
-    """--resume without --output-dir finds the default folder, and stays in it, whatever its config.json says; --figure
-    is named as unused."""
+def test_a_moved_folder_is_resumed_where_it_is(short, tmp_path, monkeypatch, capsys):
+    """--resume without --output-dir finds the default folder and stays in it, whatever its config.json says."""
     monkeypatch.chdir(tmp_path)
-    babyai.main(TINY | dict(output_dir="first"))
+    babyai.main(TINY | dict(frames=32, output_dir="first"))
     Path("runs").mkdir()
     Path("first").rename("runs/babyai-skilled-3")
-    babyai.main({"seed": 3, "frames": 96, "resume": True, "figure": "x"})
-    assert not Path("first").exists() and "changes nothing with no --plot: --figure" in capsys.readouterr().out
+    babyai.main({"seed": 3, "frames": 64, "resume": True, "figure": "x"})
+    assert not Path("first").exists() and "ignored without --plot: --figure" in capsys.readouterr().out
     config, result = (
         json.loads(Path(f"runs/babyai-skilled-3/{name}.json").read_text()) for name in ("config", "result")
     )
-    assert config["output_dir"] == "runs/babyai-skilled-3" and result["frames"] == 96
-
-
-def test_the_log_is_on_disk_before_a_checkpoint(monkeypatch, tmp_path, short):
-    """Whenever a checkpoint is written, the log has been synced with all its lines."""
-    synced, sizes, fsync, save = {}, [], os.fsync, babyai.save
-
-    def note(number: int):
-        fsync(number)
-        synced[os.fstat(number).st_ino] = os.fstat(number).st_size
-
-    def checked(path, *args, **kwargs):
-        log = (tmp_path / "log.jsonl").stat()
-        sizes.append((synced.get(log.st_ino), log.st_size))
-        save(path, *args, **kwargs)
-
-    monkeypatch.setattr(os, "fsync", note)
-    monkeypatch.setattr(babyai, "save", checked)
-    babyai.train(tiny(output_dir=str(tmp_path), save_every="1"))
-    assert len(sizes) == 2 and all(found == whole > 0 for found, whole in sizes)
+    assert config["output_dir"] == "runs/babyai-skilled-3" and result["frames"] == 64
 
 
 def test_trials_are_the_same_unseen_episodes(monkeypatch):
@@ -698,7 +697,7 @@ def test_trials_are_the_same_unseen_episodes(monkeypatch):
             actions = torch.tensor([choose(*row) for row in zip(image[0], words[0], level[0], strict=True)])
             return 1e6 * torch.eye(7)[actions][None], torch.zeros(level.shape), memory + 1
 
-    found = babyai.score(Stub(), tiny())
+    scores = babyai.score(Stub(), tiny())
     assert noises == [None] and seeds == [2**31 + k for _ in EASY for k in range(12)]
     steps = 0
     for number, level in enumerate(EASY):
@@ -710,27 +709,39 @@ def test_trials_are_the_same_unseen_episodes(monkeypatch):
                 shown, reward, terminated, truncated, _ = env.step(choose(image, words, number))
                 image, over, steps = torch.from_numpy(shown["image"]), terminated or truncated, steps + 1
             successes.append(reward > 0)
-        assert found[level] == pytest.approx(np.mean(successes), abs=1e-3)
-    assert steps == sum(acted) and 0 < found["all"] < 1
-    assert found["all"] == pytest.approx(np.mean([found[level] for level in EASY]), abs=1e-3)
+        assert scores[level] == pytest.approx(np.mean(successes), abs=1e-3)
+    assert steps == sum(acted) and 0 < scores["all"] < 1
+    assert scores["all"] == pytest.approx(np.mean([scores[level] for level in EASY]), abs=1e-3)
     seeds.clear()
     Slots(EASY, 50, seed=0)
     assert max(seeds) < 2**31
 
 
 def test_trials_sample_their_actions(monkeypatch):
-    """Of seven actions that are equally likely other seeds take others; the same seed the same."""
+    """If all seven actions are equally likely, another seed takes other actions, the same seed the same."""
     monkeypatch.setattr(babyai, "TRIALS", 12)
+    shown, taken = {"mission": "go to the red ball", "image": np.zeros((7, 7, 3), np.uint8)}, []
 
-    class Stub:
+    class Env:  # of one step
+        def reset(self, seed):
+            return shown, {}
+
+        def step(self, action):
+            taken.append(action)
+            return shown, 0, True, False, {}
+
+    class Agent:
         def mixed(self, noise):
             pass
 
         def __call__(self, levels, image, words, level, first, memory):
             return torch.zeros(*level.shape, 7), torch.zeros(level.shape), memory
 
-    one, two, again = (babyai.score(Stub(), tiny(seed=seed)) for seed in (3, 4, 3))
-    assert one == again != two
+    monkeypatch.setattr(babyai, "make_env", lambda level: Env())
+    for seed in (3, 4, 3):
+        babyai.score(Agent(), tiny(seed=seed))
+    one, two, again = taken[:36], taken[36:72], taken[72:]
+    assert one == again != two and len(set(one)) > 3
 
 
 def test_little_memory_is_one_sentence(monkeypatch, tmp_path):
@@ -749,57 +760,76 @@ def test_large_seeds_run(tmp_path, short):
     assert babyai.train(tiny(seed=2**63 - 1, frames=32, output_dir=str(tmp_path)))["update"] == 1
 
 
-def test_flags_that_change_nothing_are_named(capsys, monkeypatch):
-    """A flag that the method, --plot or training does not use is said, and no other."""
+def test_ignored_flags_are_named(capsys, monkeypatch):
+    """A flag that the method, --plot or training does not use is named, and no other."""
     monkeypatch.setattr(babyai, "train", lambda cfg: None)
     monkeypatch.setattr(babyai, "plot", lambda folders, figure: None)
     babyai.main({"method": "dense", "density": 0.5, "skills": 3, "lr_z": 1.0})
-    assert capsys.readouterr().out == "changes nothing with --method dense: --density\n"
+    assert capsys.readouterr().out == "ignored with --method dense: --density\n"
     babyai.main({"method": "expert", "density": 0.5, "skills": 3, "lr_z": 1.0})
-    assert capsys.readouterr().out == "changes nothing with --method expert: --lr-z --skills\n"
+    assert capsys.readouterr().out == "ignored with --method expert: --skills, --lr-z\n"
     babyai.main({"method": "skilled", "figure": "x"})
-    assert capsys.readouterr().out == "changes nothing with no --plot: --figure\n"
+    assert capsys.readouterr().out == "ignored without --plot: --figure\n"
     babyai.main({"plot": ["x"], "figure": "x", "frames": 9, "save_every": "1"})
-    assert capsys.readouterr().out == "changes nothing with --plot: --frames --save-every\n"
+    assert capsys.readouterr().out == "ignored with --plot: --frames, --save-every\n"
     babyai.main({"method": "skilled", "density": 0.5, "skills": 3, "lr_z": 1.0})
     assert capsys.readouterr().out == ""
 
 
-def test_a_damaged_checkpoint_is_refused(tmp_path):
-    """A cut checkpoint is one sentence, not a run from nothing."""
-    cfg = tiny(output_dir=str(tmp_path), resume=True)
-    babyai.write_json(tmp_path / "config.json", dataclasses.asdict(cfg))
-    (tmp_path / babyai.CHECKPOINT).write_bytes(b"cut")
-    with pytest.raises(UserError, match="delete it to begin again"):
-        babyai.train(cfg)
-
-
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory):
-    """(the bytes of the last checkpoint of a run of two updates, its tensors, its JSON)."""
-    folder = tmp_path_factory.mktemp("begun")
+def finished(tmp_path_factory):
+    """The folder of a run of two updates, of episodes of at most 3 steps."""
+    folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(babyai, "EPOCHS", 1)
         patch.setattr(babyai, "TRIALS", 1)
-        babyai.train(tiny(output_dir=str(folder), save_every="1"))
-    path = folder / babyai.CHECKPOINT
-    tensors, metadata = babyai.read_tensors(str(path))
-    return path.read_bytes(), tensors, json.loads(metadata["state"])
+        patch.setattr(babyai, "make_env", functools.partial(babyai.make_env, max_steps=3))
+        babyai.train(tiny(output_dir=str(folder)))
+    return folder
 
 
-def everything(agent, optimizer) -> dict:
-    """Copies of all that a checkpoint puts back."""
-    states = optimizer.state_dict()["state"].items()
-    flat = {f"{k}.{name}": x.clone() for k, own in states for name, x in own.items()}
-    return flat | {name: x.clone() for name, x in agent.state_dict().items()}
+@pytest.fixture
+def run_folder(finished, tmp_path):
+    """A copy of it."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@functools.cache
+def fresh_once(**changes) -> tuple:
+    """`fresh`, once for all runs that are refused: each must leave it as it is."""
+    return fresh(tiny(seed=4, **changes))
+
+
+def refuse_to_begin(folder: Path, why: str, **changes):
+    """`begin` of a run with other initial values raises UserError; these, the optimiser and the folder stay as they
+    were."""
+    cfg = tiny(seed=4, resume=True, **changes)
+    agent, slots, memory, first = fresh_once(**changes)
+    optimizer = babyai.make_optimizer(agent, cfg)
+
+    def everything():
+        states = optimizer.state_dict()["state"].items()
+        live = {f"{k}.{name}": x for k, own in states for name, x in own.items()} | agent.state_dict() | slots.tensors
+        return {name: x.clone() for name, x in live.items()} | {"memory": memory.clone(), "first": first.clone()}
+
+    before, files = everything(), contents(folder)
+    with pytest.raises(UserError, match=why):
+        babyai.begin(folder, cfg, agent, optimizer, slots, memory=memory, first=first)
+    after = everything()
+    assert after.keys() == before.keys() and all(torch.equal(x, before[name]) for name, x in after.items())
+    assert contents(folder) == files
 
 
 def without(name: str):
-    return lambda tensors, now: tensors.pop(name)
+    return lambda tensors, state: tensors.pop(name)
 
 
 def put(name: str, make):
-    def change(tensors, now):
+    def change(tensors, state):
         tensors[name] = make(tensors[name])
 
     return change
@@ -808,100 +838,81 @@ def put(name: str, make):
 @pytest.mark.parametrize(
     "change",
     [
-        without("episode"), without("length"), without("actions"), without("memory"), without("first"),
-        without("optimizer.3.exp_avg"), without("model.values.2"), put("memory", lambda x: x[:2]),
-        put("model.values.2", lambda x: x / 0), put("optimizer.0.exp_avg", lambda x: x * float("nan")),
-        put("actions", lambda x: x + 7), put("actions", lambda x: x[0]), put("length", lambda x: x + 10**6),
-        put("episode", lambda x: x - 10**6), put("first", lambda x: x.float()),
+        without("model.episode"), without("model.length"), without("model.actions"), without("model.memory"),
+        without("model.first"), without("optimizer.3.exp_avg"), without("model.values.2"), without("random"),
+        put("model.memory", lambda x: x[:2]), put("model.values.2", lambda x: x / 0),
+        put("optimizer.0.exp_avg", lambda x: x * float("nan")), put("model.actions", lambda x: x + 7),
+        put("model.actions", lambda x: x[0]), put("model.actions", lambda x: x.to(torch.complex64)),
+        put("model.length", lambda x: x + babyai.LONGEST), put("model.length", lambda x: x - 4),
+        put("model.episode", lambda x: x - 10**6), put("model.first", lambda x: x.float()),
         put("model.place0", lambda x: x + 10**6),
-        lambda tensors, now: tensors.update({"optimizer.999.step": torch.ones(1)}),
-        lambda tensors, now: now.pop("update"), lambda tensors, now: now.update(frames=63),
-        lambda tensors, now: now.update(update="2"), lambda tensors, now: now.update(seconds=float("nan")),
+        lambda tensors, state: tensors.update({"optimizer.999.step": torch.ones(1)}),
+        lambda tensors, state: state.pop("step"), lambda tensors, state: state.update(step="2"),
+        lambda tensors, state: state.update(seconds=float("nan")), lambda tensors, state: state.clear(),
     ],
 )  # fmt: skip
-def test_a_changed_checkpoint_is_refused_whole(change, begun, tmp_path):
-    """Signed anew, but with entries missing, of another shape, out of range or not finite: one sentence, and neither
-    agent nor optimiser has changed."""
-    _, tensors, now = begun
-    tensors, now = dict(tensors), dict(now)
-    change(tensors, now)
-    path = tmp_path / babyai.CHECKPOINT
-    babyai.write_tensors(tensors, str(path), state=json.dumps(now))
-    cfg = tiny(seed=4)  # other values than the file has
-    agent = babyai.build(cfg)
-    optimizer = babyai.make_optimizer(agent, cfg)
-    before = everything(agent, optimizer)
-    with pytest.raises(UserError, match=f"{path}.*: delete it to begin"):
-        babyai.load(path, agent, optimizer, cfg)
-    after = everything(agent, optimizer)
-    assert after.keys() == before.keys() and all(torch.equal(x, before[name]) for name, x in after.items())
+def test_a_changed_checkpoint_is_refused_whole(change, short, run_folder):
+    """Signed anew, but with entries missing, of another shape, out of range or not finite: one sentence, nothing has
+    changed."""
+    path = run_folder / CHECKPOINT
+    tensors, metadata = read_tensors(str(path))
+    state = json.loads(metadata["state"])
+    change(tensors, state)
+    write_tensors(tensors, str(path), state=json.dumps(state))
+    refuse_to_begin(run_folder, f"{path}.*: delete it to start")
 
 
-def test_a_checkpoint_without_its_progress_is_refused(begun, tmp_path):
-    """A file of the right tensors and no JSON beside them, and one of another number of slots: one sentence."""
-    path = tmp_path / babyai.CHECKPOINT
-    babyai.write_tensors(begun[1], str(path))
-    agent = babyai.build(tiny())
-    optimizer = babyai.make_optimizer(agent, tiny())
-    with pytest.raises(UserError, match="delete it to begin"):
-        babyai.load(path, agent, optimizer, tiny())
-    path.write_bytes(begun[0])
-    with pytest.raises(UserError, match="delete it to begin"):
-        babyai.load(path, agent, optimizer, tiny(slots=8, rollout=4))
-    assert babyai.load(path, agent, optimizer, tiny())[0]["frames"] == 64
+def test_a_damaged_checkpoint_is_refused(short, run_folder):
+    """A truncated file, one without JSON beside its tensors, and one of another --slots or --rollout: one sentence."""
+    path, whole = run_folder / CHECKPOINT, (run_folder / CHECKPOINT).read_bytes()
+    refuse_to_begin(run_folder, "delete it to start", slots=8)
+    refuse_to_begin(run_folder, "another --rollout than there is now", rollout=4)
+    path.write_bytes(whole[:-1])
+    refuse_to_begin(run_folder, "delete it to start")
+    write_tensors({"a": torch.ones(1)}, str(path))
+    refuse_to_begin(run_folder, "delete it to start")
 
 
-def test_what_is_not_finite_replaces_no_checkpoint(begun, tmp_path):
+def test_what_is_not_finite_replaces_no_checkpoint(short, run_folder):
     """A parameter or memory that an update made infinite: a RunError, and the checkpoint before stays as it is."""
-    path = tmp_path / babyai.CHECKPOINT
-    path.write_bytes(begun[0])
-    agent = babyai.build(tiny())
-    optimizer = babyai.make_optimizer(agent, tiny())
-    now, saved = babyai.load(path, agent, optimizer, tiny())
-    state = {name: saved[name] for name in ("episode", "length", "actions", "memory", "first")}
-    with pytest.raises(RunError, match="memory is not finite after update 2.*a lower --lr"):
-        babyai.save(path, agent, optimizer, now, **state | {"memory": saved["memory"] / 0})
-    with torch.no_grad():
-        agent.values[0][0, 0] = float("inf")
-    with pytest.raises(RunError, match="model.values.0 is not finite after update 2"):
-        babyai.save(path, agent, optimizer, now, **state)
-    assert path.read_bytes() == begun[0] and [p.name for p in tmp_path.iterdir()] == [path.name]
+    cfg = tiny(resume=True, save_every="1")
+    agent, slots, memory, first = fresh(cfg)
+    before = (run_folder / CHECKPOINT).read_bytes()
+    optimizer = babyai.make_optimizer(agent, cfg)
+    run, _ = babyai.begin(run_folder, cfg, agent, optimizer, slots, memory=memory, first=first)
+    assert run.now.step == 2 and not (run_folder / "result.json").exists()
+    for name, x in (("values.0", agent.values[0].data), ("memory", memory)):
+        saved = x.clone()
+        x.view(-1)[0] = float("inf")
+        with pytest.raises(RunError, match=f"model.{name} is not finite after step 3.*a lower --lr"), run:
+            for _ in run.steps(3, "train"):
+                run.record(1.0, 1.0)
+        x.copy_(saved)
+        run.now = run.now._replace(step=2)
+        assert (run_folder / CHECKPOINT).read_bytes() == before and not list(run_folder.glob("*.tmp"))
 
 
 def test_a_rate_that_is_far_too_high_is_one_sentence(tmp_path, short):
     """Parameters become infinite within an update: a RunError that says what to try, and no checkpoint."""
     with pytest.raises(RunError, match="finite.* lower --lr"):
         babyai.train(tiny(lr=1e38, output_dir=str(tmp_path), save_every="1"))
-    assert not (tmp_path / babyai.CHECKPOINT).exists()
+    assert not (tmp_path / CHECKPOINT).exists()
 
 
-def test_a_damaged_log_is_refused_before_anything_is_written(begun, tmp_path):
-    """--resume with more --frames, a line without its episodes: one sentence that names it; result.json stays."""
-    cfg = tiny(output_dir=str(tmp_path), save_every="1")
-    babyai.train(cfg)
-    log = tmp_path / "log.jsonl"
-    first, second = log.read_text().splitlines()
-    log.write_text(first + "\n" + json.dumps(json.loads(second) | {"episodes": [[0]]}) + "\n")
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(UserError, match=f"{log}:2 is damaged"):
-        babyai.main(TINY | dict(frames=128, resume=True, save_every="1", output_dir=str(tmp_path)))
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-@pytest.mark.parametrize("lost", ["first", "last", "all"])
-def test_no_run_goes_on_without_its_episodes(lost, begun, tmp_path):
-    """A checkpoint whose log has lost a line, or is gone: one sentence, and nothing is written."""
-    cfg = tiny(output_dir=str(tmp_path), save_every="1")
-    babyai.train(cfg)
-    log = tmp_path / "log.jsonl"
-    lines = log.read_text().splitlines(keepends=True)
-    log.write_text({"first": lines[1], "last": lines[0], "all": ""}[lost])
-    if lost == "all":
+@pytest.mark.parametrize("damage", ["first", "last", "all", "episodes"])
+def test_no_run_is_resumed_without_its_episodes(damage, short, run_folder):
+    """A log that has lost a line, or all, or the episodes of a line: one sentence, and nothing has changed."""
+    log = run_folder / "log.jsonl"
+    first, last = log.read_text().splitlines()
+    broken = json.dumps(json.loads(last) | {"episodes": [[0]]})
+    left = {"first": [last], "last": [first], "all": [], "episodes": [first, broken]}[damage]
+    log.write_text("".join(f"{line}\n" for line in left))
+    if damage == "all":
         log.unlink()
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = contents(run_folder)
     with pytest.raises(UserError, match=f"{log}.*again in another folder"):
-        babyai.main(TINY | dict(frames=128, resume=True, save_every="1", output_dir=str(tmp_path)))
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        babyai.main(TINY | dict(frames=128, resume=True, output_dir=str(run_folder)))
+    assert contents(run_folder) == before
 
 
 @pytest.mark.parametrize("width", [1, 8, 33])
@@ -931,10 +942,11 @@ def test_an_agent_of_94_percent_reaches_100_of_100():
 
 
 def written_run(folder: Path, episodes: list, final: float | None = None, **changes) -> str:
-    """A run folder by hand, its episodes in two lines of a log; finished if it has a final success."""
+    """A run folder as an earlier version made it, its episodes in two lines of a log; finished if it has a final
+    success."""
     folder.mkdir()
     cfg = tiny(**changes)
-    babyai.write_json(folder / "config.json", dataclasses.asdict(cfg))
+    write_json(folder / "config.json", dataclasses.asdict(cfg))
     times = {"env": 1.0, "act": 0.5, "learn": 2.5}
     lines = [
         times | {"update": k, "frames": 4000 * k, "episodes": own}
@@ -943,13 +955,13 @@ def written_run(folder: Path, episodes: list, final: float | None = None, **chan
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if final is not None:
         levels = {level: {"final": final} for level in (*cfg.levels, "all")}
-        babyai.write_json(folder / "result.json", {"levels": levels, "parameters": {"theta_0": 900, "skills": 100}})
+        write_json(folder / "result.json", {"levels": levels, "parameters": {"theta_0": 900, "skills": 100}})
     return str(folder)
 
 
 def test_plot_writes_figure_and_table(tmp_path, capsys):
-    """--plot: a PNG, an SVG, and a table that it also prints; a half written last line of a run at work is left out;
-    other levels, the same run twice and a run that has not begun are refused by name."""
+    """--plot writes a PNG, an SVG, and a table that it also prints. An incomplete last line is left out. Other levels,
+    the same run twice and a run that has not begun are refused by name."""
     two = [[k % 2, 1] for k in range(250)]
     runs = [written_run(tmp_path / "a", two), written_run(tmp_path / "b", two, method="shared")]
     with open(tmp_path / "a" / "log.jsonl", "a") as log:
@@ -1032,8 +1044,8 @@ def test_the_figure_has_the_papers_window_but_in_long_runs(episodes, window, tmp
     long = written_run(tmp_path / "long", [[0, 1]] * 500, levels=("GoTo",))
     short = written_run(tmp_path / "short", [[0, k % 2] for k in range(episodes)], levels=("GoTo",), seed=1)
     babyai.main({"plot": [long, short], "figure": str(tmp_path / "figure")})
-    ((panels, found),) = drawn
-    assert found == window and panels.keys() == {"GoTo", "all"}
+    ((panels, chosen),) = drawn
+    assert chosen == window and panels.keys() == {"GoTo", "all"}
     ((one, two),) = panels["GoTo"].values()
     assert (one == 1).all() and len(one) == 501 - window and two[0] == sum(k % 2 for k in range(window)) / window
 

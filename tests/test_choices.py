@@ -35,7 +35,7 @@ routed = pytest.mark.parametrize("method", ["poly", "mhr"])
 
 @cache
 def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
-    """A letter is a token, and a space; ids and special tokens are those of the family (`models.small_config`)."""
+    """A letter is a token, and a space; ids and special tokens are those of the family (`helpers.small_config`)."""
     special = {"t5": ["<pad>", "</s>", "<s>"], "bart": ["<s>", "<pad>", "</s>"]}.get(name, ["<pad>", "<s>", "</s>"])
     tokenizer = Tokenizer(WordLevel({token: k for k, token in enumerate([*special, *string.ascii_lowercase, " "])}))
     tokenizer.pre_tokenizer = Split("", "isolated")
@@ -64,17 +64,17 @@ def pair_alone(model, tokenizer, text: str, choice: str) -> Tensor:
 
 def pairs_alone(model, tokenizer, examples: list[Example], ids: list[int]) -> list[list[Tensor]]:
     """`pair_alone` of every choice of every example, each under its own task."""
-    found = []
+    log_ps = []
     for example, task in zip(examples, ids, strict=True):
         with task_ids([task]):
-            found.append([pair_alone(model, tokenizer, example.input, choice) for choice in example.choices])
-    return found
+            log_ps.append([pair_alone(model, tokenizer, example.input, choice) for choice in example.choices])
+    return log_ps
 
 
-def loops(found: list[list[Tensor]], labels: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """(L_LM, L_LN, L_UL) by their definitions. found: the log-probabilities of each example's choices' tokens."""
+def loops(log_ps: list[list[Tensor]], labels: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """(L_LM, L_LN, L_UL) by their definitions. log_ps: the log-probabilities of each example's choices' tokens."""
     lm, ln, ul = [], [], []
-    for of_choices, label in zip(found, labels, strict=True):
+    for of_choices, label in zip(log_ps, labels, strict=True):
         scores = [sum(tokens) / len(tokens) for tokens in of_choices]
         ln.append(torch.log(sum(torch.exp(s) for s in scores)) - scores[label])
         lm += [-p for p in of_choices[label]]
@@ -82,11 +82,11 @@ def loops(found: list[list[Tensor]], labels: list[int]) -> tuple[Tensor, Tensor,
     return sum(lm) / len(lm), sum(ln) / len(ln), sum(ul) / len(ul) if ul else torch.tensor(0.0)
 
 
-def padded(found: list[list]) -> tuple[Tensor, Tensor]:
+def padded(log_ps: list[list]) -> tuple[Tensor, Tensor]:
     """Lists of token log-probabilities to what `choice_log_probs` returns: (log p, mask) (b, c, l)."""
-    c, length = max(map(len, found)), max(len(tokens) for of_choices in found for tokens in of_choices)
-    log_p, mask = torch.zeros(len(found), c, length), torch.zeros(len(found), c, length, dtype=torch.bool)
-    for i, of_choices in enumerate(found):
+    c, length = max(map(len, log_ps)), max(len(tokens) for of_choices in log_ps for tokens in of_choices)
+    log_p, mask = torch.zeros(len(log_ps), c, length), torch.zeros(len(log_ps), c, length, dtype=torch.bool)
+    for i, of_choices in enumerate(log_ps):
         for j, tokens in enumerate(of_choices):
             log_p[i, j, : len(tokens)] = torch.as_tensor(tokens)
             mask[i, j, : len(tokens)] = True
@@ -140,8 +140,8 @@ BY_HAND = {
 
 @pytest.mark.parametrize("case", BY_HAND)
 def test_losses_by_hand(case):
-    found, labels, expected = BY_HAND[case]
-    assert t_few_loss(*padded(found), torch.tensor(labels)).item() == pytest.approx(expected, rel=1e-5)
+    log_ps, labels, expected = BY_HAND[case]
+    assert t_few_loss(*padded(log_ps), torch.tensor(labels)).item() == pytest.approx(expected, rel=1e-5)
 
 
 token = st.floats(-6, -1 / 64, width=32)
@@ -152,9 +152,9 @@ ragged = st.lists(st.lists(st.lists(token, min_size=1, max_size=4), min_size=1, 
 @settings(max_examples=40, deadline=None)
 def test_loss_and_gradient_equal_the_loops(values, draw):
     labels = [draw.draw(st.integers(0, len(of_choices) - 1)) for of_choices in values]
-    found = [[torch.tensor(tokens, requires_grad=True) for tokens in of_choices] for of_choices in values]
-    leaves = [tokens for of_choices in found for tokens in of_choices]
-    loss, expected = t_few_loss(*padded(found), torch.tensor(labels)), sum(loops(found, labels))
+    log_ps = [[torch.tensor(tokens, requires_grad=True) for tokens in of_choices] for of_choices in values]
+    leaves = [tokens for of_choices in log_ps for tokens in of_choices]
+    loss, expected = t_few_loss(*padded(log_ps), torch.tensor(labels)), sum(loops(log_ps, labels))
     assert_close(loss, expected)
     for gradient, by_loops in zip(
         torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True
@@ -222,12 +222,12 @@ def test_gradients_equal_those_of_every_pair_alone(name, method):
     model, tokenizer = adapted(name, method, "lora"), tokenizer_of(name)
     parameters = adapter_parameters(model)
     loss = t_few_loss(*together(model, tokenizer), torch.tensor(LABELS))
-    found = dict(zip(parameters, torch.autograd.grad(loss, parameters.values()), strict=True))
+    gradients = dict(zip(parameters, torch.autograd.grad(loss, parameters.values()), strict=True))
     naive = sum(loops(pairs_alone(model, tokenizer, EXAMPLES, IDS), LABELS))
     expected = dict(zip(parameters, torch.autograd.grad(naive, parameters.values()), strict=True))
     assert_close(loss, naive)
-    assert {key.rsplit(".", 1)[1] for key in found} == {"A", "B", "Z"}
-    for key, gradient in found.items():
+    assert {key.rsplit(".", 1)[1] for key in gradients} == {"A", "B", "Z"}
+    for key, gradient in gradients.items():
         assert difference(gradient, expected[key]) < 1e-4, key
         if key.endswith(".Z"):
             assert len(gradient) == TASKS and torch.all(gradient[2] == 0), key  # task 2 is not in the batch
@@ -314,23 +314,23 @@ def test_choose_takes_the_best_score_of_pairs_alone(name):
     with task_ids(IDS):
         chosen = choose(model, tokenizer, EXAMPLES, *LIMITS)
     with torch.no_grad():
-        found = pairs_alone(model, tokenizer, EXAMPLES, IDS)
-    scores = [[(sum(tokens) / len(tokens)).item() for tokens in of_choices] for of_choices in found]
+        log_ps = pairs_alone(model, tokenizer, EXAMPLES, IDS)
+    scores = [[(sum(tokens) / len(tokens)).item() for tokens in of_choices] for of_choices in log_ps]
     assert chosen == [s.index(max(s)) for s in scores]
     assert len(set(chosen)) > 1
 
 
 @pytest.mark.parametrize(
-    "found, best",
+    "of_choices, best",
     [
         ([log(1 / 16), log(1 / 4, 1 / 4, 1 / 4)], 1),  # less likely as a whole, but longer
         ([log(0.2), log(0.5), log(0.5), log(0.5, 0.5)], 1),  # a tie: the first of the best
         ([[-1e9], [-1e9]], 0),  # and not one that is absent
     ],
 )
-def test_choose_by_hand(monkeypatch, found, best):
+def test_choose_by_hand(monkeypatch, of_choices, best):
     four = [[-1.0]] * 4  # beside it, so that an example with fewer choices has absent ones
-    monkeypatch.setattr(choices, "choice_log_probs", lambda *args: padded([found, four]))
+    monkeypatch.setattr(choices, "choice_log_probs", lambda *args: padded([of_choices, four]))
     assert choose(None, None, [], *LIMITS) == [best, 0]
 
 

@@ -1,23 +1,21 @@
 """The three scripts from their flags to their folders: what runs write, that they repeat, and how mistakes are told.
 
 Commands run in this process (`command`), as the scripts' last lines do; a few run for themselves, where start-up
-time or the exit code matters. The backbone is a random one, saved to a folder; every metric is
-replaced by a fingerprint of the predictions, so that scores are equal only if all predictions are.
+time or the exit code matters. The backbone is a random one with one layer of each kind, saved to a folder; every
+metric is replaced by a fingerprint of the predictions, so that scores are equal only if all predictions are.
 """
 
 import ast
 import dataclasses
-import hashlib
 import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,45 +24,45 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import adapt
-from benchmarks import load
-from plumbing.errors import exit_on_user_error
-from plumbing.flags import explicit_flags
-from plumbing.folders import write_json
-from recipes import FIXED_TABLE, ROUTED
-from benchmarks import metrics
-from plumbing import errors
-from plumbing import folders as folders_module
-import recipes as recipes_module
-from tools import analyze
-import backbone  # TODO
-
+import benchmarks
 import data
 import evaluate
-
+import recipes
 import sft
 import train
-from methods import build_model
-from plumbing.backbones import load_backbone, tiny_from_scratch
 from baselines import adapter_soup
 from baselines.adapter_soup import embed
 from benchmarks import crossfit, strings
-from plumbing.errors import RunError, UserError
-from plumbing.folders import read_config
-from recipes import FEW_SHOT, PRETRAINING
-from inject import adapted_layers, adapter_parameters, merge, read_tensors, routers, write_tensors
-from plumbing.folders import refuse_other_tasks
+from inject import adapted_layers, adapter_parameters, merge, read_tensors, routers, task_ids, write_tensors
+from methods import build_model, load_run
+from plumbing.backbones import load_backbone, tiny_from_scratch
+from plumbing.errors import RunError, UserError, exit_on_user_error
+from plumbing.flags import explicit_flags
+from plumbing.folders import read_config, refuse_other_tasks, write_json
+from recipes import FEW_SHOT, FIXED_TABLE, PRETRAINING, ROUTED, VARIANTS
+from tests.helpers import (
+    change_json, contents, fingerprints_as_metrics, lines_of, read, same_tensors, small_backbone,
+)  # fmt: skip
+from tools import analyze
+from tools.compare import compare
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = {"train": (train, PRETRAINING), "adapt": (adapt, FEW_SHOT), "evaluate": (evaluate, {})}
+SCRIPTS = {
+    "train": (train, PRETRAINING, {}),
+    "adapt": (adapt, FEW_SHOT, {}),
+    "evaluate": (evaluate, {}, evaluate.MOVED),
+}
 
-LAYERS = 54  # of the tiny T5: 3 x (4 attention + 3 feed-forward), and 3 x (8 + 3) in the decoder
-LORA_SIZE = 36 * 2 * (128 + 128) + 18 * 2 * (128 + 256)  # r = 2: 36 attention layers, 18 feed-forward layers
-SFT_SIZE = 36 * 164 + 18 * 328  # density 1 %, rounded
-IA3_SIZE = 18 * 128 + 6 * 256  # keys and values at their output, the second feed-forward layer at its input
-FULL_SIZE = 1_231_232
+# The small backbone, counted by hand: an encoder layer has 4 attention and 3 feed-forward matrices, a decoder layer 8
+# and 3; attention's are 16 x 16, the feed-forward ones 16 x 32 or 32 x 16.
+LAYERS = 18
+LORA_SIZE = 12 * 2 * (16 + 16) + 6 * 2 * (16 + 32)  # r = 2
+SFT_SIZE = 12 * 13 + 6 * 26  # density 5 %, rounded
+IA3_SIZE = 6 * 16 + 2 * 32  # keys and values at their output, the second feed-forward layer at its input
+FULL_SIZE = 384 * 16 + 12 * 16 * 16 + 6 * 16 * 32 + 2 * 32 * 4 + 7 * 16  # embeddings, layers, positions, norms
 
 SMALL = dict(
     dataset="strings", rank=2, skills=8, batch_size=8, steps=8, max_input=16, max_output=8, eval_examples=2,
@@ -83,8 +81,8 @@ METHODS = {
     "poly-ia3": dict(method="poly", adapter="ia3"),
     "mhr-ia3": dict(method="mhr", adapter="ia3"),
     "shared-sft": dict(method="shared", adapter="sft"),
-    "poly-sft": dict(method="poly", adapter="sft", density=0.01),
-    "mhr-sft": dict(method="mhr", adapter="sft", density=0.01),
+    "poly-sft": dict(method="poly", adapter="sft", density=0.05),
+    "mhr-sft": dict(method="mhr", adapter="sft", density=0.05),
     "private": dict(method="private"),
     "expert": dict(method="expert"),
     "random": dict(method="random"),
@@ -93,8 +91,8 @@ METHODS = {
     "task-moe": dict(method="task-moe"),
     "adapter-soup": dict(method="adapter-soup"),
     "private-ia3": dict(method="private", adapter="ia3"),
-    "expert-sft": dict(method="expert", adapter="sft", density=0.01),
-    "soup-sft": dict(method="adapter-soup", adapter="sft", density=0.01),
+    "expert-sft": dict(method="expert", adapter="sft", density=0.05),
+    "soup-sft": dict(method="adapter-soup", adapter="sft", density=0.05),
 }
 SIZES = {  # adapters, Z of 64 training tasks
     "full": (FULL_SIZE, 0),
@@ -104,9 +102,9 @@ SIZES = {  # adapters, Z of 64 training tasks
     "poly": (8 * LORA_SIZE, 64 * 8 * LAYERS),
     "mhr": (8 * LORA_SIZE, 64 * 8 * 8 * LAYERS),
     "shared-ia3": (IA3_SIZE, 0),
-    "poly-ia3": (8 * IA3_SIZE, 64 * 8 * 24),
-    "mhr-ia3": (8 * IA3_SIZE, 64 * 8 * 8 * 24),
-    "shared-sft": (36 * 1638 + 18 * 3277, 0),  # a tenth of 128 * 128 and of 128 * 256, rounded
+    "poly-ia3": (8 * IA3_SIZE, 64 * 8 * 8),
+    "mhr-ia3": (8 * IA3_SIZE, 64 * 8 * 8 * 8),
+    "shared-sft": (12 * 26 + 6 * 51, 0),  # a tenth of 16 * 16 and of 16 * 32, rounded
     "poly-sft": (8 * SFT_SIZE, 64 * 8 * LAYERS),
     "mhr-sft": (8 * SFT_SIZE, 64 * 8 * 8 * LAYERS),
     "private": (64 * LORA_SIZE, 0),
@@ -121,8 +119,18 @@ SIZES = {  # adapters, Z of 64 training tasks
     "soup-sft": (64 * SFT_SIZE, 0),
 }
 METHOD = {name: flags["method"] for name, flags in METHODS.items()}
+PAIRS = (  # tried by default: every method and every adapter; the other pairs are slow
+    "full", "lora", "ia3", "shared-sft", "poly-sft", "mhr", "mhr-ia3", "private-ia3", "expert-sft", "random",
+    "random-by-task", "hyperformer", "task-moe", "adapter-soup",
+)  # fmt: skip
 ADAPTER = {name: flags.get("adapter", "ia3" if name == "ia3" else "lora") for name, flags in METHODS.items()}
 OWN = ("private", "adapter-soup")  # methods with an adapter for each training task
+
+
+def grid(kinds, quick=PAIRS) -> list:
+    """Names of METHODS, or tuples that begin with one, as parameters of a test: slow unless the name is in `quick`."""
+    each = [kind if isinstance(kind, tuple) else (kind,) for kind in kinds]
+    return [pytest.param(*kind, marks=[] if kind[0] in quick else pytest.mark.slow) for kind in each]
 
 
 def skills_of(name: str) -> int:
@@ -135,16 +143,9 @@ def flags_of(name: str, **more) -> dict:
     return small | METHODS[name] | more
 
 
-def fingerprint(predictions, references) -> float:
-    """A score of 0 to 100 that changes whenever a prediction or a reference changes."""
-    return zlib.crc32(repr((predictions, references)).encode()) % 10_000 / 100
-
-
 @pytest.fixture(scope="module", autouse=True)
-def strict_metric():
-    with pytest.MonkeyPatch.context() as patch:
-        for metric in metrics.METRICS:
-            patch.setitem(metrics.METRICS, metric, fingerprint)
+def strict_metrics():
+    with fingerprints_as_metrics() as patch:
         patch.setattr(adapter_soup, "EXAMPLES", 8)  # to save time
         yield
 
@@ -157,14 +158,14 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def backbones(folder) -> list[str]:
-    """Two random backbones of the tiny architecture, saved as Hugging Face folders."""
-    for seed in (0, 1):
-        model = tiny_from_scratch()
-        with torch.no_grad():
-            model.shared.weight += seed  # tiny_from_scratch has the same weights every time
-        model.save_pretrained(folder / f"backbone{seed}")
-        ByT5Tokenizer().save_pretrained(folder / f"backbone{seed}")
-    return [str(folder / "backbone0"), str(folder / "backbone1")]
+    """Two backbones that differ in their embeddings."""
+    return [small_backbone(folder / f"backbone{k}", shift=k) for k in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def two_layers(folder) -> str:
+    """A backbone of two encoder and two decoder layers."""
+    return small_backbone(folder / "two-layers", layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -203,57 +204,68 @@ def adapted(folder, runs):
     return get
 
 
-def read(path: Path):
-    return json.loads(path.read_text())
-
-
-def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def contents(root: Path) -> dict[str, str]:
-    """A hash of every file under a folder."""
-    files = [path for path in sorted(root.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def same_tensors(a: Path, b: Path) -> bool:
-    one, other = load_file(a), load_file(b)
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 # --- Flags ------------------------------------------------------------------------------------------------------------
 
 
 def python(*argv) -> tuple[subprocess.CompletedProcess, float]:
-    begin = time.monotonic()
+    """Run python in a process of its own: (what it did, its CPU seconds)."""
+    used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])  # noqa: E731
+    begin = used()
     wide = os.environ | {"COLUMNS": "999"}  # help without line breaks
     done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, timeout=120, env=wide)
-    return done, time.monotonic() - begin
+    return done, used() - begin
+
+
+GROUPS = {  # of --help: the title of each, and the flag that it begins with
+    "train": {
+        "what to learn, and on what": "method", "adapter and routing": "adapter", "optimisation": "steps",
+        "the run": "seed",
+    },
+    "adapt": {"task": "checkpoint", "optimisation": "steps", "the run": "test-examples"},
+    "evaluate": {"what to score": "checkpoint", "how": "test-examples"},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_fast_and_complete(script):
-    module, recipes = SCRIPTS[script]
-    for _ in range(3):  # another job may have slowed one down
-        done, seconds = python("-X", "importtime", f"{script}.py", "--help")
-        if seconds < 1.5:
-            break
-    assert done.returncode == 0 and seconds < 1.5
+    """No torch is loaded; flags stand in groups, each with its metavar or choices and its defaults; examples end it."""
+    module, table, _ = SCRIPTS[script]
+    done, seconds = python("-X", "importtime", f"{script}.py", "--help")
+    assert done.returncode == 0 and seconds < 0.5
     imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
     assert "argparse" in imported and not imported & {"torch", "transformers", "numpy", "sklearn", "scipy"}
 
-    entries = re.split(r"\n  (?=-)", done.stdout)
+    assert [(title, first) for title, first in re.findall(r"\n\n([\w ,]+):\n  --([\w-]+)", done.stdout)] == list(
+        GROUPS[script].items()
+    )
+    assert re.search(rf"\n\nexamples?:\n(  python {script}\.py --.+\n)+$", done.stdout)
+    entries = re.split(r"\n  (?=-)|\n\n", done.stdout)
     for field in dataclasses.fields(module.Config):
         flag = "--" + field.name.replace("_", "-")
-        (entry,) = [" ".join(e.split()) for e in entries if re.match(rf"{flag}[ ,\n]", e)]
+        shown = [" ".join(e.split()) for e in entries if re.match(rf"{flag}[ ,\n]", e)]
+        if field.metadata.get("setting"):  # of the recipe
+            assert shown == []
+            continue
+        (entry,) = shown
         assert " ".join(field.metadata["help"].split()) in entry
-        defaults = {d: r[field.name] for d, r in recipes.items() if field.name in r}
-        shown = [f"{value} ({d})" for d, value in defaults.items() if isinstance(d, str)]
-        shown += ["some methods have their own"] if len(shown) < len(defaults) else []
-        shown = shown or ["none" if field.default == "" else str(field.default)]
-        assert f"[default: {', '.join(shown)}]" in entry
-        assert not field.metadata["choices"] or "{" + ",".join(field.metadata["choices"]) + "}" in entry
+        defaults = {d: r[field.name] for d, r in table.items() if field.name in r}
+        says = [f"{value} ({d})" for d, value in defaults.items() if isinstance(d, str)]
+        says += ["some methods have their own"] if len(says) < len(defaults) else []
+        says = says or ["none" if field.default == "" else str(field.default)]
+        assert entry.endswith("[required]" if field.name == "checkpoint" else f"[default: {', '.join(says)}]")
+        takes = {bool: f", --no-{flag[2:]}", int: " N", float: " X"}.get(field.type, r" [A-Z|m]+")
+        takes = f" {{{','.join(field.metadata['choices'])}}}" if field.metadata["choices"] else takes
+        assert re.match(f"{flag}{takes} ", entry)
+
+
+def refused(script: str, argv: list[str], capsys) -> str:
+    """The one line with which a script's command line is refused, with code 2."""
+    module, table, moved = SCRIPTS[script]
+    with pytest.raises(SystemExit) as end:
+        explicit_flags(module.Config, table, argv, moved)
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and out == "" and err.count("\n") == 1
+    return err
 
 
 @pytest.mark.parametrize(
@@ -261,7 +273,6 @@ def test_help_is_fast_and_complete(script):
     [
         ("train", ["--nonsense", "3"], "--nonsense"),
         ("train", ["--dataset", "nonsense"], "--dataset"),
-        ("train", ["--method", "nonsense"], "--method"),
         ("adapt", ["--nonsense"], "--nonsense"),
         ("evaluate", ["--beams", "many"], "--beams"),
     ],
@@ -274,8 +285,38 @@ def test_a_mistaken_flag_is_refused_at_once(script, argv, named):
     assert " torch\n" not in done.stderr  # refused before the slow imports
 
 
+@pytest.mark.parametrize(
+    "script, argv, says",
+    [
+        ("train", "--warmup 0.1", "--warmup is a setting of the recipe, not a flag: change it in recipes.py"),
+        ("train", "--optimizer adamw", "--optimizer is a setting of the recipe"),
+        ("train", "--top-k=3", "--top-k is a setting of the recipe"),
+        ("train", "--epochs 2", "--epochs is a setting of the recipe"),
+        ("adapt", "--no-choice-losses", "--choice-losses is a setting of the recipe"),
+        ("adapt", "--soup 3", "--soup is a setting of the recipe"),
+        ("adapt", "--keep score", "--keep"),
+        ("evaluate", "--compare x", "--compare is a command now: python -m tools.compare RUN"),
+        ("evaluate", "--memory 16", "--memory is a command now: python -m tools.estimate_memory --backbone NAME"),
+        ("evaluate", "--count-parameters", "--count-parameters is a command now: python -m tools.count_parameters"),
+    ],
+)
+def test_a_former_flag_is_refused_with_what_to_do_instead(script, argv, says, capsys):
+    assert says in refused(script, argv.split(), capsys)
+
+
+@pytest.mark.parametrize("script", ["train", "adapt"])
+def test_settings_of_the_recipe_are_no_flags(script, capsys):
+    """Each is refused on the command line, whatever its value, and has a default or a recipe that sets it."""
+    module, table, _ = SCRIPTS[script]
+    settings = [field for field in dataclasses.fields(module.Config) if field.metadata.get("setting")]
+    assert len(settings) >= 7
+    for field in settings:
+        flag = "--" + field.name.replace("_", "-")
+        assert f"{flag} is a setting of the recipe" in refused(script, [flag, str(field.default)], capsys)
+
+
 def test_each_script_ends_with_code_2_and_one_sentence():
-    """The scripts' own last lines, one after the other in one process, for torch takes seconds to import."""
+    """The scripts' own last lines, one after the other in one process: torch takes seconds to import."""
     code = """
 import runpy, sys
 for argv in (["train.py", "--steps", "-1"], ["adapt.py", "--checkpoint", "no/such/run"], ["evaluate.py"]):
@@ -296,9 +337,10 @@ for argv in (["train.py", "--steps", "-1"], ["adapt.py", "--checkpoint", "no/suc
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_setting_is_used(script):
-    """A flag that nothing reads is a lie. backbone.py and the functions of train.py that adapt.py calls take a cfg."""
-    module, _ = SCRIPTS[script]
-    more = {"train": ["backbone.py", "baselines/adapter_soup.py"], "adapt": ["train.py"], "evaluate": []}[script]
+    """A flag that nothing reads is a lie. `cfg` is the name of the settings wherever they are read."""
+    module, *_ = SCRIPTS[script]
+    of_run = ["methods.py", "scoring.py", "benchmarks/__init__.py", "baselines/adapter_soup.py", "plumbing/run.py"]
+    more = {"train": of_run, "adapt": ["train.py", "plumbing/run.py"], "evaluate": []}[script]
     read_fields = {
         node.attr
         for file in (f"{script}.py", *more)
@@ -309,9 +351,9 @@ def test_every_setting_is_used(script):
 
 
 def test_recipes_name_only_settings():
-    for recipes, module in ((PRETRAINING, train), (FEW_SHOT, adapt)):
+    for table, module in ((PRETRAINING, train), (FEW_SHOT, adapt)):
         names = {field.name for field in dataclasses.fields(module.Config)}
-        assert all(set(recipe) <= names for recipe in recipes.values())
+        assert all(set(recipe) <= names for recipe in table.values())
 
 
 def test_given_flags_win_over_the_recipe_and_the_recipe_over_defaults(runs):
@@ -331,7 +373,7 @@ def test_given_flags_win_over_the_recipe_and_the_recipe_over_defaults(runs):
 def test_all_settings_are_printed_at_the_start(runs, folder, backbones, capsys):
     train.main(SMALL | dict(method="lora", steps=1, backbone=backbones[0], output_dir=str(folder / "printed")))
     ignored, first = capsys.readouterr().out.splitlines()[:2]
-    assert ignored == "changes nothing with --method lora --adapter lora --dataset strings: --skills"
+    assert ignored == "ignored with --method lora --adapter lora --dataset strings: --skills"
     for name, value in read(folder / "printed" / "config.json").items():
         assert value == "" or f"{name}={value}" in first
 
@@ -339,7 +381,7 @@ def test_all_settings_are_printed_at_the_start(runs, folder, backbones, capsys):
 # --- Pre-training -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", grid(METHODS))
 def test_a_run_writes_its_folder(runs, name):
     run = runs(name)
     saved = {path.name for path in run.iterdir()}
@@ -368,16 +410,16 @@ def test_a_run_writes_its_folder(runs, name):
     assert (result["parameters"]["adapters"], result["parameters"]["routing"]) == SIZES[name]
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
+@pytest.mark.parametrize("name", grid(name for name in METHODS if name != "full"))
 def test_the_adapter_file_holds_what_was_trained_and_nothing_else(runs, name):
     tensors = load_file(runs(name) / "adapter.safetensors")
     routing = {key: value for key, value in tensors.items() if key.endswith(".router.Z")}
-    given = routing if METHOD[name] not in recipes_module.LEARNED else {}
-    trained = {key: value for key, value in tensors.items() if key not in given and not key.endswith(".place")}
+    fixed = routing if METHOD[name] not in recipes.LEARNED else {}
+    trained = {key: value for key, value in tensors.items() if key not in fixed and not key.endswith(".place")}
     z = sum(value.numel() for key, value in trained.items() if key in routing)
     assert (sum(value.numel() for value in trained.values()) - z, z) == SIZES[name]
     start = [key for key in trained if key.endswith({"lora": ".B", "ia3": ".v", "sft": ".value"}[ADAPTER[name]])]
-    assert len(start) == (24 if ADAPTER[name] == "ia3" else LAYERS)
+    assert len(start) == (8 if ADAPTER[name] == "ia3" else LAYERS)
     assert all(trained[key].abs().max() > 0 for key in start)  # they start at zero
     if z:
         assert all(value.abs().max() > 1e-3 for value in routing.values())  # all but HyperFormer's start within 1e-3
@@ -385,8 +427,8 @@ def test_the_adapter_file_holds_what_was_trained_and_nothing_else(runs, name):
         assert len(routing) == (LAYERS if METHOD[name] == "random" else METHOD[name] in FIXED_TABLE)  # one for all
 
 
-def test_tables_that_are_given(runs):
-    """What the file of a run says of the 64 training tasks: by a loop over them."""
+def test_fixed_tables(runs):
+    """The tables in the runs' files, compared with a loop over the 64 training tasks."""
     z = {name: [v for k, v in load_file(runs(name) / "adapter.safetensors").items() if k.endswith(".router.Z")]
          for name in ("private", "adapter-soup", "expert", "random", "random-by-task")}  # fmt: skip
     assert torch.equal(z["private"][0], torch.eye(64)) and torch.equal(z["adapter-soup"][0], torch.eye(64))
@@ -401,8 +443,8 @@ def test_tables_that_are_given(runs):
 
 @pytest.fixture(scope="module")
 def learnt(folder, backbones) -> Path:
-    """A full run that has learnt a little."""
-    flags = SMALL | dict(method="full", lr=1e-3, steps=60, log_every=20, eval_examples=0, backbone=backbones[0])
+    """A run of method full whose loss has fallen."""
+    flags = SMALL | dict(method="full", lr=1e-2, steps=90, log_every=30, eval_examples=0, backbone=backbones[0])
     train.main(flags | dict(output_dir=str(folder / "learnt")))
     return folder / "learnt"
 
@@ -410,7 +452,7 @@ def learnt(folder, backbones) -> Path:
 def test_training_learns(learnt):
     losses = [line["loss"] for line in lines_of(learnt / "log.jsonl")]
     result = read(learnt / "result.json")
-    assert losses[0] > losses[1] > losses[2] == result["loss"] and losses[2] < losses[0] / 3
+    assert losses[0] > losses[1] > losses[2] == result["loss"] and losses[2] < losses[0] / 2
     assert "mean" not in result and "tasks" not in result
 
 
@@ -438,19 +480,19 @@ def test_another_seed_gives_another_run(runs, folder, backbones, name):
 
 
 @pytest.mark.parametrize("name", ["full", "mhr"])
-def test_kept_steps_are_what_was_trained_then_and_change_nothing(runs, folder, backbones, name):
-    """--keep-every 2 of 4 steps keeps two files, the last one equal to the end, which is that of a run without it."""
-    kept, file = folder / f"kept-{name}", "backbone{}/model.safetensors" if name == "full" else "adapter{}.safetensors"
+def test_keep_every_saves_what_was_trained_then_and_changes_nothing(runs, folder, backbones, name):
+    """--keep-every 4 of 8 steps saves two files; the last one equals the end, which is that of a run without it."""
+    run, file = folder / f"every-{name}", "backbone{}/model.safetensors" if name == "full" else "adapter{}.safetensors"
     steps = SMALL["steps"]
-    train.main(flags_of(name, backbone=backbones[0], output_dir=str(kept), keep_every=steps // 2))
-    assert same_tensors(runs(name) / file.format(""), kept / file.format(""))
-    assert same_tensors(kept / file.format(""), kept / file.format(f"-{steps}"))
-    assert not same_tensors(kept / file.format(""), kept / file.format(f"-{steps // 2}"))
-    assert len(list(kept.glob(file.format("-*")))) == 2 and not list(runs(name).glob(file.format("-*")))
+    train.main(flags_of(name, backbone=backbones[0], output_dir=str(run), keep_every=steps // 2))
+    assert same_tensors(runs(name) / file.format(""), run / file.format(""))
+    assert same_tensors(run / file.format(""), run / file.format(f"-{steps}"))
+    assert not same_tensors(run / file.format(""), run / file.format(f"-{steps // 2}"))
+    assert len(list(run.glob(file.format("-*")))) == 2 and not list(runs(name).glob(file.format("-*")))
 
 
 def test_gradient_checkpointing_changes_no_result(runs, folder, backbones):
-    """Evaluation apart: the same losses, though the layers run twice."""
+    """The layers run twice in a step, with the same losses."""
     flags = SMALL | dict(method="mhr", routing="sigmoid", steps=3, log_every=1, eval_examples=0, backbone=backbones[0])
     train.main(flags | dict(output_dir=str(folder / "plain")))
     train.main(flags | dict(output_dir=str(folder / "checkpointed"), checkpointing=True))
@@ -514,14 +556,14 @@ def test_the_backbone_stays_frozen(backbones, name):
 
 
 @pytest.mark.parametrize(
-    "granularity, number", [("linear", LAYERS), ("layer", 15), ("block", 6), ("coder", 2), ("model", 1)]
+    "granularity, number", [("linear", 2 * LAYERS), ("layer", 10), ("block", 4), ("coder", 2), ("model", 1)]
 )
-def test_granularity(folder, backbones, capsys, granularity, number):
-    """How many routers share the 54 layers: it is printed, and so many are saved, and adapted."""
+def test_granularity(folder, two_layers, capsys, granularity, number):
+    """The number of routers of two encoder and two decoder layers, as printed, as saved, and as adapted."""
     run, few = folder / f"shared-{granularity}", folder / f"shared-{granularity}-few"
-    flags = dict(granularity=granularity, backbone=backbones[0], steps=2, eval_examples=0, output_dir=str(run))
+    flags = dict(granularity=granularity, backbone=two_layers, steps=2, eval_examples=0, output_dir=str(run))
     train.main(flags_of("poly", **flags))
-    said = f", {number} routers; trainable: adapters {8 * LORA_SIZE:,} routing {64 * 8 * number:,}\n"
+    said = f", {number} routers; trainable: adapters {16 * LORA_SIZE:,} routing {64 * 8 * number:,}\n"
     assert said in capsys.readouterr().out
     assert sum(key.endswith(".router.Z") for key in load_file(run / "adapter.safetensors")) == number
     result = adapt.main(FEW | dict(checkpoint=str(run), tasks=HELD_OUT[0], output_dir=str(few), variant="z"))
@@ -530,26 +572,25 @@ def test_granularity(folder, backbones, capsys, granularity, number):
 
 
 @pytest.mark.parametrize("name", ["hyperformer", "random", "private"])
-def test_granularity_of_the_others(folder, backbones, name):
-    """Routers that hold more than a Z, or that adaptation replaces; a table that is given is one for all anyhow."""
+def test_granularity_of_the_others(folder, two_layers, name):
+    """Routers that hold more than a Z, or that adaptation replaces. A fixed table is shared by all layers anyway."""
     run, few = folder / f"shared-{name}", folder / f"shared-{name}-few"
-    flags = dict(granularity="block", backbone=backbones[0], steps=2, eval_examples=0, output_dir=str(run))
+    flags = dict(granularity="block", backbone=two_layers, steps=2, eval_examples=0, output_dir=str(run))
     train.main(flags_of(name, **flags))
     leaves = [key.rsplit(".", 1)[1] for key in load_file(run / "adapter.safetensors")]
-    assert leaves.count("Z") == (1 if name == "private" else 6)
-    assert leaves.count("bias") == leaves.count("weight") == (6 if name == "hyperformer" else 0)
+    assert leaves.count("Z") == (1 if name == "private" else 4)
+    assert leaves.count("bias") == leaves.count("weight") == (4 if name == "hyperformer" else 0)
     result = adapt.main(FEW | dict(checkpoint=str(run), tasks=HELD_OUT[0], output_dir=str(few)))
     assert evaluate.evaluate(evaluate.Config(checkpoint=str(few))) == result["tasks"]
 
 
 # --- Adaptation -------------------------------------------------------------------------------------------------------
 
-VARIANTS = {"all": recipes_module.METHODS, "z": recipes_module.LEARNED, "mu": ROUTED, "lora": ("full",)}
 ADAPTED = [(name, variant) for variant, fits in VARIANTS.items() for name in METHODS if METHOD[name] in fits]
-LEARNED = [name for name in METHODS if METHOD[name] in recipes_module.LEARNED]
+LEARNED = [name for name in METHODS if METHOD[name] in recipes.LEARNED]
 
 
-@pytest.mark.parametrize("name, variant", ADAPTED)
+@pytest.mark.parametrize("name, variant", grid(ADAPTED))
 def test_an_adaptation_writes_its_folder(runs, adapted, name, variant):
     checkpoint = contents(runs(name))
     run = adapted(name, variant)
@@ -573,9 +614,9 @@ def test_an_adaptation_writes_its_folder(runs, adapted, name, variant):
         )
 
 
-@pytest.mark.parametrize("name, variant", ADAPTED)
+@pytest.mark.parametrize("name, variant", grid(ADAPTED))
 def test_what_is_trained(runs, adapted, name, variant):
-    """Parameter counts: everything with one row of Z, or Z alone, or one adapter: of SFTs the union of their places."""
+    """Parameter counts: all with one row of Z, Z alone, or one adapter (an average of SFTs has all of their places)."""
     adapters, z = SIZES[name]
     averaged = variant == "mu" or METHOD[name] == "adapter-soup"
     if averaged and ADAPTER[name] == "sft":
@@ -591,7 +632,7 @@ def test_what_is_trained(runs, adapted, name, variant):
     assert (counts["adapters"], counts["routing"]) == expected
 
 
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", grid(LEARNED))
 def test_z_changes_nothing_but_z(runs, adapted, name):
     before = load_file(runs(name) / "adapter.safetensors")
     after = [load_file(adapted(name, "z") / f"0/{task}.safetensors") for task in HELD_OUT[:2]]
@@ -615,24 +656,25 @@ def layers_off(tensors: dict[str, torch.Tensor]) -> tuple[str, ...]:
     return tuple(r.removesuffix("router.") for r, values in hidden.items() if not bool((values > 0).any()))
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if METHOD[n] in ROUTED and METHOD[n] not in OWN])
+@pytest.mark.parametrize("name", grid(n for n in METHODS if METHOD[n] in ROUTED and METHOD[n] not in OWN))
 def test_all_changes_skills_and_z(runs, adapted, name):
-    """And keeps which places an SFT changes, and what is given of the routing: see `test_expert`."""
+    """But not the places of an SFT, nor the routing that is fixed: see `test_expert`."""
     before = load_file(runs(name) / "adapter.safetensors")
     best = read(adapted(name) / "result.json")["splits"]["0"]["stops"]
     task = max(best, key=lambda task: best[task]["best_step"])
     assert best[task]["best_step"] > 0
     after = load_file(adapted(name) / f"0/{task}.safetensors")
-    kept = [key for key in before if key.endswith(".place")]
+    places = [key for key in before if key.endswith(".place")]
     off = layers_off(after)
     assert len(off) <= LAYERS / 10  # one of 256 has none of 8 units on
     skills = [key for key in before if not key.endswith((".place", ".router.Z")) and not key.startswith(off)]
     assert before.keys() == after.keys() and all(not torch.equal(before[key], after[key]) for key in skills)
-    assert all(torch.equal(before[key], after[key]) for key in kept) and bool(kept) == (ADAPTER[name] == "sft")
+    assert all(torch.equal(before[key], after[key]) for key in places) and bool(places) == (ADAPTER[name] == "sft")
 
 
 @pytest.mark.parametrize(
-    "name, variant", [(n, v) for n, v in ADAPTED if ADAPTER[n] == "lora" and (v in ("mu", "lora") or METHOD[n] in OWN)]
+    "name, variant",
+    grid((n, v) for n, v in ADAPTED if ADAPTER[n] == "lora" and (v in ("mu", "lora") or METHOD[n] in OWN)),
 )
 def test_what_is_one_adapter_is_of_the_lora_kind(runs, adapted, name, variant):
     lora = load_file(runs("lora") / "adapter.safetensors")
@@ -655,8 +697,8 @@ def test_a_task_that_only_gets_worse_keeps_its_start(learnt, folder, name, varia
     assert not any(loss < stop["dev_loss"] for loss in dev)  # so it did get worse
     assert (stop["best_step"], stop["stopped"]) == (0, 3)  # patience x eval_every
     assert result["before"] == result["tasks"]
-    start, kept = load_file(base / "adapter.safetensors"), load_file(run / f"0/{task}.safetensors")
-    for key, value in kept.items():
+    start, saved = load_file(base / "adapter.safetensors"), load_file(run / f"0/{task}.safetensors")
+    for key, value in saved.items():
         if key.endswith(".router.Z"):
             assert value.abs().max() <= 1e-3  # a fresh row
         elif variant == "mu":
@@ -675,13 +717,10 @@ def test_a_task_that_only_gets_worse_keeps_its_start(learnt, folder, name, varia
         ([5, 6, 4, 7, 3], 8, 8),
     ],
 )
-def test_early_stopping_keeps_the_values_of_the_lowest_dev_loss(
-    runs, monkeypatch, tmp_path, losses, best_step, stopped
-):
-    base = adapt.train_config(adapt.Config(checkpoint=str(runs("lora"))))
-    model, tokenizer = adapt.load_run(runs("lora"), base)
+def test_early_stopping_keeps_the_values_of_the_lowest_dev_loss(runs, monkeypatch, losses, best_step, stopped):
+    model, tokenizer = load_run(runs("lora"), train.run_config(str(runs("lora"))))
     task = strings.strings().test[0]
-    seen = []
+    seen, log = [], []
 
     def dev_loss(model, *_):
         seen.append({name: p.detach().clone() for name, p in adapter_parameters(model).items()})
@@ -689,19 +728,18 @@ def test_early_stopping_keeps_the_values_of_the_lowest_dev_loss(
 
     monkeypatch.setattr(adapt, "dev_loss", dev_loss)
     cfg = adapt.Config(steps=8, eval_every=2, patience=2, batch_size=4, lr=0.01)
-    with open(tmp_path / "log.jsonl", "w") as log:
-        stop = adapt.adapt_task(model, tokenizer, task, (16, 8), cfg, log)
+    stop = adapt.adapt_task(model, tokenizer, task, (16, 8), cfg, SimpleNamespace(write=log.append))
     assert (stop["best_step"], stop["stopped"]) == (best_step, stopped)
     assert stop["dev_loss"] == losses[best_step // 2]
-    assert len(seen) == 1 + stopped // 2 and len(lines_of(tmp_path / "log.jsonl")) == stopped // 2
-    kept, best = adapter_parameters(model), seen[best_step // 2]
-    assert all(torch.equal(kept[name], best[name]) for name in kept)
-    assert any(not torch.equal(seen[0][name], seen[1][name]) for name in kept)
+    assert len(seen) == 1 + stopped // 2 and len(log) == stopped // 2
+    at_the_end, best = adapter_parameters(model), seen[best_step // 2]
+    assert all(torch.equal(at_the_end[name], best[name]) for name in best)
+    assert any(not torch.equal(seen[0][name], seen[1][name]) for name in best)
 
 
 def test_dev_loss_is_per_example_and_without_noise(runs):
-    base = adapt.train_config(adapt.Config(checkpoint=str(runs("mhr"))))
-    model, tokenizer = adapt.load_run(runs("mhr"), base)
+    base = train.run_config(str(runs("mhr")))
+    model, tokenizer = load_run(runs("mhr"), base)
     adapt.prepare(model, base, adapt.Config())
     task = strings.strings().test[1]
     model.train()
@@ -710,7 +748,7 @@ def test_dev_loss_is_per_example_and_without_noise(runs):
     assert model.training and all(p.grad is None for p in model.parameters())
     # with batches of one it is the plain mean of the examples' losses
     model.eval()
-    with torch.no_grad(), adapt.task_ids([0]):
+    with torch.no_grad(), task_ids([0]):
         alone = [train.batch_loss(model, tokenizer, [data.Item(0, e, e.outputs[0])], 16, 8).item() for e in task.dev]
     assert losses[0] == pytest.approx(sum(alone) / len(alone), rel=1e-5)
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
@@ -722,7 +760,7 @@ def test_dev_loss_is_per_example_and_without_noise(runs):
     + [("poly", "z"), ("hyperformer", "z"), ("mhr", "mu"), ("full", "lora")],
 )
 def test_every_task_starts_from_the_checkpoint(runs, adapted, folder, name, variant):
-    """The second task of a list comes out as it does alone."""
+    """The second task of a list has the same result as alone."""
     together, alone, task = adapted(name, variant), folder / f"alone-{name}-{variant}", HELD_OUT[1]
     flags = FEW | dict(checkpoint=str(runs(name)), variant=variant, tasks=task, output_dir=str(alone))
     adapt.main(flags | (dict(lr=1e-3) if (name, variant) == ("full", "all") else {}))
@@ -742,46 +780,46 @@ def test_another_adaptation_seed_gives_another_run(runs, adapted, folder):
 
 def test_few_shot_draws_by_the_seed():
     task = strings.strings().test[0]
-    draw = lambda shots, seed=0: adapt.few_shot(task, adapt.Config(shots=shots, seed=seed)).train  # noqa: E731
+    draw = lambda shots, seed=0: benchmarks.few_shot([task], "0", shots, seed)[0].train  # noqa: E731
     assert len(draw(5)) == 5 and set(draw(5)) < set(task.train) and len(set(draw(5))) == 5
     assert draw(5) == draw(5) != draw(5, seed=1)
     assert draw(5) != task.train[:5]  # official files are sorted by label
     assert sorted(draw(0)) == sorted(draw(99)) == sorted(task.train)
-    whole = adapt.few_shot(task, adapt.Config(shots=5))
+    (whole,) = benchmarks.few_shot([task], "0", 5, 0)
     assert whole.dev == task.dev and whole.test == task.test
 
 
 def test_choosing_tasks():
     benchmark = strings.strings()
-    assert adapt.choose_tasks(benchmark, "all") == benchmark.test
-    assert adapt.choose_tasks(benchmark, "dev") == benchmark.dev
+    assert benchmarks.held_out(benchmark, "all") == benchmark.test
+    assert benchmarks.held_out(benchmark, "dev") == benchmark.dev
     names = [benchmark.test[3].name, benchmark.dev[1].name]
-    assert [task.name for task in adapt.choose_tasks(benchmark, ",".join(names))] == names
+    assert [task.name for task in benchmarks.held_out(benchmark, ",".join(names))] == names
 
 
-def test_weights_that_a_config_does_not_use_are_told(backbones, tmp_path, capsys):
-    """A config.json with fewer layers than its file has, or more: told, or refused, for those would be random."""
-    shutil.copytree(backbones[0], tmp_path / "cut")
+def test_weights_that_a_config_does_not_use_are_told(tmp_path, capsys):
+    """A config.json with fewer layers than the file of weights: a note. With more: refused, they would be random."""
+    small_backbone(tmp_path / "cut", layers=2)
     path = tmp_path / "cut" / "config.json"
-    for layers, told in ((3, False), (2, True)):
-        path.write_text(json.dumps(read(path) | {"num_decoder_layers": layers}))
+    for layers, told in ((2, False), (1, True)):
+        change_json(path, num_decoder_layers=layers)
         load_backbone(str(tmp_path / "cut"), "cpu")
-        assert ("of its weights are not used, as decoder.block.2." in capsys.readouterr().out) == told
-    path.write_text(json.dumps(read(path) | {"num_decoder_layers": 4}))
-    with pytest.raises(UserError, match="its file has no decoder.block.3"):
+        assert ("of its weights are not used, as decoder.block.1." in capsys.readouterr().out) == told
+    change_json(path, num_decoder_layers=3)
+    with pytest.raises(UserError, match="its file has no decoder.block.2"):
         load_backbone(str(tmp_path / "cut"), "cpu")
 
 
 def test_a_folder_with_a_gguf_file_alone(tmp_path, monkeypatch):
-    """All three loaders are told the file's name, and the model, whose weights are plain now, is no longer marked as
-    quantised: save_pretrained would refuse. A folder with a config.json is an ordinary one."""
+    """All three loaders get the file's name. The model is no longer marked as quantised, because save_pretrained would
+    refuse it. A folder with a config.json is an ordinary one."""
     calls, cleared = [], []
     model = nn.Linear(1, 1)
     model.hf_quantizer = SimpleNamespace(remove_quantization_config=cleared.append)
 
     def loader(kind, result):
         monkeypatch.setattr(
-            f"backbone.{kind}.from_pretrained", lambda source, **o: calls.append((kind, source, o)) or result
+            f"plumbing.backbones.{kind}.from_pretrained", lambda source, **o: calls.append((kind, source, o)) or result
         )
 
     loader("AutoConfig", LlamaConfig())
@@ -810,14 +848,14 @@ class Hostile:
 
 
 def test_backbones_run_no_code(tmp_path, backbones):
-    """Neither code that a folder brings along, nor a pickle in the place of its weights; each is one sentence."""
+    """Neither the code in a folder, nor a pickle in place of its weights; each is refused in one sentence."""
     sign, code, weights = tmp_path / "it ran", tmp_path / "code", tmp_path / "weights"
     for folder in (code, weights):
         shutil.copytree(backbones[0], folder)
     remote = {"auto_map": {n: f"mine.{n}" for n in ("AutoConfig", "AutoModelForSeq2SeqLM")}, "model_type": "mine"}
-    (code / "config.json").write_text(json.dumps(read(code / "config.json") | remote))
+    change_json(code / "config.json", **remote)
     (code / "mine.py").write_text(f"open({str(sign)!r}, 'w')")
-    with pytest.raises(UserError, match="asks to run code of its own, which is never done"):
+    with pytest.raises(UserError, match="asks to run code of its own, which is never allowed here"):
         load_backbone(str(code), "cpu")
     (weights / "model.safetensors").unlink()
     torch.save({"shared.weight": Hostile(sign)}, weights / "pytorch_model.bin")
@@ -830,9 +868,9 @@ NO_MEMORY = (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), Runtim
 
 
 @pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("where", [(nn.Module, "to"), (backbone.AutoModelForSeq2SeqLM, "from_pretrained")])
+@pytest.mark.parametrize("where", [(nn.Module, "to"), (AutoModelForSeq2SeqLM, "from_pretrained")])
 def test_a_backbone_larger_than_memory(backbones, monkeypatch, where, error):
-    """That is no fault of its files: a failed run, and what to do."""
+    """A RunError that says what to do: the backbone's files are in order."""
 
     def full(*args, **kwargs):
         raise error
@@ -875,16 +913,15 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, backbones, value, pre
 def test_broken_backbone_configs_are_one_sentence(tmp_path, backbones, change):
     shutil.copytree(backbones[0], tmp_path / "broken")
     path = tmp_path / "broken" / "config.json"
-    path.write_text(json.dumps(read(path) | change))
+    change_json(path, **change)
     with pytest.raises(UserError, match="--backbone .*broken cannot be loaded: .*bundled"):
         load_backbone(str(path.parent), "cpu")
 
 
-@pytest.mark.parametrize("name", ["mhr", "lora"])
-def test_a_run_on_the_untrained_backbone_can_be_adapted_and_scored(folder, name):
+def test_a_run_on_the_untrained_backbone_can_be_adapted_and_scored(folder):
     """--backbone scratch is drawn anew in each process: it must be the same one that was trained on."""
-    run, few = folder / f"scratch-{name}", folder / f"scratch-{name}-few"
-    train.main(SMALL | METHODS[name] | dict(backbone="scratch", output_dir=str(run), steps=2, eval_examples=0))
+    run, few = folder / "scratch", folder / "scratch-few"
+    train.main(SMALL | METHODS["mhr"] | dict(backbone="scratch", output_dir=str(run), steps=2, eval_examples=0))
     torch.manual_seed(99)
     result = adapt.main(FEW | dict(checkpoint=str(run), tasks=HELD_OUT[0], output_dir=str(few), seed=3))
     torch.manual_seed(98)
@@ -894,14 +931,19 @@ def test_a_run_on_the_untrained_backbone_can_be_adapted_and_scored(folder, name)
 # --- Where a new task starts under the baselines ----------------------------------------------------------------------
 
 
+def few_of(task: data.Task) -> data.Task:
+    """A task with the few examples that the runs of this file adapt to."""
+    return benchmarks.few_shot([task], "0", FEW["shots"], 0)[0]
+
+
 def begun(run: Path, task: data.Task, variant: str = "all", change=lambda model: None, **flags) -> nn.Module:
     """The model with which a task's adaptation starts. change: done to the run's model before that."""
     cfg = adapt.Config(checkpoint=str(run), variant=variant, shots=FEW["shots"], **flags)
-    base = adapt.train_config(cfg)
-    model, _ = adapt.load_run(run, base)
+    base = adapt.base_config(cfg)
+    model, _ = load_run(run, base)
     change(model)
     torch.manual_seed(0)
-    adapt.prepare(model, base, cfg)(adapt.few_shot(task, cfg))
+    adapt.prepare(model, base, cfg)(few_of(task))
     return model.eval()
 
 
@@ -909,21 +951,20 @@ def begun(run: Path, task: data.Task, variant: str = "all", change=lambda model:
 def outputs(model: nn.Module, task: int = 0) -> torch.Tensor:
     """Logits for two inputs of bytes under a task id."""
     x = torch.arange(10, 26).view(2, 8)
-    with adapt.task_ids([task, task]):
+    with task_ids([task, task]):
         return model(input_ids=x, labels=x + 1).logits
 
 
 def nearest(run: Path, task: data.Task, n: int) -> list[int]:
     """The n training tasks that are most like a new one with its few examples, by a loop over cosines."""
     encoder, tokenizer = load_backbone(read(run / "config.json")["backbone"], "cpu")
-    few = adapt.few_shot(task, adapt.Config(shots=FEW["shots"]))
-    new, known = embed(encoder, tokenizer, few, SMALL["max_input"]), load_file(run / "embeddings.safetensors")
+    new, known = embed(encoder, tokenizer, few_of(task), SMALL["max_input"]), load_file(run / "embeddings.safetensors")
     cosines = [(new @ row / (new.norm() * row.norm())).item() for row in known["embeddings"]]
     return sorted(range(len(cosines)), key=lambda k: -cosines[k])[:n]
 
 
 def test_expert(runs, adapted):
-    """A new task uses the skills that it truly has; nothing of that is trained."""
+    """A new task uses the skills that the table assigns; its row of Z is not trained."""
     names = read(runs("expert") / "tasks.json")["skills"]
     for task in strings.strings().test[:2]:
         expected = torch.tensor([[float(name in task.skills) for name in names]])
@@ -938,7 +979,7 @@ def test_expert(runs, adapted):
 
 @pytest.mark.parametrize("name", ["random", "random-by-task"])
 def test_random(runs, name):
-    """A new task draws nothing any more, in training either: it mixes all skills alike, as mu does."""
+    """A new task mixes all skills alike, as mu does, also in training: nothing is drawn."""
     task = strings.strings().test[0]
     model = begun(runs(name), task).train()
     expected = outputs(begun(runs(name), task, "mu"))
@@ -965,7 +1006,7 @@ def spoil(model: nn.Module):
 
 @pytest.mark.parametrize("name, n", [("adapter-soup", 1), ("adapter-soup", 5), ("soup-sft", 1), ("soup-sft", 3)])
 def test_adapter_soup_starts_at_an_average(runs, name, n):
-    """Of the adapters of the n most similar training tasks; with one, it is that task's model."""
+    """The average of the adapters of the n most similar training tasks; for n = 1 the model of that task."""
     task, saved = strings.strings().test[1], load_file(runs(name) / "adapter.safetensors")
     model, chosen = begun(runs(name), task, soup=n), nearest(runs(name), task, n)
     for layer, module in adapted_layers(model).items():
@@ -977,7 +1018,7 @@ def test_adapter_soup_starts_at_an_average(runs, name, n):
         else:
             assert all(torch.allclose(module.params[key], p.mean(0), atol=1e-7) for key, p in skills.items())
     if n == 1:
-        whole = adapt.load_run(runs(name), adapt.train_config(adapt.Config(checkpoint=str(runs(name)))))[0].eval()
+        whole = load_run(runs(name), train.run_config(str(runs(name))))[0].eval()
         merge(whole, chosen[0])
         torch.testing.assert_close(outputs(model), outputs(whole), rtol=1e-4, atol=1e-4)
 
@@ -991,8 +1032,8 @@ def test_adapter_soup_of_all_tasks_is_mu(runs):
 @pytest.mark.parametrize("kind", ["t5", "llama"])
 @torch.no_grad()
 def test_the_embedding_of_a_task_by_a_loop(backbones, llama, monkeypatch, kind):
-    """The mean over tokens, then over inputs, one input at a time: no padding enters. Over at most EXAMPLES, from all
-    of the task. Inputs of up to 13 bytes are cut to 12 tokens."""
+    """The mean over tokens, then over inputs, computed without padding, one input at a time. At most EXAMPLES inputs
+    count, evenly spaced over the task. Inputs of 13 bytes are cut to 12 tokens."""
     encoder, tokenizer = load_backbone(llama if kind == "llama" else backbones[0], "cpu")
     body = encoder.model if kind == "llama" else encoder.encoder
     task = dataclasses.replace(strings.strings().test[0], train=strings.strings().test[0].train[:10])
@@ -1013,20 +1054,23 @@ def test_another_model_may_embed_the_tasks(folder, backbones, llama):
 
 
 def test_lora_on_a_full_run(runs, adapted, folder):
-    """It starts as the fine-tuned backbone, is saved without it, and is a LoRA whatever --adapter said."""
+    """It starts as the fine-tuned backbone, is saved without the backbone, and is a LoRA whatever --adapter said."""
     few, whole = read(adapted("full", "lora") / "result.json"), read(adapted("full") / "result.json")
     assert few["before"] == whole["before"] and few["parameters"] == {"adapters": LORA_SIZE, "routing": 0}
     saved = adapted("full", "lora") / f"0/{HELD_OUT[0]}.safetensors"
-    assert saved.stat().st_size < 0.1 * (runs("full") / "backbone/model.safetensors").stat().st_size
+    assert saved.stat().st_size < 0.5 * (runs("full") / "backbone/model.safetensors").stat().st_size
     odd = folder / "full-ia3"
     shutil.copytree(runs("full"), odd)
-    (odd / "config.json").write_text(json.dumps(read(odd / "config.json") | dict(adapter="ia3")))
+    change_json(odd / "config.json", adapter="ia3")
     own = adapter_parameters(begun(odd, strings.strings().test[0], "lora"))
     assert {key.rsplit(".", 1)[1] for key in own} == {"A", "B"}
 
 
-@pytest.mark.parametrize("name", ["private", "poly-sft", "soup-sft", "expert", "random", "hyperformer"])
-def test_mu_of_every_kind_goes_on(runs, folder, name):
+@pytest.mark.parametrize(
+    "name",
+    grid(["private", "poly-sft", "soup-sft", "expert", "random", "hyperformer"], quick=("poly-sft", "hyperformer")),
+)
+def test_mu_of_every_kind_continues(runs, folder, name):
     """One adapter, the average of all: saved, loaded, trained on and adapted, though SFTs then have more places."""
     run, more, few = (folder / f"mu-{name}{part}" for part in ("", "-more", "-few"))
     flags = dict(from_run=str(runs(name)), method="mu", steps=1, output_dir=str(run))
@@ -1045,7 +1089,7 @@ def test_mu_of_every_kind_goes_on(runs, folder, name):
 # --- Scoring again ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, variant", ADAPTED)
+@pytest.mark.parametrize("name, variant", grid(ADAPTED))
 def test_scoring_an_adaptation_again_gives_its_scores(adapted, capsys, name, variant):
     torch.manual_seed(777)  # there is nothing random in scoring
     run = adapted(name, variant)
@@ -1061,36 +1105,46 @@ OTHER_PAIRS = {  # (method, adapter): parameters in pre-training; what METHODS a
     ("expert", "ia3"): (8 * IA3_SIZE, 0),
     ("random", "ia3"): (8 * IA3_SIZE, 0),
     ("random", "sft"): (8 * SFT_SIZE, 0),
-    ("hyperformer", "ia3"): (8 * IA3_SIZE + 24 * (8 * 8 + 8), 24 * Z_OF_64),
+    ("hyperformer", "ia3"): (8 * IA3_SIZE + 8 * (8 * 8 + 8), 8 * Z_OF_64),
     ("hyperformer", "sft"): (8 * SFT_SIZE + LAYERS * (8 * 8 + 8), LAYERS * Z_OF_64),
-    ("task-moe", "ia3"): (8 * IA3_SIZE, 24 * Z_OF_64),
+    ("task-moe", "ia3"): (8 * IA3_SIZE, 8 * Z_OF_64),
     ("task-moe", "sft"): (8 * SFT_SIZE, LAYERS * Z_OF_64),
     ("adapter-soup", "ia3"): (64 * IA3_SIZE, 0),
 }
 
 
-def test_every_adapter_is_in_the_tests_under_every_routed_method():
+def test_every_pair_of_method_and_adapter_is_in_the_tests():
+    """All pairs at least among the slow ones; by default each method and each adapter."""
     tested = {(METHOD[name], ADAPTER[name]) for name in METHODS} | OTHER_PAIRS.keys()
     assert {(method, adapter) for method in ROUTED for adapter in ("lora", "ia3", "sft")} <= tested
+    assert {METHOD[name] for name in PAIRS} == {*recipes.METHODS} - {"mu"}  # which only continues another run
+    assert {ADAPTER[name] for name in PAIRS} == {"lora", "ia3", "sft"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, adapter", OTHER_PAIRS)
 def test_the_other_pairs_of_method_and_adapter(backbones, tmp_path, method, adapter):
     """They train, adapt in each of their variants, and what is saved scores as it did."""
     flags = {k: v for k, v in SMALL.items() if k != "skills" or method not in FIXED_TABLE} | dict(eval_examples=0)
-    flags |= dict(method=method, adapter=adapter, density=0.01, backbone=backbones[0], output_dir=str(tmp_path / "run"))
+    flags |= dict(method=method, adapter=adapter, density=0.05, backbone=backbones[0], output_dir=str(tmp_path / "run"))
     counts = train.main(flags)["parameters"]
     assert (counts["adapters"], counts["routing"]) == OTHER_PAIRS[method, adapter]
-    for variant in [variant for variant, fits in recipes_module.VARIANTS.items() if method in fits]:
+    for variant in [variant for variant, fits in VARIANTS.items() if method in fits]:
         few = FEW | dict(checkpoint=str(tmp_path / "run"), variant=variant, tasks=HELD_OUT[0], steps=2)
         result = adapt.main(few | dict(output_dir=str(tmp_path / variant)))
         assert result["splits"]["0"]["stops"][HELD_OUT[0]]["stopped"] == 2
         assert evaluate.evaluate(evaluate.Config(checkpoint=str(tmp_path / variant))) == result["tasks"]
 
 
-@pytest.mark.parametrize("name", ["mhr", "expert", "private", "adapter-soup", "soup-sft", "hyperformer", "task-moe"])
+@pytest.mark.parametrize(
+    "name",
+    grid(
+        ["mhr", "expert", "private", "adapter-soup", "soup-sft", "hyperformer", "task-moe"],
+        quick=("mhr", "expert", "adapter-soup", "hyperformer"),
+    ),
+)
 def test_zero_shot(runs, folder, capsys, monkeypatch, name):
-    whole = strings.strings()  # kept for all tests: change a copy
+    whole = strings.strings()  # shared by all tests: change a copy
     few = [dataclasses.replace(task, test=task.test[:4]) for task in whole.test]
     whole = dataclasses.replace(whole, test=few)
     monkeypatch.setattr(strings, "strings", lambda *_: whole)
@@ -1107,11 +1161,9 @@ def test_zero_shot(runs, folder, capsys, monkeypatch, name):
     assert one == again  # a fresh row of Z is as good as uniform: no seed matters
 
 
-def test_comparing_runs(runs, adapted, capsys):
+def test_comparing_runs(runs, adapted):
     folders = [str(runs("lora")), str(runs("mhr")), str(adapted("mhr")), str(adapted("mhr", "mu"))]
-    capsys.readouterr()
-    evaluate.main({"compare": folders})
-    lines = capsys.readouterr().out.splitlines()
+    lines = compare(tuple(folders)).splitlines()
     assert len(lines) == 5 and len({len(line) for line in lines}) == 1
     assert [line.split()[0] for line in lines[1:]] == ["lora", "mhr", "mhr", "mhr"]
     assert f"{read(runs('lora') / 'result.json')['mean']:.1f}" in lines[1]
@@ -1195,7 +1247,7 @@ def test_a_decoder_only_adaptation(llama_run, folder, variant):
 
 
 def test_epochs(gym, llama, folder):
-    examples = sum(len(task.train) for task in load("crossfit", str(gym), "100").train)
+    examples = sum(len(task.train) for task in benchmarks.load("crossfit", str(gym), "100").train)
     assert examples > 20 and examples % 8
     flags = dict(dataset="crossfit", data_dir=gym, split="100", backbone=llama, method="ia3", epochs=2, batch_size=8)
     result = train.main(flags | dict(max_input=40, max_output=8, output_dir=str(folder / "epochs")))
@@ -1207,8 +1259,7 @@ def test_the_gym_may_have_moved(llama_run, gym, folder):
     shutil.copytree(gym, moved)
     copy = folder / "moved-run"
     shutil.copytree(llama_run, copy)
-    settings = read(copy / "config.json") | {"data_dir": "/no/longer/there"}
-    (copy / "config.json").write_text(json.dumps(settings))
+    change_json(copy / "config.json", data_dir="/no/longer/there")
     with pytest.raises(UserError, match="/no/longer/there"):
         evaluate.evaluate(evaluate.Config(checkpoint=str(copy)))
     scores = evaluate.evaluate(evaluate.Config(checkpoint=str(copy), data_dir=str(moved)))
@@ -1231,13 +1282,13 @@ def test_crossfit_trains_without_naming_a_split(gym, llama, folder):
 
 def command(script: str, argv: list[str], capsys) -> str:
     """Run a script's command line in this process. It must end with code 2 and one sentence, which is returned."""
-    module, recipes = SCRIPTS[script]
+    module, table, moved = SCRIPTS[script]
     capsys.readouterr()
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("no answer in 120 seconds"))
     signal.alarm(120)
     try:
         with pytest.raises(SystemExit) as end:
-            exit_on_user_error(module.main, explicit_flags(module.Config, recipes, argv))
+            exit_on_user_error(module.main, explicit_flags(module.Config, table, argv, moved))
     finally:
         signal.alarm(0)
     said = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
@@ -1259,8 +1310,7 @@ def places(folder, backbones, gym, runs, adapted, llama_run) -> dict:
     def copied(name: str, source, **changes) -> Path:
         """A copy of a run with these settings changed."""
         shutil.copytree(source, folder / name)
-        path = folder / name / "config.json"
-        path.write_text(json.dumps(read(path) | changes))
+        change_json(folder / name / "config.json", **changes)
         where[name] = folder / name
         return folder / name
 
@@ -1289,7 +1339,7 @@ def places(folder, backbones, gym, runs, adapted, llama_run) -> dict:
         ("backbone_unknown_type", "config.json", b'{"model_type": "nonsense"}'),
         ("backbone_no_type", "config.json", b"{}"),
         ("backbone_garbage", "model.safetensors", b"garbage" * 99),
-        ("backbone_truncated", "model.safetensors", (Path(backbones[0]) / "model.safetensors").read_bytes()[:100_000]),
+        ("backbone_truncated", "model.safetensors", (Path(backbones[0]) / "model.safetensors").read_bytes()[:30_000]),
     ):
         shutil.copytree(backbones[0], folder / name)
         (folder / name / file).write_bytes(content)
@@ -1310,9 +1360,9 @@ def places(folder, backbones, gym, runs, adapted, llama_run) -> dict:
         ("emptied_train_gym", "*/*_6_*_[td]*[nv].tsv"),
     ):
         shutil.copytree(gym, folder / name)
-        found = list((folder / name).glob(files))
-        assert found
-        for path in found:
+        paths = list((folder / name).glob(files))
+        assert paths
+        for path in paths:
             path.write_text("")
         where[name] = folder / name
     return where
@@ -1340,7 +1390,6 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
         (TRAIN + "--lr 0", "--lr must be above 0"),
         (TRAIN + "--lr nan", "--lr"),
         (TRAIN + "--lr-z -0.1", "--lr-z must be above 0"),
-        (TRAIN + "--weight-decay -1", "--weight-decay"),
         (TRAIN + "--rank 0", "--rank must be above 0"),
         (TRAIN + "--skills 0", "--skills must be above 0"),
         (TRAIN + f"--rank {10**20}", "--rank must be below 2.31"),
@@ -1353,20 +1402,17 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
         (TRAIN + "--clip 0", "--clip"),
         (CROSSFIT + "--data-dir {gym} --eval-examples -1", "--eval-examples"),
         (TRAIN + "--split x", "--split x"),
-        (TRAIN + "--method mhr --heads 7", r"layer encoder\.block\.0\.layer\.0\.SelfAttention\.q: 7 heads .*128"),
-        (TRAIN + "--method mhr --heads 256", r"DenseReluDense|SelfAttention\.q: 256 heads .*128"),
+        (TRAIN + "--method mhr --heads 7", r"layer encoder\.block\.0\.layer\.0\.SelfAttention\.q: 7 heads .*16"),
+        (TRAIN + "--method mhr --heads 32", r"SelfAttention\.q: 32 heads .*16"),
         (TRAIN + "--method private --skills 4", "--skills does not fit --method private"),
         (TRAIN + "--method expert --skills 4", "--skills does not fit --method expert"),
         (TRAIN + "--method lora --adapter sft", "--adapter sft does not fit --method lora"),
-        (TRAIN + "--method poly --adapter sft --density 1.5", "density must be above 0 and at most 1, not 1.5"),
-        (TRAIN + "--density 0", "--density must be above 0"),
-        (TRAIN + "--adapter sft --method mhr --heads 7", r"layer encoder\.block\.0\.layer\.0\..*\.q: 7 heads .*128"),
-        (TRAIN + "--top-k 0", "--top-k must be above 0"),
-        (TRAIN + "--method task-moe --skills 2 --top-k 3", "--top-k 3 must be at least 2 and at most --skills 2"),
+        (TRAIN + "--adapter sft --method mhr --heads 7", r"layer encoder\.block\.0\.layer\.0\..*\.q: 7 heads .*16"),
+        (TRAIN + "--method task-moe --skills 1", "--method task-moe uses 2 skills a task: give --skills 2 or more"),
         (TRAIN + "--method random --random-by layer", "--random-by.*layer"),
+        (TRAIN + "--warmup 0.1", "--warmup is a setting of the recipe"),
         (TRAIN + "--granularity head", "--granularity.*head"),
         (TRAIN + "--granularity block --layers lm_head", "lm_head is in no numbered block: use --granularity linear"),
-        (TRAIN + "--method adapter-soup --encoder {missing}", "--encoder .*missing"),
         (CROSSFIT + "--data-dir {gym} --method expert", "--method expert: nothing is known of the skills"),
         (TRAIN + "--layers no_such_layer", "no_such_layer"),
         (TRAIN + "--layers encoder", "layer encoder is a T5Stack"),
@@ -1397,6 +1443,43 @@ def test_train_tells_mistakes(places, tmp_path, capsys, argv, named):
     assert not (tmp_path / "out").exists()  # nothing is left behind
 
 
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        (dict(weight_decay=-1.0), "--weight-decay must not be negative"),
+        (dict(warmup=1.5), "--warmup is a share of the steps and must not be above 1, not 1.5"),
+        (dict(method="poly", adapter="sft", density=1.5), "density must be above 0 and at most 1, not 1.5"),
+        (dict(density=0.0), "--density must be above 0"),
+        (dict(top_k=0), "--top-k must be above 0"),
+        (dict(method="task-moe", skills=2, top_k=3), "--method task-moe uses 3 skills a task: give --skills 3 or more"),
+        (dict(method="task-moe", top_k=1), "--method task-moe uses 1 skills a task"),
+        (dict(steps=0, epochs=0), "nothing to train: give --steps above 0"),
+        (dict(method="adapter-soup", encoder="no/such"), "--encoder no/such cannot be loaded"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_a_recipe_cannot_say_to_train(backbones, tmp_path, settings, says):
+    small = dict(backbone=backbones[0], steps=1, eval_examples=0, output_dir=str(tmp_path / "out"))
+    with pytest.raises(UserError, match=f"^{says}|: {says}"):
+        train.main(small | settings)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        (dict(weight_decay=-1.0), "--weight-decay must not be negative"),
+        (dict(soup=0), "--soup must be above 0"),
+        (dict(patience=0), "--patience must be above 0"),
+    ],
+    ids=str,
+)
+def test_what_a_recipe_cannot_say_to_adapt(runs, tmp_path, settings, says):
+    with pytest.raises(UserError, match=f"^{says}"):
+        adapt.main(FEW | dict(checkpoint=str(runs("mhr")), output_dir=str(tmp_path / "out")) | settings)
+    assert not (tmp_path / "out").exists()
+
+
 ADAPT = "--steps 1 --batch-size 2 --eval-every 1 --test-examples 1 --tasks dev "
 
 
@@ -1415,7 +1498,6 @@ ADAPT = "--steps 1 --batch-size 2 --eval-every 1 --test-examples 1 --tasks dev "
         ("--checkpoint {ia3} --variant mu", "--variant mu .*ia3"),
         ("--checkpoint {private} --variant z", "--variant z .* poly, mhr, hyperformer, task-moe, .* private"),
         ("--checkpoint {mhr} --variant lora", "--variant lora needs a run of method full, .* is mhr"),
-        ("--checkpoint {mhr} --soup 0", "--soup must be above 0"),
         ("--checkpoint {unfinished_soup}", r"unfinished_soup/embeddings\.safetensors does not exist"),
         ("--checkpoint {no_names}", r"no_names/tasks\.json"),
         ("--checkpoint {other_density}", r"other_density.*inventory\.place"),
@@ -1425,8 +1507,6 @@ ADAPT = "--steps 1 --batch-size 2 --eval-every 1 --test-examples 1 --tasks dev "
         ("--checkpoint {mhr} --lr -1", "--lr must be above 0"),
         ("--checkpoint {mhr} --lr-z 0", "--lr-z must be above 0"),
         ("--checkpoint {mhr} --eval-every 0", "--eval-every must be above 0"),
-        ("--checkpoint {mhr} --patience 0", "--patience must be above 0"),
-        ("--checkpoint {mhr} --weight-decay -1", "--weight-decay"),
         ("--checkpoint {mhr} --shots -1", "--shots"),
         ("--checkpoint {cfrun} --split 100 --test-examples -1", "--test-examples"),
         ("--checkpoint {mhr} --split x", "--split x"),
@@ -1486,7 +1566,6 @@ def test_adapt_tells_mistakes(places, tmp_path, capsys, argv, named):
         ("--checkpoint {adapter_garbage}", "adapter_garbage"),
         ("--checkpoint {other_backbone}", "other_backbone.*another backbone"),
         ("--checkpoint {single} --zero-shot", "held-out|--zero-shot"),
-        ("--compare {config_broken}", r"config_broken/config\.json:1"),
     ],
 )
 def test_evaluate_tells_mistakes(places, capsys, argv, named):
@@ -1505,36 +1584,36 @@ def test_evaluate_tells_mistakes(places, capsys, argv, named):
     ids=str,
 )  # fmt: skip
 def test_what_a_run_says_of_itself_is_checked(runs, tmp_path, odd, says):
-    """A config.json with what no flag may have is refused before anything is loaded."""
+    """A value in config.json that no flag can have is refused before anything is loaded."""
     shutil.copytree(runs("mhr"), tmp_path / "run")
     path = tmp_path / "run" / "config.json"
-    path.write_text(json.dumps(read(path) | odd))
+    change_json(path, **odd)
     with pytest.raises(UserError, match=says):
         adapt.main(dict(checkpoint=str(tmp_path / "run"), output_dir=str(tmp_path / "few")))
     assert not (tmp_path / "few").exists()
 
 
 def test_the_names_of_skills_are_counted(runs, tmp_path):
-    """expert: a tasks.json with more or fewer skills than the run has is refused; one alone would fit any table."""
+    """expert: a tasks.json with more or fewer skills than the run has is refused."""
     shutil.copytree(runs("expert"), tmp_path / "run")
     path = tmp_path / "run" / "tasks.json"
     for skills in ([], ["sort"], [*read(path)["skills"], "more"]):
-        path.write_text(json.dumps(read(path) | {"skills": skills}))
+        change_json(path, skills=skills)
         with pytest.raises(UserError, match=f"tasks.json names {len(skills)} skills, the run has"):
             adapt.main(dict(checkpoint=str(tmp_path / "run"), output_dir=str(tmp_path / "few"), tasks="sort+double"))
 
 
 def test_rows_of_other_tasks_are_not_used(runs, tmp_path):
-    """A routed run whose training tasks are no longer those of the data, or in another order: refused by all that would
-    use their rows of Z, naming the first that differs. One adapter for all has no rows; numbers for names are of a run
-    from elsewhere."""
+    """A routed run is refused if the data now has other training tasks, or another order, by all that would use its
+    rows of Z; the first task that differs is named. One adapter for all has no rows. Imported runs number their tasks.
+    """
     names = read(runs("mhr") / "tasks.json")["tasks"]
     swapped = [names[0], names[2], names[1], *names[3:]]
     using = (
         lambda run: evaluate.evaluate(evaluate.Config(checkpoint=run)),
         lambda run: analyze.main(dict(checkpoint=run)),
         lambda run: train.main(dict(from_run=run, steps=1, output_dir=str(tmp_path / "more"))),
-        lambda run: train.run(read_config(train.Config, Path(run) / "config.json"), Path(run)),  # --resume
+        lambda run: train.train_in(Path(run), read_config(train.Config, Path(run) / "config.json")),  # --resume
     )
     for k, (made, says) in enumerate(
         [(swapped, "training task 1 is"), (names[:-1], f"training task {len(names) - 1} is")]
@@ -1545,22 +1624,21 @@ def test_rows_of_other_tasks_are_not_used(runs, tmp_path):
             with pytest.raises(UserError, match=f"{says} .*that of the data .*--data-dir"):
                 use(str(tmp_path / str(k)))
     (tmp_path / "0" / "tasks.json").write_text(json.dumps({"tasks": [str(t) for t in range(len(names))], "skills": []}))
-    assert refuse_other_tasks(tmp_path / "0", "mhr", train.load_tasks(train.Config(), "0", ("train",)).train) is None
+    assert refuse_other_tasks(tmp_path / "0", "mhr", strings.strings().train) is None
     with pytest.raises(UserError, match="training task 0 is '0', that of the data None"):
         refuse_other_tasks(tmp_path / "0", "mhr", [])
     assert refuse_other_tasks(tmp_path / "0", "lora", []) is None
 
 
-def test_epochs_take_the_place_of_the_recipes_steps_and_steps_of_its_epochs():
-    by_epochs, by_steps = train.make_config(dataset="strings", epochs=2), train.make_config(dataset="crossfit", steps=7)
-    assert (by_epochs.steps, by_epochs.epochs) == (0, 2) and (by_steps.steps, by_steps.epochs) == (7, 0)
-    assert train.steps_to_take(by_epochs, train.load_tasks(by_epochs, "0", ("train",)).train) == 2 * 64 * 500 // 64
-    with pytest.raises(UserError, match="--steps 5 and --epochs 2: give one of them"):
-        train.make_config(steps=5, epochs=2)
+def test_epochs_count_where_no_steps_are_given():
+    by_epochs, by_steps = train.make_config(steps=0, epochs=2), train.make_config(dataset="crossfit", steps=7)
+    tasks = strings.strings().train
+    assert train.steps_to_take(by_epochs, tasks) == 2 * 64 * 500 // 64
+    assert by_steps.epochs == 30 and train.steps_to_take(by_steps, tasks) == 7
 
 
 def test_a_run_of_another_script_is_named(runs, adapted):
-    """train.py's and adapt.py's runs given in each other's place: the sentence says which script made it."""
+    """A run of adapt.py in place of one of train.py, or the reverse: the sentence says which script made it."""
     with pytest.raises(UserError, match="it is a run of adapt.py, not of train.py"):
         adapt.main(dict(checkpoint=str(adapted("mhr"))))
     with pytest.raises(UserError, match="it is a run of adapt.py, not of train.py"):
@@ -1570,19 +1648,15 @@ def test_a_run_of_another_script_is_named(runs, adapted):
 
 
 def test_flags_that_adaptation_does_not_use_are_named(runs, capsys):
-    """A flag that the variant or the method's kind of run does not use is said; a task named twice is one task."""
-    said = {
-        ("mhr", "z", "lr"), ("mhr", "mu", "lr_z"), ("mhr", "all", "soup"), ("lora", "all", "lr_z"),
-        ("adapter-soup", "mu", "soup"),
-    }  # fmt: skip
-    for method, variant, name in said:
+    """Flags that have no effect with the variant or the method are named; a task named twice is one task."""
+    for method, variant, name in {("mhr", "z", "lr"), ("mhr", "mu", "lr_z"), ("lora", "all", "lr_z")}:
         adapt.make_config(**{"checkpoint": str(runs(method)), "variant": variant, name: 1})
-        assert f"--{name.replace('_', '-')}\n" in capsys.readouterr().out
-    for method, variant, name in {("mhr", "z", "lr_z"), ("mhr", "all", "lr"), ("adapter-soup", "all", "soup")}:
+        assert capsys.readouterr().out.endswith(f": --{name.replace('_', '-')}\n")
+    for method, variant, name in {("mhr", "z", "lr_z"), ("mhr", "all", "lr")}:
         adapt.make_config(**{"checkpoint": str(runs(method)), "variant": variant, name: 1})
-        assert "changes nothing" not in capsys.readouterr().out
+        assert "ignored" not in capsys.readouterr().out
     benchmark = strings.strings()
-    assert [task.name for task in adapt.choose_tasks(benchmark, f"{HELD_OUT[1]},{HELD_OUT[1]}")] == [HELD_OUT[1]]
+    assert [task.name for task in benchmarks.held_out(benchmark, f"{HELD_OUT[1]},{HELD_OUT[1]}")] == [HELD_OUT[1]]
 
 
 @pytest.mark.parametrize(
@@ -1602,13 +1676,13 @@ def test_splits_are_whole_numbers_written_in_one_way(split):
         strings.load("strings", "", split, ())
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path, capsys):
-    """A path that is not UTF-8 would break off the run later, when it is written or printed."""
+def test_flags_that_are_not_utf8_are_refused(tmp_path, capsys):
+    """A path that is not UTF-8 would end the run later, when it is written or printed."""
     odd = os.fsdecode(b"run\xff")
-    for Script, argv in ((train.Config, ["--output-dir", odd]), (adapt.Config, ["--split", "0", odd])):
+    for Config, argv in ((train.Config, ["--output-dir", odd]), (adapt.Config, ["--split", "0", odd])):
         with pytest.raises(SystemExit) as end:
-            explicit_flags(Script, {}, argv)
-        assert end.value.code == 2 and f"argument {argv[0]}: it is not UTF-8" in capsys.readouterr().err
+            explicit_flags(Config, {}, argv)
+        assert end.value.code == 2 and f"argument {argv[0]}: it is not valid UTF-8" in capsys.readouterr().err
 
 
 def test_a_folder_in_use_is_left_as_it_is(runs, adapted, places, capsys):
@@ -1639,11 +1713,9 @@ def test_interrupting_is_no_traceback(capsys):
     assert end.value.code == 130 and "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "error", [UserError("a\nb is\r\nwrong"), OSError(2, "is gone", "a\nb"), errors.RunError("x\ny")]
-)
+@pytest.mark.parametrize("error", [UserError("a\nb is\r\nwrong"), OSError(2, "is gone", "a\nb"), RunError("x\ny")])
 def test_a_failure_is_one_line(capsys, error):
-    """Also where the name of a file in it has line ends."""
+    """Also if the name of a file in it has line breaks."""
 
     def fail():
         raise error
@@ -1663,7 +1735,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_adapter_files_name_their_backbone(runs, adapted):
-    """The fingerprint lets a wrong backbone be refused; it is the same before and after adaptation."""
+    """By a fingerprint that is the same before and after adaptation; so a wrong backbone can be refused."""
     marks = set()
     for path in (runs("mhr") / "adapter.safetensors", adapted("mhr", "mu") / f"0/{HELD_OUT[0]}.safetensors"):
         marks.add(read_tensors(str(path))[1]["backbone"])
@@ -1672,7 +1744,7 @@ def test_adapter_files_name_their_backbone(runs, adapted):
 
 def test_the_tiny_architecture_is_what_the_counts_say():
     model = tiny_from_scratch()
-    assert sum(p.numel() for p in model.parameters()) == FULL_SIZE
+    assert sum(p.numel() for p in model.parameters()) == 1_231_232
     assert not any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
 
 
@@ -1681,18 +1753,64 @@ def test_the_tiny_architecture_is_what_the_counts_say():
 
 @pytest.mark.parametrize("script", ["train", "adapt"])
 def test_a_run_has_no_value_that_its_flags_cannot_have(script, tmp_path):
-    """What the command line refuses, read_config refuses too, naming file, field and value; what it takes is read."""
+    """read_config refuses what the command line refuses, naming file, field and value, and reads what it takes."""
     Config, path = SCRIPTS[script][0].Config, tmp_path / "config.json"
     for field in dataclasses.fields(Config):
         for value in field.metadata["choices"]:
             cfg = Config(**{field.name: value})
             write_json(path, dataclasses.asdict(cfg))
-            assert folders_module.read_config(Config, path) == cfg
+            assert read_config(Config, path) == cfg
         for odd in ["nonsense"] * bool(field.metadata["choices"]) + [[], [5], [{}]] * (field.type is tuple):
             path.write_text(json.dumps(dataclasses.asdict(Config()) | {field.name: odd}))
             with pytest.raises(UserError, match=rf"config\.json: field '{field.name}' is") as refused:
-                folders_module.read_config(Config, path)
+                read_config(Config, path)
             assert repr(odd) in str(refused.value)
+
+
+@pytest.mark.parametrize("script", ["train", "adapt"])
+def test_a_config_of_an_earlier_version_is_read(script, tmp_path):
+    """It had `resume` in it, and best_by as `keep`; a field that it lacks gets its default."""
+    Config, path = SCRIPTS[script][0].Config, tmp_path / "config.json"
+    cfg = Config(seed=3, output_dir="runs/a", **{"best_by": "score"} if script == "adapt" else {})
+    former = {"keep" if name == "best_by" else name: value for name, value in dataclasses.asdict(cfg).items()}
+    assert former["resume"] is False
+    write_json(path, former)
+    assert read_config(Config, path) == cfg
+    marker = {"train": "adapter", "adapt": "variant"}[script]  # by which the two kinds of run are told apart
+    write_json(path, {name: former[name] for name in ("seed", "output_dir", marker)})
+    assert read_config(Config, path) == Config(seed=3, output_dir="runs/a")
+
+
+@pytest.mark.parametrize("odd", [dict(invented=1), dict(resume=True), dict(plot=["a"]), dict(best_by="loss")], ids=str)
+def test_a_field_that_no_version_had_is_refused(odd, tmp_path):
+    path, (name,) = tmp_path / "config.json", odd
+    write_json(path, dataclasses.asdict(train.Config()) | odd)
+    with pytest.raises(UserError, match=rf"^{path}: field '{name}' is unknown: it is of another version, or [a-z ]+$"):
+        read_config(train.Config, path)
+
+
+def test_a_run_of_an_earlier_version_is_used_as_ever(runs, adapted, tmp_path):
+    """Its config.json has `resume`, and best_by as `keep`: it is scored, adapted, and resumed like a new one."""
+    run, few = tmp_path / "run", tmp_path / "few"
+    shutil.copytree(runs("mhr"), run)
+    shutil.copytree(adapted("mhr"), few)
+    settings = read(few / "config.json")
+    settings |= {"resume": False, "keep": settings.pop("best_by"), "checkpoint": str(run)}
+    write_json(few / "config.json", settings)
+    change_json(run / "config.json", resume=False)
+    for folder, limit in ((run, SMALL["eval_examples"]), (few, 0)):
+        cfg = evaluate.Config(checkpoint=str(folder), test_examples=limit)
+        assert evaluate.evaluate(cfg) == read(folder / "result.json")["tasks"]
+    result = adapt.main(FEW | dict(checkpoint=str(run), tasks=HELD_OUT[0], output_dir=str(tmp_path / "more")))
+    assert result["tasks"] == {HELD_OUT[0]: read(few / "result.json")["tasks"][HELD_OUT[0]]}
+
+    for name in ("result.json", f"0/{HELD_OUT[1]}.json"):  # as if it had been interrupted during the second task
+        (few / name).unlink()
+    assert adapt.main(dict(resume=True, output_dir=str(few)))["tasks"] == read(adapted("mhr") / "result.json")["tasks"]
+    for name in ("result.json", "log.jsonl", "adapter.safetensors"):  # in its first step
+        (run / name).unlink()
+    train.main(dict(resume=True, output_dir=str(run)))
+    assert same_tensors(run / "adapter.safetensors", runs("mhr") / "adapter.safetensors")
 
 
 def test_levels_of_an_agent_are_checked_one_by_one(tmp_path):
@@ -1701,14 +1819,14 @@ def test_levels_of_an_agent_are_checked_one_by_one(tmp_path):
 
     cfg, path = babyai.Config(levels=tuple(babyai.LEVELS)[1:3]), tmp_path / "config.json"
     write_json(path, dataclasses.asdict(cfg))
-    assert folders_module.read_config(babyai.Config, path) == cfg
+    assert read_config(babyai.Config, path) == cfg
     write_json(path, dataclasses.asdict(cfg) | {"levels": [tuple(babyai.LEVELS)[0], "nonsense"]})
     with pytest.raises(UserError, match="field 'levels' is 'nonsense', which is none of"):
-        folders_module.read_config(babyai.Config, path)
+        read_config(babyai.Config, path)
 
 
-def test_embeddings_that_are_none(runs, tmp_path):
-    """adapter-soup: what is not one finite embedding for each adapter is refused before a task begins."""
+def test_damaged_embeddings_are_refused(runs, tmp_path):
+    """adapter-soup: anything but one finite embedding for each adapter is refused before a task begins."""
     shutil.copytree(runs("adapter-soup"), tmp_path / "run")
     path, task = tmp_path / "run" / "embeddings.safetensors", strings.strings().test[0]
     good = read_tensors(path)[0]["embeddings"]
@@ -1724,7 +1842,7 @@ def test_embeddings_that_are_none(runs, tmp_path):
         read_tensors(tmp_path / "run" / "adapter.safetensors")[0],
     ):
         write_tensors(tensors, path)
-        with pytest.raises(UserError, match=r"embeddings\.safetensors holds no 64 finite embeddings of size 128"):
+        with pytest.raises(UserError, match=r"embeddings\.safetensors holds no 64 finite embeddings of size 16"):
             begun(tmp_path / "run", task)
     write_tensors({"embeddings": good}, path)
     begun(tmp_path / "run", task)
@@ -1739,12 +1857,12 @@ def test_embeddings_that_are_none(runs, tmp_path):
     ],
     ids=lambda odd: f"{odd!s:.30}",
 )  # fmt: skip
-def test_scores_of_a_task_that_are_none(adapted, tmp_path, odd):
-    """What is not the scores of a task that is done is refused: it would be the run's result. Nothing is changed."""
+def test_damaged_scores_of_a_task_are_refused(adapted, tmp_path, odd):
+    """A task's result file with anything but scores is refused on --resume, and nothing is changed."""
     shutil.copytree(adapted("mhr", "mu"), few := tmp_path / "few")
     (few / "result.json").unlink()
     path = few / "0" / f"{HELD_OUT[0]}.json"
-    path.write_text(json.dumps(read(path) | odd))
+    change_json(path, **odd)
     before = contents(few)
     with pytest.raises(UserError, match=f"^{re.escape(str(path))}: "):
         adapt.main(dict(resume=True, output_dir=str(few)))
@@ -1757,20 +1875,21 @@ STARTING = """
 import sys, time
 sys.path.insert(0, {root!r})
 from dataclasses import dataclass
-import config
+from plumbing.errors import exit_on_user_error
+from plumbing.flags import explicit_flags, flag
 
 @dataclass
 class Config:
     "A script."
-    seed: int = config.flag(0, "seed")
+    seed: int = flag(0, "seed")
 
-FLAGS = config.explicit_flags(Config, {{}})
+FLAGS = explicit_flags(Config, {{}})
 print("importing", flush=True)
 {slow}
 def main(flags):
     print("at work", flush=True)
     time.sleep(20)
-config.exit_on_user_error(main, FLAGS)
+exit_on_user_error(main, FLAGS)
 """
 SWALLOWS = "try:\n    time.sleep(20)\nexcept BaseException:\n    time.sleep(20)"  # as some libraries' imports do
 
@@ -1778,8 +1897,8 @@ SWALLOWS = "try:\n    time.sleep(20)\nexcept BaseException:\n    time.sleep(20)"
 @pytest.mark.parametrize("slow", [SWALLOWS, "pass"], ids=["import", "main"])
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_at_the_start(number, code, slow):
-    """A real process that is stopped during its imports, or at work: at once, without a traceback, with the code that
-    shells have for this signal."""
+    """A process that gets a signal during its imports or at work exits at once, without a traceback, with the code that
+    shells use for this signal."""
     program = STARTING.format(root=str(ROOT), slow=slow)
     child = subprocess.Popen([sys.executable, "-c", program], stdout=-1, stderr=-1, text=True)
     assert child.stdout.readline() == "importing\n"
@@ -1791,14 +1910,12 @@ def test_a_signal_at_the_start(number, code, slow):
 
 
 def test_a_script_is_stopped_before_torch_is_there():
-    """train.py itself, by Ctrl-C after 0.3 s, which is before its imports end and after config.py is read."""
-    child = subprocess.Popen(
-        [sys.executable, "-X", "importtime", "train.py"], cwd=ROOT, stdout=-1, stderr=-1, text=True
-    )
+    """train.py itself, by Ctrl-C while it imports torch."""
+    argv = [sys.executable, "-X", "importtime", "train.py"]
+    child = subprocess.Popen(argv, cwd=ROOT, stdout=-1, stderr=-1, text=True)
     for line in child.stderr:
-        if line.split("|")[-1].strip() == "config":
+        if line.split("|")[-1].strip().startswith("torch."):
             break
-    time.sleep(0.3)
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=30)
     assert child.returncode == 130 and "Traceback" not in err and out == ""

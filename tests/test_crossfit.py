@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
 import benchmarks
+import data
 from benchmarks import crossfit
 from benchmarks.crossfit import METRIC, SPLITS, TEST_LINES, TYPE, read_tsv
-from plumbing.errors import UserError
 from data import PARTS, Example
+from plumbing.errors import UserError
 
 CROSSFIT = Path(__file__).parents[2] / "shared" / "data" / "crossfit"
 needs_crossfit = pytest.mark.skipif(not CROSSFIT.is_dir(), reason=f"the CrossFit sample is not at {CROSSFIT}")
@@ -297,7 +297,7 @@ def test_a_folder_is_needed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "made, found",
+    "made, holds",
     [
         ("p3/x", "T0, for --dataset t0"),
         ("few_shot/x", "T0, for --dataset t0"),
@@ -308,13 +308,13 @@ def test_a_folder_is_needed(tmp_path):
     ],
 )
 @pytest.mark.parametrize("partition", [False, True])
-def test_a_folder_of_something_else(tmp_path, made, found, partition):
+def test_a_folder_of_something_else(tmp_path, made, holds, partition):
     """What is there is said, whether the partition file is missing or its tasks are."""
     root = tmp_path / "other"
     (root / made).mkdir(parents=True)
     write_partition(tmp_path / "p.json", ["colour"], ["size"], ["taste"])
     options = {"partition": str(tmp_path / "p.json")} if partition else {}
-    with pytest.raises(UserError, match=f"--data-dir .*{found}"):
+    with pytest.raises(UserError, match=f"--data-dir .*{holds}"):
         load(root, **options)
 
 
@@ -495,8 +495,8 @@ def test_real_types_fit_the_format(real):
 @needs_crossfit
 def test_real_metrics_are_the_manifests(real):
     rows = manifest()
-    found = {task.name: task.metric for task in present(real.train) + real.dev + real.test}
-    assert len(found) == 37 and found == {name: row[3] for name, row in rows.items()}
+    metrics = {task.name: task.metric for task in present(real.train) + real.dev + real.test}
+    assert len(metrics) == 37 and metrics == {name: row[3] for name, row in rows.items()}
 
 
 @needs_crossfit

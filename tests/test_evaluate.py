@@ -20,21 +20,21 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 from transformers import ByT5Tokenizer, T5Config, T5ForConditionalGeneration
 
 import adapt
-import data
-from benchmarks import load
+import benchmarks
 import evaluate
 import train
-from plumbing.errors import RunError, UserError
-from recipes import FEW_SHOT
-from data import Example, Task
-from evaluate import print_scores
-from scoring import all_scores, by_group, constant_scores, evaluate_tasks, main_scores, mean, predict
-from tools.compare import compare
 from benchmarks.metrics import METRICS, score
+from data import Benchmark, Example, Task
+from evaluate import print_scores
 from inject import LORA_LAYERS, adapter_parameters, inject, routers, task_ids
 from lora import LoRA
 from mhr import MHRLinear, MHRRouter
 from plumbing.backbones import advice_on_memory
+from plumbing.errors import RunError, UserError
+from recipes import FEW_SHOT
+from scoring import all_scores, by_group, constant_scores, evaluate_tasks, main_scores, mean, predict
+from tools import compare as compare_command
+from tools.compare import compare
 
 
 def examples(*references) -> list[Example]:
@@ -214,11 +214,11 @@ def test_rouge_l_against_an_oracle(p, r):
 
 
 def macro_f1(gold: list[str], guess: list[str]) -> float:
-    found = []
+    of_labels = []
     for label in set(gold) | set(guess):
         true = sum(g == p == label for g, p in zip(gold, guess, strict=True))
-        found.append(2 * true / (gold.count(label) + guess.count(label)))
-    return float(np.mean(found))
+        of_labels.append(2 * true / (gold.count(label) + guess.count(label)))
+    return float(np.mean(of_labels))
 
 
 @given(st.lists(st.tuples(st.sampled_from(["x", "y", "z"]), st.sampled_from(["x", "y", "z", "w"])), min_size=1))
@@ -299,7 +299,7 @@ def test_accuracy_of_choices_is_exact():
 def test_gold_answers_of_the_bundled_samples_score_100(name, split, tmp_path, monkeypatch):
     """Every task, each of its metrics, each of the references."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)  # tables are not written to the user's cache
-    benchmark = load(name, str(Path(evaluate.__file__).parent / "assets" / "samples" / name), split)
+    benchmark = benchmarks.load(name, str(Path(evaluate.__file__).parent / "assets" / "samples" / name), split)
     tasks = [task for part in (benchmark.train, benchmark.dev, benchmark.test) for task in part if len(task.test)]
     assert len(tasks) >= 8
     for task in tasks:
@@ -530,19 +530,19 @@ def test_constant_choice_is_the_most_frequent_place():
 def test_constant_scores_only_tasks_with_training_and_test_examples(monkeypatch):
     x = examples("x")
     both, lacking = Task("a", "EM", x, [], x), [Task("b", "EM", x, [], []), Task("c", "EM", [], [], x)]
-    monkeypatch.setattr(evaluate, "_run_config", lambda *args: train.make_config(dataset="strings"))
-    monkeypatch.setattr(train, "load_tasks", lambda *args: data.Benchmark([], [], found))
-    cfg, found = evaluate.Config(checkpoint="run", constant=True), [lacking[0], both, lacking[1]]
-    assert evaluate._score_held_out(cfg, Path("run"), adapt) == ({"a": {"EM": 100.0}}, [both])
-    found = lacking
+    monkeypatch.setattr(train, "run_config", lambda *args: train.make_config(dataset="strings"))
+    monkeypatch.setattr(benchmarks, "load_for", lambda *args: Benchmark([], [], tasks))
+    cfg, tasks = evaluate.Config(checkpoint="run", constant=True), [lacking[0], both, lacking[1]]
+    assert evaluate._score_held_out(cfg, Path("run")) == ({"a": {"EM": 100.0}}, [both])
+    tasks = lacking
     with pytest.raises(UserError, match="--constant: no held-out task"):
-        evaluate._score_held_out(cfg, Path("run"), adapt)
+        evaluate._score_held_out(cfg, Path("run"))
 
 
 def test_groups_by_hand():
     tasks = [Task(name, "EM", [], [], [], group=group) for name, group in zip("abcd", ["z", "y", "z", ""], strict=True)]
-    found = by_group({"a": 10.0, "b": 20.0, "c": 40.0, "d": 90.0}, tasks)
-    assert list(found.items()) == [("y", 20.0), ("z", 25.0)]  # sorted; a task of no group is in none
+    groups = by_group({"a": 10.0, "b": 20.0, "c": 40.0, "d": 90.0}, tasks)
+    assert list(groups.items()) == [("y", 20.0), ("z", 25.0)]  # sorted; a task of no group is in none
     assert by_group({"d": 90.0}, tasks[3:]) == {}
 
 
@@ -602,7 +602,7 @@ def test_compare_shows_the_deviation_over_splits(tmp_path):
     assert re.split(r"  +", line)[3:] == ["3", "1.0 +- 0.0", "58.0 +- 7.2", "4"]
 
 
-def test_compare_takes_the_seeds_of_runs_that_go_on_together(tmp_path):
+def test_compare_takes_the_seeds_of_continued_runs_together(tmp_path):
     base = [run_folder(tmp_path / f"b{k}", TRAIN | {"seed": k}) for k in (0, 1)]
     more = TRAIN | {"method": "mu", "steps": 7}
     runs = [run_folder(tmp_path / f"m{k}", more | {"from_run": base[k], "seed": k}, mean=40.0 + 20 * k) for k in (0, 1)]
@@ -710,9 +710,9 @@ def test_compare_names_unfinished_folders(tmp_path):
 def test_compare_refuses_what_is_no_folder_or_has_nothing_to_show(tmp_path):
     """A mistyped name beside a finished run, and runs of which none has finished: refused, not an empty table."""
     done, unfinished = run_folder(tmp_path / "done", TRAIN, mean=10.0), run_folder(tmp_path / "unfinished", TRAIN)
-    with pytest.raises(UserError, match="--compare .*/typo does not exist"):
+    with pytest.raises(UserError, match="^.*/typo does not exist: give run folders$"):
         compare((done, str(tmp_path / "typo")))
-    with pytest.raises(UserError, match="none that has finished: .*/unfinished$"):
+    with pytest.raises(UserError, match="^give a finished run, none of these has finished: .*/unfinished$"):
         compare((unfinished,))
 
 
@@ -728,67 +728,6 @@ def test_compare_of_an_adaptation_whose_checkpoint_is_gone(tmp_path):
     folder = run_folder(tmp_path / "r", ADAPT | {"checkpoint": str(tmp_path / "gone")}, mean=10.0)
     with pytest.raises(UserError, match="gone"):
         compare((folder,))
-
-
-def test_command_without_arguments_says_what_to_give():
-    with pytest.raises(UserError, match="--checkpoint .*--compare"):
-        evaluate.main({})
-
-
-JOBS = [
-    (dict(compare=("a",), checkpoint="b"), "--compare and --checkpoint"),
-    (dict(zero_shot=True, constant=True, checkpoint="b"), "--zero-shot and --constant"),
-    (dict(count_parameters=True, memory=4), "--count-parameters and --memory"),
-    (dict(compare=("a",), zero_shot=True), "--compare and --zero-shot"),
-]
-
-
-@pytest.mark.parametrize("flags, says", JOBS, ids=[says for _, says in JOBS])
-def test_two_jobs_at_a_time_are_refused(flags, says):
-    """None of the two is left out without a word."""
-    with pytest.raises(UserError, match=f"^{says} are two jobs: give one of them$"):
-        evaluate.main(flags)
-
-
-def test_a_way_of_scoring_needs_a_run():
-    """--zero-shot alone does not look for a run in the folder that one is in."""
-    with pytest.raises(UserError, match="^give --checkpoint RUN"):
-        evaluate.main(dict(zero_shot=True))
-
-
-@pytest.mark.parametrize(
-    "flags, ignored",
-    [
-        (dict(backbone="/no/such", max_input=1, split="999"), "--checkpoint: --backbone, --max-input, --split"),
-        (dict(zero_shot=True, split="999", beams=2, training_tasks=3), "--zero-shot: --training-tasks"),
-        (dict(constant=True, split="999", test_examples=3, beams=2), "--constant: --beams"),
-        (dict(save="x.json", test_examples=3, batch_size=2, beams=2, data_dir="d", device="cpu"), ""),
-    ],
-)
-def test_flags_that_change_nothing_are_named(monkeypatch, capsys, flags, ignored):
-    """Those of other jobs, before anything is loaded; those of the job are not."""
-    monkeypatch.setattr(evaluate, "evaluate", lambda cfg: None)
-    evaluate.main(dict(checkpoint="run") | flags)
-    assert capsys.readouterr().out == (f"changes nothing with {ignored}\n" if ignored else "")
-
-
-def test_saving_a_comparison_is_said_to_do_nothing(tmp_path, capsys):
-    folder = run_folder(tmp_path / "r", TRAIN, mean=10.0)
-    evaluate.main(dict(compare=(folder,), save=str(tmp_path / "x.json")))
-    assert capsys.readouterr().out.splitlines()[0] == "changes nothing with --compare: --save"
-
-
-@pytest.mark.parametrize("place", ["r/config.json", "r", "no/such/x.json", "r/config.json/x.json", "r/" + "x" * 254])
-def test_a_file_that_cannot_be_saved_is_refused_first(tmp_path, monkeypatch, place):
-    """A file or folder that is there, and a place where none can be made: before the run is read, and nothing is
-    touched."""
-    folder = Path(run_folder(tmp_path / "r", TRAIN))
-    before = (folder / "config.json").read_bytes()
-    monkeypatch.setattr(adapt, "train_config", lambda *_: pytest.fail("the run was read"))
-    with pytest.raises(UserError, match=f"^--save {tmp_path / place}") as refused:
-        evaluate.main(dict(checkpoint=str(folder), save=str(tmp_path / place)))
-    assert "\n" not in str(refused.value)
-    assert [p.name for p in folder.iterdir()] == ["config.json"] and (folder / "config.json").read_bytes() == before
 
 
 HUGE = 10**400  # JSON knows no largest number
@@ -815,10 +754,65 @@ def test_compare_names_a_result_that_is_none(tmp_path, odd):
     assert "\n" not in str(refused.value)
 
 
-def test_compare_of_a_run_that_goes_on_from_itself(tmp_path):
+def test_compare_of_a_run_that_continues_itself(tmp_path):
     folder = run_folder(tmp_path / "r", TRAIN | {"from_run": str(tmp_path / "r")}, mean=10.0)
     with pytest.raises(UserError, match=re.escape(folder)):
         compare((folder,))
+
+
+def test_the_command_prints_the_table(tmp_path, monkeypatch, capsys):
+    """`python -m tools.compare RUN`; a flag is refused."""
+    folder = run_folder(tmp_path / "r", TRAIN, mean=10.0)
+    monkeypatch.setattr("sys.argv", ["compare", folder])
+    compare_command.main()
+    assert capsys.readouterr().out == f"{compare((folder,))}\n"
+    monkeypatch.setattr("sys.argv", ["compare", folder, "--save", "x.json"])
+    with pytest.raises(SystemExit) as end:
+        compare_command.main()
+    assert end.value.code == 2 and "--save" in capsys.readouterr().err
+
+
+# --- The command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [{}, dict(zero_shot=True), dict(constant=True), dict(save="x.json")], ids=str)
+def test_scoring_needs_a_run(flags):
+    """No run is looked for in the current folder."""
+    with pytest.raises(UserError, match="^--checkpoint is missing: give a run folder of train.py or adapt.py$"):
+        evaluate.main(flags)
+
+
+def test_two_jobs_at_a_time_are_refused():
+    with pytest.raises(UserError, match="^--zero-shot and --constant are two jobs: give one of them$"):
+        evaluate.main(dict(zero_shot=True, constant=True, checkpoint="b"))
+
+
+@pytest.mark.parametrize(
+    "flags, ignored",
+    [
+        (dict(split="999", beams=2), "--checkpoint: --split"),
+        (dict(constant=True, split="999", test_examples=3, beams=2, batch_size=2), "--constant: --beams, --batch-size"),
+        (dict(zero_shot=True, split="999", test_examples=3, batch_size=2, beams=2, save="x.json"), ""),
+        (dict(save="x.json", test_examples=3, batch_size=2, beams=2, data_dir="d", device="cpu"), ""),
+    ],
+)
+def test_ignored_flags_are_named(monkeypatch, capsys, flags, ignored):
+    """Before anything is loaded: those that another job would use."""
+    monkeypatch.setattr(evaluate, "evaluate", lambda cfg: None)
+    evaluate.main(dict(checkpoint="run") | flags)
+    assert capsys.readouterr().out == (f"ignored with {ignored}\n" if ignored else "")
+
+
+@pytest.mark.parametrize("place", ["r/config.json", "r", "no/such/x.json", "r/config.json/x.json", "r/" + "x" * 254])
+def test_a_file_that_cannot_be_saved_is_refused_first(tmp_path, monkeypatch, place):
+    """A file or folder that exists, and a place where none can be made: before the run is read; nothing is changed."""
+    folder = Path(run_folder(tmp_path / "r", TRAIN))
+    before = (folder / "config.json").read_bytes()
+    monkeypatch.setattr(evaluate, "script_of", lambda *_: pytest.fail("the run was read"))
+    with pytest.raises(UserError, match=f"^--save {tmp_path / place}") as refused:
+        evaluate.main(dict(checkpoint=str(folder), save=str(tmp_path / place)))
+    assert "\n" not in str(refused.value)
+    assert [p.name for p in folder.iterdir()] == ["config.json"] and (folder / "config.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -836,7 +830,7 @@ def test_scoring_without_memory_is_one_sentence_with_advice(monkeypatch, tmp_pat
     def full(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(adapt, "load_run", full)
+    monkeypatch.setattr(evaluate, "load_run", full)
     folder = run_folder(tmp_path / "r", TRAIN | {"method": "lora"})
     with pytest.raises(RunError, match="^there is not enough memory: try a smaller --batch-size") as failed:
         evaluate.main(dict(checkpoint=folder))

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import poly
-from tests import solutions
 from inject import LORA_LAYERS, freeze, inject, task_ids
 from lora import LoRA, LoRALinear
 from mhr import MHRLinear, MHRRouter
 from poly import PolyLinear, PolyRouter
+from tests import solutions
 
 
 class Answers:
@@ -361,6 +361,6 @@ def test_the_text_names_what_is_checked():
     steps = {name for name in globals() if name.startswith("test_step_")}
     selected = [{name for name in steps if key in name} for key in re.findall(r"-k (step_\d\d)\n", text)]
     assert all(selected) and set().union(*selected) == steps
-    for name, answer in inspect.getmembers(solutions, lambda found: inspect.getmodule(found) is solutions):
+    for name, answer in inspect.getmembers(solutions, lambda member: inspect.getmodule(member) is solutions):
         for f in [answer] if inspect.isfunction(answer) else [answer.__init__, answer.forward]:
             assert inspect.getsource(f).splitlines()[0].strip() in text, name

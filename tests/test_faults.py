@@ -1,4 +1,4 @@
-"""What goes wrong around a run: clocks, folders, disks and terminals. One sentence or no difference at all."""
+"""What goes wrong around a run: clocks, folders, disks, terminals. It ends in one sentence, or makes no difference."""
 
 import contextlib
 import errno
@@ -24,15 +24,16 @@ import torch
 import tqdm
 
 import adapt
+import inject
+import plumbing.run
+import plumbing.tasks
+import train
+from plumbing.backbones import load_backbone
 from plumbing.checkpoint import Progress
 from plumbing.errors import RunError, UserError, exit_on_user_error
 from plumbing.flags import explicit_flags
 from plumbing.folders import CHECKPOINT
-import data
-import inject
-import resume  # TODO
-import train
-from plumbing.backbones import load_backbone
+from tests.helpers import log_lines, same_run
 from tests.stress import faults, kills, longrun, scale, targets
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,19 +46,17 @@ FEW = dict(steps=2, eval_every=1, batch_size=4, shots=4, test_examples=1, tasks=
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory) -> Path:
+def flags(tmp_path_factory) -> dict:
+    return FLAGS | dict(backbone=kills.small_backbone(tmp_path_factory.mktemp("backbone")))
+
+
+@pytest.fixture(scope="module")
+def reference(flags, tmp_path_factory) -> Path:
     """A run around which nothing goes wrong."""
     folder = tmp_path_factory.mktemp("reference") / "run"
-    train.main(FLAGS | dict(output_dir=str(folder)))
+    train.main(flags | dict(output_dir=str(folder)))
+    assert [line["step"] for line in log_lines(folder)] == [2, 4, 6]
     return folder
-
-
-def same(folder: Path, reference: Path):
-    """Two finished runs have the same files, the same bits of what was trained, and the same log but for seconds."""
-    assert {p.name for p in folder.iterdir()} == {p.name for p in reference.iterdir()}
-    assert (folder / "adapter.safetensors").read_bytes() == (reference / "adapter.safetensors").read_bytes()
-    logs = [[json.loads(line) | {"seconds": 0} for line in open(f / "log.jsonl")] for f in (folder, reference)]
-    assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == [2, 4, 6]
 
 
 def failed(capsys, main, flags: dict) -> tuple[int, str]:
@@ -91,9 +90,8 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_clock_that_goes_backwards(monkeypatch, reference, tmp_path):
-    """Every look at the clock finds it an hour earlier: the bar gets to its end, the log counts seconds upwards, and
-    the run is the same."""
+def test_a_clock_that_goes_backwards(monkeypatch, flags, reference, tmp_path):
+    """By an hour each time it is read: the bar gets to its end, the log's seconds rise, the run is the same."""
     clock, terminal = [2e9], Terminal()
 
     def earlier() -> float:
@@ -103,74 +101,74 @@ def test_a_clock_that_goes_backwards(monkeypatch, reference, tmp_path):
     monkeypatch.setattr(time, "time", earlier)
     monkeypatch.setattr(tqdm.std, "time", earlier)  # tqdm's own name for it
     monkeypatch.setattr(sys, "stderr", terminal)
-    train.main(FLAGS | dict(output_dir=str(tmp_path / "run")))
-    same(tmp_path / "run", reference)
+    train.main(flags | dict(output_dir=str(tmp_path / "run")))
+    same_run(tmp_path / "run", reference)
     seconds = [json.loads(line)["seconds"] for line in open(tmp_path / "run" / "log.jsonl")]
     assert seconds == sorted(seconds) and seconds[0] >= 0
     assert clock[0] < 2e9 - 3600 and f"{STEPS}/{STEPS}" in terminal.getvalue()
 
 
 @pytest.mark.parametrize("minutes, saves", [(0.1, [6]), (0.4, [3, 6])])
-def test_minutes_between_checkpoints_are_not_those_of_the_wall_clock(monkeypatch, tmp_path, minutes, saves):
-    """--save-every 1m goes by the time since the start (here so many minutes a step), not by a clock that is set."""
-    wall, since_start, done, real = [0.0], [0.0], [], train.save_checkpoint
+def test_minutes_between_checkpoints_are_not_those_of_the_wall_clock(monkeypatch, flags, tmp_path, minutes, saves):
+    """--save-every 1m counts the time since the start, here so many minutes a step, whatever the clock is set to."""
+    wall, since_start, saved, real = [0.0], [0.0], [], plumbing.run.save_checkpoint
 
     def step():
         wall[0] -= 1e6
         since_start[0] += 60 * minutes
 
     monkeypatch.setattr(train, "refuse_nonfinite", after(1, train, "refuse_nonfinite", step))
-    monkeypatch.setattr(resume, "time", SimpleNamespace(monotonic=lambda: since_start[0], time=lambda: wall[0]))
-    monkeypatch.setattr(train, "save_checkpoint", lambda *args: (done.append(args[3].step), real(*args)))
-    train.main(FLAGS | dict(output_dir=str(tmp_path / "run"), save_every="1m"))
-    assert done == saves
+    monkeypatch.setattr(plumbing.run, "time", SimpleNamespace(monotonic=lambda: since_start[0], time=lambda: wall[0]))
+    monkeypatch.setattr(plumbing.run, "save_checkpoint", lambda *args: (saved.append(args[3].step), real(*args)))
+    train.main(flags | dict(output_dir=str(tmp_path / "run"), save_every="1m"))
+    assert saved == saves
 
 
 # --- Folders and disks ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["save_checkpoint", "write_line", "write_json"])
-def test_the_folder_is_removed_while_the_run_is_at_work(monkeypatch, capsys, tmp_path, name):
-    """By hand, before a checkpoint, a line of the log or the result: one sentence and exit code 1; neither
-    the folder nor anything else is there afterwards."""
-    folder, count = tmp_path / "run", 3 if name == "write_json" else 1  # the third one is result.json
-    monkeypatch.setattr(train, name, after(count, train, name, lambda: shutil.rmtree(folder, ignore_errors=True)))
-    code, said = failed(capsys, train.main, FLAGS | dict(output_dir=str(folder)))
-    assert (
-        code == 1 and said == f"error: {folder} was removed while the run was at work: nothing is left, begin it again"
-    )
+@pytest.mark.parametrize(
+    "module, name, count",
+    [(plumbing.run, "save_checkpoint", 1), (plumbing.run.Log, "write", 1), (train, "write_json", 2)],
+)
+def test_the_folder_is_removed_during_a_run(monkeypatch, capsys, flags, tmp_path, module, name, count):
+    """By hand, before a checkpoint, a line of the log or the result: one sentence and exit code 1; the folder does not
+    come back, and nothing else is left."""
+    folder = tmp_path / "run"
+    monkeypatch.setattr(module, name, after(count, module, name, lambda: shutil.rmtree(folder, ignore_errors=True)))
+    code, said = failed(capsys, train.main, flags | dict(output_dir=str(folder)))
+    assert code == 1 and said == f"error: {folder} was removed during the run: nothing is left, start it again"
     assert not list(tmp_path.iterdir())
 
 
-def test_the_folder_of_an_adaptation_is_removed(monkeypatch, capsys, reference, tmp_path):
+@pytest.mark.parametrize("module, name", [(adapt, "save_trained"), (plumbing.tasks, "write_json")])
+def test_the_folder_of_an_adaptation_is_removed(monkeypatch, capsys, reference, tmp_path, module, name):
     folder = tmp_path / "few"
-    monkeypatch.setattr(adapt, "save_task", after(1, adapt, "save_task", lambda: shutil.rmtree(folder)))
+    monkeypatch.setattr(module, name, after(1, module, name, lambda: shutil.rmtree(folder)))
     code, said = failed(capsys, adapt.main, FEW | dict(checkpoint=str(reference), output_dir=str(folder)))
     assert code == 1 and f"{folder} was removed" in said and not list(tmp_path.iterdir())
 
 
-def test_the_folder_becomes_read_only(monkeypatch, capsys, reference, tmp_path):
-    """While the run is at work: one sentence that names the file, exit code 1, the checkpoint before is whole, and the
-    run goes on from it."""
-    folder, now = tmp_path / "run", FLAGS | dict(output_dir=str(tmp_path / "run"))
+def test_the_folder_becomes_read_only(monkeypatch, capsys, flags, reference, tmp_path):
+    """During the run: one sentence that names the file, exit code 1; the last checkpoint is whole, and the run resumes
+    from it."""
+    folder, now = tmp_path / "run", flags | dict(output_dir=str(tmp_path / "run"))
 
     def refuse():
         raise OSError(errno.EROFS, "Read-only file system")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", after(6, os, "replace", refuse))  # config, tasks, log; checkpoints 1 and 2
+        patch.setattr(os, "replace", after(6, os, "replace", refuse))  # tasks, config, three checkpoints
         code, said = failed(capsys, train.main, now)
-    assert code == 1 and said.startswith(
-        f"error: {folder / CHECKPOINT}: cannot be written: Read-only file system"
-    )
+    assert code == 1 and said.startswith(f"error: {folder / CHECKPOINT}: cannot be written: Read-only file system")
     assert not list(folder.glob("*.tmp"))
     train.main(now | dict(resume=True))
-    same(folder, reference)
+    same_run(folder, reference)
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
-def test_the_folder_is_read_only_from_the_start(monkeypatch, capsys, tmp_path, number):
-    """Nothing can be made in it: one sentence and exit code 2, before anything is loaded."""
+def test_the_folder_is_read_only_from_the_start(monkeypatch, capsys, flags, tmp_path, number):
+    """One sentence and exit code 2, before anything is loaded."""
     real = os.open
 
     def refuse(path, *args, **kwargs):
@@ -179,22 +177,22 @@ def test_the_folder_is_read_only_from_the_start(monkeypatch, capsys, tmp_path, n
         return real(path, *args, **kwargs)
 
     monkeypatch.setattr(os, "open", refuse)
-    code, said = failed(capsys, train.main, FLAGS | dict(output_dir=str(tmp_path)))
+    code, said = failed(capsys, train.main, flags | dict(output_dir=str(tmp_path)))
     assert code == 2 and said == f"error: --output-dir {tmp_path} cannot be made or written: {os.strerror(number)}"
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_stands_where_the_folder_should_be(capsys, tmp_path):
+def test_a_file_stands_where_the_folder_should_be(capsys, flags, tmp_path):
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-        code, said = failed(capsys, train.main, FLAGS | dict(output_dir=str(folder)))
+        code, said = failed(capsys, train.main, flags | dict(output_dir=str(folder)))
         assert code == 2 and f"--output-dir {folder} cannot be made or written" in said
     assert (tmp_path / "file").read_text() == "mine"
 
 
 @contextlib.contextmanager
 def files_up_to(size: int):
-    """The system's own limit (ulimit -f, in bytes): what writes more gets EFBIG."""
+    """The system's limit on the size of a file, in bytes (ulimit -f): writing more fails with EFBIG."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -203,9 +201,10 @@ def files_up_to(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_limit_on_the_size_of_files(monkeypatch, capsys, reference, tmp_path):
-    """A checkpoint that is too large: one sentence, exit code 1, the one before stays, and the run goes on later."""
-    folder, now = tmp_path / "run", FLAGS | dict(output_dir=str(tmp_path / "run"))
+def test_a_limit_on_the_size_of_files(monkeypatch, capsys, flags, reference, tmp_path):
+    """A checkpoint that is too large: one sentence, exit code 1; the last one stays, and the run resumes without the
+    limit."""
+    folder, now = tmp_path / "run", flags | dict(output_dir=str(tmp_path / "run"))
     with monkeypatch.context() as patch:
         patch.setattr(train, "refuse_nonfinite", after(4, train, "refuse_nonfinite", lambda: sys.exit(1)))
         pytest.raises(SystemExit, train.main, now)
@@ -216,24 +215,24 @@ def test_a_limit_on_the_size_of_files(monkeypatch, capsys, reference, tmp_path):
     assert "File too large" in said and (folder / CHECKPOINT).read_bytes() == before
     assert not list(folder.glob("*.tmp"))
     train.main(now | dict(resume=True))
-    same(folder, reference)
+    same_run(folder, reference)
 
 
 # --- Terminals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("columns, vanishes", [(0, False), (3, False), (10, True)])
-def test_a_narrow_terminal_and_one_that_vanishes(monkeypatch, reference, tmp_path, columns, vanishes):
-    """A real terminal of so many columns, which may be closed before the first line of the log: the run is the same."""
+def test_a_narrow_terminal_and_one_that_vanishes(monkeypatch, flags, reference, tmp_path, columns, vanishes):
+    """A real terminal of so many columns, perhaps closed before the first line of the log: the run is the same."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     if vanishes:
-        monkeypatch.setattr(train, "write_line", after(1, train, "write_line", lambda: close(ours)))
+        monkeypatch.setattr(plumbing.run.Log, "write", after(1, plumbing.run.Log, "write", lambda: close(ours)))
     monkeypatch.setenv("COLUMNS", str(columns))
     terminal = open(theirs, "w")
     monkeypatch.setattr(sys, "stderr", terminal)
-    train.main(FLAGS | dict(output_dir=str(tmp_path / "run")))
-    same(tmp_path / "run", reference)
+    train.main(flags | dict(output_dir=str(tmp_path / "run")))
+    same_run(tmp_path / "run", reference)
     shown = "" if vanishes else os.read(ours, 10**6).decode()
     assert vanishes or "train poly" in shown or columns  # 0 columns: a terminal that does not say how many
     with contextlib.suppress(OSError):  # what the one that is gone did not take
@@ -246,18 +245,29 @@ def close(number: int):
         os.close(number)
 
 
-def test_standard_output_and_error_are_closed(reference, tmp_path):
-    """`train.py >&- 2>&-`, as a badly made service starts it: the run is the same. Without the null device in their
-    place tqdm fails, and what a library prints would go into the files of the run, which got their numbers."""
-    words = [f"--{key.replace('_', '-')}={value}" for key, value in FLAGS.items()]
+def test_standard_output_and_error_are_missing(monkeypatch, flags, reference, tmp_path):
+    """Python starts so with closed ones: the null device stands in for them, and the run is the same."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    explicit_flags(train.Config, {}, [])
+    print("nothing sees this", file=sys.stderr)
+    train.main(flags | dict(output_dir=str(tmp_path / "run")))
+    same_run(tmp_path / "run", reference)
+
+
+@pytest.mark.slow
+def test_standard_output_and_error_are_closed(flags, reference, tmp_path):
+    """`train.py >&- 2>&-`, as a badly made service starts it: the run is the same. Without the null device tqdm fails,
+    and what a library prints goes into a file of the run that got descriptor 1 or 2."""
+    words = [f"--{key.replace('_', '-')}={value}" for key, value in flags.items()]
     command = [sys.executable, str(ROOT / "train.py"), *words, f"--output-dir={tmp_path / 'run'}"]
     done = subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command], env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0
-    same(tmp_path / "run", reference)
+    same_run(tmp_path / "run", reference)
 
 
 def test_only_the_first_process_shows_progress(monkeypatch):
-    """Of several processes the others draw no bar on the terminal that they share, but may tell an error."""
+    """The other processes draw no bar on the shared terminal; their errors are printed."""
     fake = io.StringIO()
     fake.isatty = lambda: True
     for rank, hidden in (("0", False), ("1", True)):
@@ -281,40 +291,40 @@ def deterministic(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def test_deterministic_algorithms(deterministic, reference, tmp_path):
-    """torch and cuBLAS are told before CUDA starts; on a CPU nothing changes, not a bit."""
-    train.main(FLAGS | dict(output_dir=str(tmp_path / "run"), deterministic=True))
+def test_deterministic_algorithms(deterministic, flags, reference, tmp_path):
+    """torch and cuBLAS are set before CUDA starts; on a CPU not a bit changes."""
+    train.main(flags | dict(output_dir=str(tmp_path / "run"), deterministic=True))
     assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and not torch.cuda.is_initialized()
-    same(tmp_path / "run", reference)
+    same_run(tmp_path / "run", reference)
     torch.use_deterministic_algorithms(False)
-    few = FEW | dict(checkpoint=str(reference), output_dir=str(tmp_path / "few"), deterministic=True)
-    adapt.main(few)
+    adapt.main(FEW | dict(checkpoint=str(reference), output_dir=str(tmp_path / "few"), deterministic=True))
     assert torch.are_deterministic_algorithms_enabled()
 
 
-def test_an_operation_that_cannot_be_deterministic(deterministic, monkeypatch, capsys, tmp_path):
+def test_an_operation_that_cannot_be_deterministic(deterministic, monkeypatch, capsys, flags, tmp_path):
     """put_ is one on a CPU too: one sentence that names it."""
     monkeypatch.setattr(train, "batch_loss", lambda *args: torch.zeros(3).put_(torch.tensor([0]), torch.ones(1)))
-    flags = FLAGS | dict(output_dir=str(tmp_path / "run"), deterministic=True)
+    flags = flags | dict(output_dir=str(tmp_path / "run"), deterministic=True)
     code, said = failed(capsys, train.main, flags)
-    assert (code, said) == (1, "error: --deterministic: put_ cannot be so, leave the flag out")
+    assert (code, said) == (1, "error: --deterministic: put_ has no deterministic form, leave the flag out")
 
 
 # --- Kills ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_few_kills():
-    """Runs of train.py and adapt.py, killed and gone on with to their end, are those that nobody killed."""
-    head, train_line, adapt_line, last = kills.kills(3, 0).splitlines()
-    assert last.startswith("3 kills; a run that nobody kills: train.py ")
+@pytest.mark.parametrize("wanted", [2, pytest.param(40, marks=pytest.mark.slow)])
+def test_a_few_kills(wanted):
+    """Runs of adapt.py and train.py, killed and resumed to their end, equal uninterrupted ones."""
+    head, train_line, adapt_line, last = kills.kills(wanted, 0).splitlines()
+    assert last.startswith(f"{wanted} kills; an uninterrupted run: train.py ")
     fell = [[int(n) for n in line.split()[1:]] for line in (train_line, adapt_line)]
-    assert all(sum(row[:4]) == row[4] for row in fell) and sum(row[4] for row in fell) == 3
+    assert all(sum(row[:4]) == row[4] for row in fell) and sum(row[4] for row in fell) == wanted
     assert fell[1][6] > 0 and head.endswith("runs, all equal")
 
 
 def test_what_makes_two_runs_different(tmp_path):
-    """Not the seconds, the folder's name or the order of a set; but each value of the optimiser, the log, a score."""
+    """A value of the optimiser, the log or a score; not the seconds, the folder's name or the order of a set."""
 
     def make(name: str, step=1.0, loss=2.0, score=3.0, trained=(0, 1)) -> Path:
         folder, seconds = tmp_path / name, len(name)
@@ -345,7 +355,7 @@ def test_a_step_that_is_saved_again_is_noticed():
 
 
 def test_files_left_half_written_are_counted(tmp_path):
-    """Ours and safetensors' own, also in folders of splits; the newest of them tells; whole files do not."""
+    """Ours and safetensors' own, also in folders of splits; whole files are not. The newest one counts."""
     (tmp_path / "0").mkdir()
     assert kills.half_files(tmp_path) == 0
     for seconds, name in enumerate(("log.jsonl.tmp", ".tmpAb12cd", "0/.tmpzzzzzz", "0/a.json.tmp", "a.json"), 1):
@@ -357,21 +367,22 @@ def test_files_left_half_written_are_counted(tmp_path):
 # --- Many mutated files -----------------------------------------------------------------------------------------------
 
 
-def test_some_mutated_inputs(monkeypatch, tmp_path):
-    """Files of all benchmarks and of runs, the authors' files, command lines: read, or refused in one sentence. What
-    `datasets` makes of them does not come into the user's cache."""
+@pytest.mark.parametrize("wanted", [120, pytest.param(1000, marks=pytest.mark.slow)])
+def test_some_mutated_inputs(monkeypatch, tmp_path, wanted):
+    """Files of all benchmarks and of runs, the authors' files, command lines: each is accepted, or refused in one
+    sentence. What `datasets` makes of them stays out of the user's cache."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
-    table = faults.mutations(150, 1, tmp_path / "bad")
-    assert table.endswith("\n150 mutations, 0 bad"), table
+    table = faults.mutations(wanted, 1, tmp_path / "bad")
+    assert table.endswith(f"\n{wanted:,} mutations, 0 bad"), table
     names = ("t0", "superni rows", "crossfit", "checkpoint", "TASK.json", "PEFT's Poly", "authors' file")
     assert all(re.search(rf"^{name} .*[1-9]", table, re.M) for name in names), table
     assert not (tmp_path / "home" / "datasets").exists()
 
 
 def test_what_watches_a_reader(monkeypatch, tmp_path):
-    """One that hangs, dies, or raises what it should not is counted, told and replaced; the others go on, each number
-    once, and a number does the same again."""
+    """A reader that hangs, dies or raises what it should not is counted, described and replaced. Each mutation is done
+    once; a number stands for the same one in another process."""
 
     def refuse(text):
         raise UserError(text)
@@ -380,21 +391,21 @@ def test_what_watches_a_reader(monkeypatch, tmp_path):
         "fine": lambda chance: None, "refuses": lambda chance: refuse("no"),
         "raises": lambda chance: [][0], "dies": lambda chance: os._exit(3), "hangs": lambda chance: time.sleep(60),
     }  # fmt: skip
-    monkeypatch.setattr(faults, "targets", lambda root: {name: (1, one) for name, one in kinds.items()})
+    monkeypatch.setattr(targets, "targets", lambda root: {name: (1, one) for name, one in kinds.items()})
     monkeypatch.setattr(faults, "LIMIT", 1)
     fork = faults.multiprocessing.get_context("fork")  # a child with these targets
     monkeypatch.setattr(faults.multiprocessing, "get_context", lambda name: fork)
-    found = {n: (name, outcome) for n, name, outcome, *_ in faults.outcomes(tmp_path, 0, 0, 14) if n >= 0}
+    outcomes = {n: (name, outcome) for n, name, outcome, *_ in faults.outcomes(tmp_path, 0, 0, 14) if n >= 0}
     wanted = dict(fine="read", refuses="refused", raises="IndexError", dies="died", hangs="hang")
-    assert sorted(found) == list(range(14)) and set(found.values()) == set(wanted.items())
-    bad = next(n for n, (name, _) in found.items() if name == "dies")
-    table = faults.mutations(1, 0, tmp_path / "keep", bad)
+    assert sorted(outcomes) == list(range(14)) and set(outcomes.values()) == set(wanted.items())
+    bad = next(n for n, (name, _) in outcomes.items() if name == "dies")
+    table = faults.mutations(1, 0, tmp_path / "bad", bad)
     assert table.endswith("\n1 mutations, 1 bad") and re.search(r"^dies +0 +0 +1 ", table, re.M)
-    assert (tmp_path / "keep" / f"{bad}.txt").read_text() == "dies: died: exit code 3\n"
+    assert (tmp_path / "bad" / f"{bad}.txt").read_text() == "dies: died: exit code 3\n"
 
 
 def test_what_a_reader_writes_is_noticed(tmp_path):
-    """A new file, a changed one, one that is gone, also beside the one that is read; that one is put back."""
+    """A new, a changed or a missing file, also beside the one that is read; that one is put back."""
     (tmp_path / "a").write_text("mine")
     (tmp_path / "b").write_text("other")
     for write in (
@@ -416,7 +427,7 @@ def test_what_is_read_is_compared(tmp_path):
     lines = lambda path, old, new: targets.examples_in(path, new)  # noqa: E731
     for read, right in ((lambda: len(path.read_bytes().splitlines()), True), (lambda: 5, False)):
         one = targets.files(tmp_path, [path], read, lambda old, chance: old + b"x\ty\n", lines)
-        with contextlib.nullcontext() if right else pytest.raises(AssertionError, match="read without a word: 5, and"):
+        with contextlib.nullcontext() if right else pytest.raises(AssertionError, match="is accepted as 5, and not 6"):
             one(chance)
     inject.write_tensors({"a": torch.ones(2)}, str(tmp_path / "t"))
     one = targets.signed(tmp_path, tmp_path / "t", lambda: None, lambda: {"a": torch.ones(2)})
@@ -435,11 +446,11 @@ def test_examples_are_counted_without_the_readers(tmp_path):
 
 
 def test_what_comes_into_a_line_ends_none():
-    """Letters, quotes, NUL, CR, U+2028: other bytes, and the same number of lines."""
+    """Letters, quotes, NUL, CR, U+2028: other bytes, but the same number of lines."""
     content, chance = b"a b\tc\nd\te\n", random.Random(0)
-    found = [targets.in_a_line(content, chance) for _ in range(200)]
-    assert {new.count(b"\n") for new in found} == {2} and {new.count(b"\t") for new in found} == {2}
-    assert all(any(odd in new for new in found) for odd in (b"\r", b"\0", b'"', "\u2028".encode()))
+    changed = [targets.in_a_line(content, chance) for _ in range(200)]
+    assert {new.count(b"\n") for new in changed} == {2} and {new.count(b"\t") for new in changed} == {2}
+    assert all(any(odd in new for new in changed) for odd in (b"\r", b"\0", b'"', "\u2028".encode()))
 
 
 @pytest.mark.parametrize(
@@ -458,20 +469,52 @@ def test_a_backbone_of_endless_layers_or_tokens(tmp_path, file, name):
 # --- Long runs --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dataset", ["strings", "t0"])
-def test_a_long_run_is_looked_at(monkeypatch, tmp_path, dataset):
-    """After every so many steps of a real run, in memory and memory-mapped: memory, open files, the log so far."""
-    monkeypatch.setattr(data.datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    flags = longrun.settings(dataset, 6, 2) | dict(output_dir=str(tmp_path / "run"))
-    rows = longrun.sampled(flags, 2)
-    assert [row[0] for row in rows] == [2, 4, 6] and all(row[1] > 10**7 and row[2] > 3 for row in rows)
-    assert rows[0][3] == 0 < rows[1][3] < rows[2][3] < (tmp_path / "run" / "log.jsonl").stat().st_size
-    assert (tmp_path / "cache").exists() == (dataset == "t0")
+GROWS = """
+import json, sys, time
+sys.argv[2:] and sys.exit("no more")
+log, kept, files = open(sys.argv[1], "w"), [], []
+for step in range(1, 9):
+    kept.append(b"x" * 2**22)
+    files.append(open(sys.argv[0]))
+    print(json.dumps({"step": step, "loss": 1.0}), file=log, flush=True)
+    time.sleep(0.2)
+"""
+
+
+def test_a_process_is_watched(capsys, tmp_path):
+    """From outside, here one that takes 4 MB more and opens a file at each step: rows for every other step."""
+    script, log = tmp_path / "script.py", tmp_path / "log.jsonl"
+    script.write_text(GROWS)
+    rows = longrun.watched([sys.executable, str(script), str(log)], log, 2)
+    steps = [row[0] for row in rows]
+    assert len(rows) >= 3 and steps[-1] == 8 and len({step // 2 for step in steps}) == len(steps)
+    assert all(row[3] * 8 == log.stat().st_size * row[0] for row in rows)
+    for (_, memory, files, *_), (_, more, opened, *_) in zip(rows, rows[1:], strict=False):
+        assert more - memory > 0.9 * 2**22 and opened > files
+    assert not longrun.verdict(rows, 500, 1)[1] and f"step {steps[0]}  " in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="^error: .*script.py .* ended with 1: no more$"):
+        longrun.watched([sys.executable, str(script), str(log), "fail"], log, 2)
+
+
+@pytest.mark.slow
+def test_a_long_run_is_watched(monkeypatch, capsys):
+    """Both runs, as short as may be: rows of memory, open files and log; the limit of --allowed decides."""
+    line = "--steps 80 --log-every 5 --allowed 1e6"
+    monkeypatch.setattr(sys, "argv", ["longrun", *line.split()])
+    monkeypatch.setenv("HF_DATASETS_CACHE", "")
+    with pytest.raises(SystemExit) as ended:
+        longrun.main()
+    said = capsys.readouterr().out
+    assert not ended.value.code and said.count(": flat\n") == 2
+    for dataset, steps in (("strings", range(5, 81, 5)), ("t0", range(5, 21, 5))):
+        table = said.split(f"\n{dataset} ")[1].split("\nsteps ")[0].splitlines()[1:]
+        assert [int(row.split()[0]) for row in table] == list(steps)
+        assert all(float(row.split()[1]) > 100 and int(row.split()[2]) > 3 for row in table)
 
 
 def test_what_is_said_of_a_long_run():
-    """What grows by a kilobyte a step, keeps one more file open, or logs too much, is no flat run; pools that fill up
-    in the first half, or one jump, are none of that."""
+    """A kilobyte a step, one more open file or a long line of the log is growth; pools that fill up in the first half,
+    or a single jump, are not."""
 
     def rows(grows=lambda step: 0, files=lambda step: 8, line=100):
         steps = range(1000, 20_001, 1000)
@@ -496,7 +539,7 @@ def test_what_is_said_of_a_long_run():
     [
         (faults, "", "give --kills NUMBER, --mutations NUMBER or both"), (faults, "--first 3", "give --kills"),
         (faults, "--mutations -5", "--mutations must not be negative"), (faults, "--kills -1", "--kills must not be"),
-        (faults, "--mutations 1 --first -1", "--first must"), (faults, "--mutations 1 --keep FILE", "--keep FILE"),
+        (faults, "--mutations 1 --first -1", "--first must"), (faults, "--mutations 1 --bad-dir FILE", "--bad-dir"),
         (longrun, "--steps 0", "--steps must be"), (longrun, "--steps -1", "--steps must be"),
         (longrun, "--every -1", "--every"), (longrun, "--every 2000", "--every"), (longrun, "--log-every 0", "--log"),
         (longrun, "--allowed nan", "--allowed"), (longrun, "--allowed -1", "--allowed"),
@@ -520,7 +563,7 @@ def test_flags_that_cannot_be(monkeypatch, capsys, tmp_path, module, line, named
 
 
 def test_rows_that_cannot_be_read(monkeypatch):
-    """What the process that reads says, as one RunError."""
+    """The error of the process that reads becomes a RunError."""
     monkeypatch.setattr(scale, "write_rows", lambda folder, rows: None)
     failed = SimpleNamespace(returncode=1, stdout="", stderr="error: the disk is full\n")
     monkeypatch.setattr(scale.subprocess, "run", lambda *args, **options: failed)

@@ -1,4 +1,4 @@
-"""LoRA and (IA)^3 beside one linear layer: against naive loops, at initialisation, merged, and copied alone."""
+"""LoRA and (IA)^3 beside one linear layer: against naive loops, at initialisation, merged; each file copied alone."""
 
 import ast
 import subprocess
@@ -218,45 +218,123 @@ def test_bad_settings_are_refused(make):
 
 # --- Promises about the files -----------------------------------------------------------------------------------------
 
-USE_ALONE = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import torch, {file}
-assert {file}.__file__.startswith(sys.argv[1]) and not {{"lora", "ia3", "poly", "mhr", "inject"}} - {{"{file}"}} & {{*sys.modules}}
+ONE_ADAPTER = """
+import {file}, torch
+
 linear = torch.nn.Linear(4, 6)
 layer = {file}.{cls}Linear(linear, {file}.{cls}())
 x = torch.randn(2, 3, 4)
 assert torch.equal(layer(x), linear(x))
 layer(x).square().mean().backward()
-torch.optim.SGD(layer.params.parameters(), lr=1.0).step()
+torch.optim.SGD([p for p in layer.params.parameters() if p.requires_grad], lr=1.0).step()
 assert not torch.equal(layer(x), linear(x))
 assert torch.allclose(layer.merged()(x), layer(x), atol=1e-5)
-print("used")
-"""  # noqa: E501
+"""
+ROUTED = """
+import {file}, torch
+
+class Shift:  # an adapter of our own: add a vector to the output
+    feature_axis = {{"c": 0}}
+    def init(self, linear):
+        return {{"c": torch.zeros(linear.out_features)}}
+    def apply(self, linear, x, c):
+        return linear(x) + c.unsqueeze(-2)
+    def merge(self, weight, bias, c):
+        return weight.clone(), bias + c
+
+linear = torch.nn.Linear(4, 6)
+layer = {file}.{cls}Linear(linear, Shift(), {file}.{cls}Router(3, 2{heads}))
+x, tasks = torch.randn(4, 5, 4), torch.tensor([2, 0, 2, 2])
+assert torch.equal(layer(x, tasks), linear(x))
+layer(x, tasks).square().mean().backward()
+torch.optim.SGD(layer.inventory.parameters(), lr=1.0).step()
+y = layer.eval()(x, tasks)
+assert not torch.allclose(y, linear(x))
+assert torch.allclose(layer.merged(2)(x[:1]), y[:1], atol=1e-5)
+assert layer.average_skills()["c"].shape == (6,)
+"""
+THREE_FILES = """
+import torch
+from torch import nn
+from inject import adapted_layers, freeze, inject, load_adapters, merge, save_adapters, task_ids, unmerge
+from lora import LoRA
+from poly import PolyLinear, PolyRouter
+
+def build():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+    freeze(model)
+    inject(model, lambda name, linear: PolyLinear(linear, LoRA(rank=2), PolyRouter(3, 2)), "0|2")
+    return model
+
+model, x = build(), torch.randn(4, 5, 6)
+optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+with task_ids([0, 1, 2, 0]):
+    before = model(x).square().sum()
+    before.backward()
+    optimizer.step()
+    model.eval()
+    assert model(x).square().sum() < before
+    save_adapters(model, "adapter.safetensors")
+    other = build().eval()
+    load_adapters(other, "adapter.safetensors")
+    assert torch.equal(other(x), model(x))
+with task_ids([1]):
+    y = model(x)
+layers = merge(model, 1)
+assert torch.allclose(model(x), y, atol=1e-5) and not adapted_layers(model)
+unmerge(model, layers)
+"""
+USES = {  # the files that are copied into an empty folder: what is done with them there
+    "lora": ONE_ADAPTER.format(file="lora", cls="LoRA"),
+    "ia3": ONE_ADAPTER.format(file="ia3", cls="IA3"),
+    "sft": ONE_ADAPTER.format(file="sft", cls="SFT"),
+    "poly": ROUTED.format(file="poly", cls="Poly", heads=""),
+    "mhr": ROUTED.format(file="mhr", cls="MHR", heads=", 2"),
+    "inject lora poly": THREE_FILES,
+}
+IN_EACH_FOLDER = """
+import os, runpy, sys, torch
+
+for folder in sys.argv[1:]:
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    runpy.run_path("use.py")
+    own = [name for name, module in sys.modules.items() if (getattr(module, "__file__", "") or "").startswith(folder)]
+    print(*sorted(own))
+    sys.path.remove(folder)
+    for name in own:
+        del sys.modules[name]
+assert "transformers" not in sys.modules
+"""
 
 
-@pytest.mark.parametrize("file,cls", [("lora", "LoRA"), ("ia3", "IA3")])
-def test_file_works_alone(file, cls, tmp_path):
-    """The promise of the repository: copy the one file, and it runs. Catches an import of a sibling. -I keeps the
-    repository off the path."""
-    (tmp_path / f"{file}.py").write_text((ROOT / f"{file}.py").read_text())
-    code = USE_ALONE.format(file=file, cls=cls)
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", code, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.stdout.split() == ["used"], done.stderr
+def test_files_work_alone(tmp_path):
+    """The promise of the repository: copy a file, or inject.py and what it is to inject, and it runs. poly and mhr take
+    any adapter (four names, see `Shift`). Catches an import of a sibling, a dependency on LoRA. -I keeps the repository
+    off the path; one process for all, since it takes seconds to import torch."""
+    folders = [tmp_path / files.replace(" ", "-") for files in USES]
+    for folder, (files, use) in zip(folders, USES.items(), strict=True):
+        folder.mkdir()
+        (folder / "use.py").write_text(use)
+        for file in files.split():
+            (folder / f"{file}.py").write_text((ROOT / f"{file}.py").read_text())
+    command = [sys.executable, "-I", "-c", IN_EACH_FOLDER, *map(str, folders)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == list(USES)
 
 
-@pytest.mark.parametrize("file", ["lora.py", "ia3.py", "poly.py", "mhr.py"])
+@pytest.mark.parametrize("file", ["lora.py", "ia3.py", "sft.py", "poly.py", "mhr.py"])
 def test_file_imports_only_torch_and_the_standard_library(file):
     """Wherever an import stands, also inside a function. Catches a new dependency."""
-    found = set()
+    imported = set()
     for node in ast.walk(ast.parse((ROOT / file).read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add("." * node.level + (node.module or "").split(".")[0])
-    assert "torch" in found and found <= {"torch", *sys.stdlib_module_names}
+            imported.add("." * node.level + (node.module or "").split(".")[0])
+    assert "torch" in imported and imported <= {"torch", *sys.stdlib_module_names}
 
 
 def test_ia3_file_mirrors_lora_file():

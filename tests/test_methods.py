@@ -1,4 +1,4 @@
-"""experiments/methods.py: the search takes the same steps for all methods, and what was made is not made again."""
+"""experiments/methods.py: the search has the same steps for all methods, and existing runs are reused."""
 
 import json
 import math
@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipes import FEW_SHOT, PRETRAINING, VARIANTS, recipe
 from experiments import methods
+from recipes import FEW_SHOT, PRETRAINING, VARIANTS, recipe
 
 
 @given(st.floats(-3, 3), st.sampled_from([1e-3, 5e-3, 0.5]))
@@ -34,13 +34,13 @@ def test_the_search_stops():
 
 
 def test_equal_scores_keep_the_middle():
-    """Of equal ones the first: nothing speaks for another rate."""
+    """Of equal scores the first one wins."""
     assert methods.search(lambda rate: 1.0, 5e-3) == 5e-3
 
 
 @pytest.fixture
 def trials(monkeypatch, tmp_path):
-    """methods.py with runs that return at once: what was trained and adapted."""
+    """methods.py with runs that return at once; the list of what was trained and adapted."""
     made = []
     monkeypatch.setattr(methods, "pretrain", lambda name, seed, root, flags: (made.append(flags) or flags, {}))
 
@@ -54,7 +54,7 @@ def trials(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_every_variant_gets_a_rate_of_its_own(trials, tmp_path, name):
-    """One line is marked for each variant, all with the same pre-training, and the marks are what RATES needs."""
+    """One line is marked for each variant, all with the same pre-training: those are the lines of RATES."""
     lines = methods.tune(name, tmp_path)
     best = [line for line in lines if line[-1]]
     assert sorted(line[2] for line in best) == sorted(methods.METHODS[name][1])
@@ -67,8 +67,8 @@ OWN_RATES = ("LoRA-big", "Random by task")  # another size or form of a method: 
 
 @pytest.mark.parametrize("name", [name for name in methods.METHODS if name not in OWN_RATES])
 def test_the_recipes_have_the_rates_of_the_table(name):
-    """`train.py --dataset strings --method M` without --lr is the table's run; so is the first variant's adaptation,
-    but for Poly, whose variants differ: there it is that of mu."""
+    """`train.py --dataset strings --method M` without --lr is the table's run, and so is the adaptation by the first
+    variant (Poly, whose variants differ: by mu)."""
     method = methods.METHODS[name][0].split()[1]
     pretraining = dict(pair.lstrip("-").split("=") for pair in methods.RATES[name][0].split())
     assert recipe(PRETRAINING, "strings", method)["lr"] == float(pretraining["lr"])
@@ -77,7 +77,7 @@ def test_the_recipes_have_the_rates_of_the_table(name):
 
 
 def test_flags_give_all_that_a_methods_own_recipe_sets():
-    """So that the name of RUNS, which holds the recipe of all methods, names the whole recipe."""
+    """A method's own recipe sets --lr alone, which runs give as a flag: so the name of RUNS has the whole recipe."""
     for recipes in (PRETRAINING, FEW_SHOT):
         own = [values for key, values in recipes.items() if key[0] == "strings"]
         assert own and all(set(values) == {"lr"} for values in own)
@@ -89,8 +89,8 @@ def test_every_method_has_rates_for_its_variants():
 
 
 def test_what_was_made_is_not_made_again(monkeypatch, tmp_path):
-    """A script runs if its file is not there; the commit of the tree is written beside it, unless this program was
-    killed before it could."""
+    """A script runs if its file does not exist. The commit of the tree is written beside the file; it is missing if
+    this program was killed before."""
     calls = []
 
     def fake(command, **options):
@@ -116,7 +116,7 @@ def test_a_script_that_fails_ends_all_with_its_words(monkeypatch, tmp_path):
 
 
 def test_another_recipe_is_another_folder():
-    """Runs are found by their flags: so what flags leave open is in the folder's name."""
+    """Runs are found by their flags; settings without a flag are in the folder's name."""
     again = lambda: runpy.run_path(methods.__file__)["RUNS"].name  # noqa: E731
     assert again() == methods.RUNS.name
     with pytest.MonkeyPatch.context() as patch:
@@ -139,7 +139,7 @@ def test_flags_that_cannot_be(monkeypatch, capsys, line, named):
 
 
 def test_a_commit_is_dirty_if_more_than_results_changed(tmp_path, monkeypatch):
-    """Numbers that are added to results/ while runs are made do not mark those that follow."""
+    """New values in results/, which are added while runs are made, do not make the tree dirty."""
     monkeypatch.setattr(methods, "ROOT", tmp_path)
     (tmp_path / "results").mkdir()
     for name in ("train.py", "results/claims.jsonl"):

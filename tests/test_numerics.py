@@ -9,25 +9,21 @@ import math
 
 import pytest
 import torch
-from test_poly_mhr import batch, gradients, naive, trained
 from torch import nn
 
-import mhr
-import poly
 import train
-from methods import add_adapters
-from plumbing.backbones import tiny_from_scratch
 from ia3 import IA3, IA3Linear
 from inject import adapter_parameters, task_ids
 from lora import LoRA, LoRALinear
+from methods import add_adapters
 from mhr import MHRLinear, MHRRouter
+from plumbing.backbones import tiny_from_scratch
 from poly import PolyLinear, PolyRouter
 from sft import SFT, SFTLinear, dense
+from tests.test_poly_mhr import batch, each_file, each_routing, gradients, naive, trained
 
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # the largest relative error of rounding to each type
 INF = math.inf
-each_file = pytest.mark.parametrize("module", [poly, mhr], ids=["poly", "mhr"])
-each_routing = pytest.mark.parametrize("routing", ["gumbel", "sigmoid", "straight-through"])
 each_half = pytest.mark.parametrize("dtype", ROUNDING)
 
 
@@ -101,7 +97,7 @@ def test_half_precision_is_within_its_roundings(kind, adapter, dtype):
 def test_a_whole_model_in_bf16(adapter):
     """The tiny backbone under MHR: a mixed batch's loss within 1 % of fp32's, the gradients of adapters and Z in fp32
     and within 10 % of their norm."""
-    found = []
+    results = []
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
         model = tiny_from_scratch().to(dtype).eval()
@@ -116,8 +112,8 @@ def test_a_whole_model_in_bf16(adapter):
         loss.backward()
         trained = [p for p in model.parameters() if p.requires_grad]
         assert all(p.grad.dtype == torch.float32 for p in trained)
-        found.append((loss.item(), torch.cat([p.grad.flatten() for p in trained])))
-    (loss, grad), (half_loss, half_grad) = found
+        results.append((loss.item(), torch.cat([p.grad.flatten() for p in trained])))
+    (loss, grad), (half_loss, half_grad) = results
     assert 0 < abs(half_loss - loss) < 0.01 * loss and (half_grad - grad).norm() < 0.1 * grad.norm()
 
 
@@ -181,10 +177,10 @@ def test_what_eps_changes(module):
     for z, total in ((-13.8, 1.0), (math.log(1e-12), 0.5), (-100.0, 0.0)):
         row = torch.tensor([[z] + [-INF] * 3], dtype=torch.float64)
         exact = torch.sigmoid(row).sum()
-        found = module.soft_partition(row, "sigmoid", False).sum()
-        torch.testing.assert_close(found, exact / (exact + 1e-12), rtol=1e-12, atol=0)
-        assert abs(found - total) < 1e-6
-        assert abs(module.soft_partition(row.float(), "sigmoid", False).sum() - found) < 1e-6
+        w = module.soft_partition(row, "sigmoid", False).sum()
+        torch.testing.assert_close(w, exact / (exact + 1e-12), rtol=1e-12, atol=0)
+        assert abs(w - total) < 1e-6
+        assert abs(module.soft_partition(row.float(), "sigmoid", False).sum() - w) < 1e-6
     assert module.soft_partition(torch.tensor([1.0, 2.0, 3.0, -1.0]), "straight-through", False).sum() == 1
 
 

@@ -1,10 +1,8 @@
-"""Poly and MHR: the routed layers against naive loops, their routing, merging, learning, and the files themselves."""
+"""Poly and MHR: the routed layers against naive loops, their routing, merging, learning, and how the files differ."""
 
 import ast
 import copy
 import difflib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -718,59 +716,18 @@ def test_differences_from_peft_are_as_stated():
     assert not torch.allclose(y[0], y[1])
 
 
-# --- Promises about the files -----------------------------------------------------------------------------------------
-
-USE_ALONE = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import torch, {file}
-assert {file}.__file__.startswith(sys.argv[1])
-assert not {{"lora", "ia3", "poly", "mhr", "inject"}} - {{"{file}"}} & {{*sys.modules}}
-
-class Shift:  # an adapter of our own: add a vector to the output
-    feature_axis = {{"c": 0}}
-    def init(self, linear):
-        return {{"c": torch.zeros(linear.out_features)}}
-    def apply(self, linear, x, c):
-        return linear(x) + c.unsqueeze(-2)
-    def merge(self, weight, bias, c):
-        return weight.clone(), bias + c
-
-linear = torch.nn.Linear(4, 6)
-layer = {file}.{cls}Linear(linear, Shift(), {file}.{cls}Router(3, 2{heads}))
-x, tasks = torch.randn(4, 5, 4), torch.tensor([2, 0, 2, 2])
-assert torch.equal(layer(x, tasks), linear(x))
-layer(x, tasks).square().mean().backward()
-torch.optim.SGD(layer.inventory.parameters(), lr=1.0).step()
-y = layer.eval()(x, tasks)
-assert not torch.allclose(y, linear(x))
-assert torch.allclose(layer.merged(2)(x[:1]), y[:1], atol=1e-5)
-assert layer.average_skills()["c"].shape == (6,)
-print("used")
-"""
-
-
-@pytest.mark.parametrize("file,cls,heads", [("poly", "Poly", ""), ("mhr", "MHR", ", 2")])
-def test_file_works_alone(file, cls, heads, tmp_path):
-    """The promise of the repository: copy the one file, bring any adapter (four names, see `Shift`), and it runs.
-    Catches an import of a sibling and a dependency on LoRA. -I keeps the repository off the path."""
-    (tmp_path / f"{file}.py").write_text((ROOT / f"{file}.py").read_text())
-    code = USE_ALONE.format(file=file, cls=cls, heads=heads)
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", code, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.stdout.split() == ["used"], done.stderr
+# --- The two files ----------------------------------------------------------------------------------------------------
 
 
 def functions(file, prefix):
     """The code of every function of a file, without docstrings and comments, by name ("X" for the prefix), in order."""
-    found, tree = {}, ast.parse((ROOT / file).read_text().replace(prefix, "X"))
+    code, tree = {}, ast.parse((ROOT / file).read_text().replace(prefix, "X"))
     for owner in [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]:
         for node in owner.body:
             if isinstance(node, ast.FunctionDef):
                 node.body = node.body[1:] if ast.get_docstring(node) else node.body
-                found[f"{getattr(owner, 'name', 'file')}.{node.name}"] = ast.unparse(node)
-    return found
+                code[f"{getattr(owner, 'name', 'file')}.{node.name}"] = ast.unparse(node)
+    return code
 
 
 def test_diff_of_poly_and_mhr_is_the_head_axis():

@@ -1,5 +1,6 @@
-"""Runs that are cut off: killed, stopped, out of disk or memory. What goes on is what was never cut off, to the bit."""
+"""Runs that are killed, stopped, out of disk or memory: a resumed run is bit-identical to an uninterrupted one."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -20,74 +21,50 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import adapt
+import benchmarks
+import data
+import inject
+import plumbing.run
+import scoring
+import train
 from methods import starting_point
 from plumbing.backbones import advice_on_memory
 from plumbing.checkpoint import Progress, load_checkpoint, marks_of_tasks, run_tensors, save_checkpoint
-from plumbing.errors import exit_on_user_error
-from plumbing.flags import explicit_flags
+from plumbing.errors import RunError, UserError, exit_on_user_error
+from plumbing.flags import check_ranges, explicit_flags
 from plumbing.folders import CHECKPOINT, locked_folder
-from plumbing.run import Every, Signals, truncate_log, write_line
-import data
-import inject
-
-import train
-from plumbing.backbones import tiny_from_scratch
-from plumbing.errors import RunError, UserError
+from plumbing.run import Every, Run, Signals, truncate_log
+from tests.helpers import PowerCut, log_lines, same_run
+from tests.stress.kills import small_backbone
 
 STEPS = 12
 FLAGS = dict(
     method="mhr", heads=4, dataset="strings", rank=1, skills=2, steps=STEPS, batch_size=4, max_input=8, max_output=4,
-    eval_examples=1, log_every=5, save_every="1", seed=3,
+    eval_examples=0, log_every=5, save_every="1", seed=3,
 )  # fmt: skip
 FEW = dict(steps=3, eval_every=2, batch_size=4, shots=4, test_examples=2, tasks="sort+double,drop+swap,double+upper")
 
 
-class PowerCut(BaseException):
-    """Ends a run at a chosen call, past all that handles exceptions."""
-
-
-def lines(folder: Path) -> list[dict]:
-    """The log without the seconds, which no two runs share."""
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in log]
-
-
-def same(folder: Path, reference: Path):
-    """Two finished runs are the same: files, bits of what was trained, log, result but for the seconds."""
-    names = [{str(p.relative_to(f)) for p in f.rglob("*")} for f in (folder, reference)]
-    assert names[0] == names[1]
-    for path in reference.rglob("*.safetensors"):
-        assert (folder / path.relative_to(reference)).read_bytes() == path.read_bytes(), path
-    assert lines(folder) == lines(reference)
-    results = [json.loads((f / "result.json").read_text()) | {"seconds": 0} for f in (folder, reference)]
-    assert results[0] == results[1]
-
-
-def cut_at(monkeypatch, step: int):
-    """A power cut within a step of training."""
-    real, calls = train.backward_in_parts, []
+@contextlib.contextmanager
+def cut_in_step(step: int):
+    """A power cut within this step of a training run that starts in this context."""
+    calls = []
 
     def cut(*args):
         calls.append(args)
         if len(calls) == step:
             raise PowerCut
-        return real(*args)
+        return backward(*args)
 
-    monkeypatch.setattr(train, "backward_in_parts", cut)
+    backward = train.backward_in_parts
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCut):
+        patch.setattr(train, "backward_in_parts", cut)
+        yield
 
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory) -> str:
-    """A smaller tiny backbone: one layer of each kind."""
-    from transformers import ByT5Tokenizer, T5ForConditionalGeneration
-
-    folder = tmp_path_factory.mktemp("backbone")
-    shape = tiny_from_scratch().config
-    shape.d_model, shape.d_kv, shape.d_ff, shape.num_layers, shape.num_decoder_layers = 16, 4, 16, 1, 1
-    torch.manual_seed(0)
-    T5ForConditionalGeneration(shape).save_pretrained(folder)
-    ByT5Tokenizer().save_pretrained(folder)
-    return str(folder)
+    return small_backbone(tmp_path_factory.mktemp("backbone"))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +74,7 @@ def flags(backbone) -> dict:
 
 @pytest.fixture(scope="module")
 def reference(flags, tmp_path_factory) -> Path:
-    """A run that was never cut off."""
+    """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("reference") / "run"
     train.main(flags | dict(output_dir=str(folder)))
     return folder
@@ -111,7 +88,7 @@ def child():
     """start(function, *args): a real process, forked from one that has imported everything and computed nothing."""
     before, os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS"), "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
+    context.set_forkserver_preload(["train", "adapt"])
 
     def start(function, *args) -> multiprocessing.Process:
         process = context.Process(target=function, args=args)
@@ -124,13 +101,13 @@ def child():
         os.environ["OMP_NUM_THREADS"] = before
 
 
-def test_killed_at_fifty_random_moments(child, flags, reference, tmp_path):
-    """SIGKILL, wherever it falls: while loading, training, saving or scoring."""
+@pytest.mark.parametrize("wanted", [10, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(child, flags, tmp_path, wanted):
+    """SIGKILL, wherever it falls: while loading, training, saving or scoring. Nobody kills the first run."""
     chance, kills, runs, length = random.Random(0), 0, 0, None
-    while kills < 50:
-        folder = tmp_path / str(runs)
-        now = flags | dict(output_dir=str(folder), resume=True)
-        process, begin = child(train.main, now), time.monotonic()
+    while kills < wanted:
+        now = flags | dict(output_dir=str(tmp_path / str(runs)), eval_examples=1, resume=True)
+        process, start = child(train.main, now), time.monotonic()
         process.join(length and chance.uniform(0, 1.2 * length))
         if process.is_alive():
             process.kill()
@@ -138,16 +115,16 @@ def test_killed_at_fifty_random_moments(child, flags, reference, tmp_path):
             kills += 1
             continue
         assert process.exitcode == 0
-        length = length or time.monotonic() - begin  # of the first run, which nobody kills
-        same(folder, reference)
+        length = length or time.monotonic() - start
+        same_run(tmp_path / str(runs), tmp_path / "0")
         runs += 1
     child(train.main, now).join()
-    same(folder, reference)
+    same_run(Path(now["output_dir"]), tmp_path / "0")
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_stopped_by_a_signal(child, flags, reference, tmp_path, number, code):
-    """SIGTERM, Ctrl-C and SIGHUP end the step, save, and end with their exit codes; the run then goes on."""
+    """SIGTERM, Ctrl-C and SIGHUP end the run after its step: it saves, exits with their code, and can be resumed."""
     folder = tmp_path / "run"
     now = flags | dict(output_dir=str(folder), save_every="100000")
     process = child(slowly, now)
@@ -156,12 +133,11 @@ def test_stopped_by_a_signal(child, flags, reference, tmp_path, number, code):
     os.kill(process.pid, number)
     process.join()
     assert process.exitcode == code
-    step = load_checkpoint(folder / CHECKPOINT, *made(flags)).step
+    model, optimizer = made(flags)
+    step = load_checkpoint(folder / CHECKPOINT, run_tensors(model), optimizer).step
     assert 5 <= step < STEPS and not (folder / "result.json").exists()
     train.main(flags | dict(output_dir=str(folder), resume=True, save_every="100000"))
-    same_but_config = json.loads((folder / "result.json").read_text())["tasks"]
-    assert same_but_config == json.loads((reference / "result.json").read_text())["tasks"]
-    assert (folder / "adapter.safetensors").read_bytes() == (reference / "adapter.safetensors").read_bytes()
+    same_run(folder, reference)
 
 
 def slowly(flags: dict):
@@ -174,19 +150,32 @@ def slowly(flags: dict):
 def made(flags: dict):
     """A model and an optimiser as a run makes them."""
     cfg = train.make_config(**flags)
-    model, _ = starting_point(cfg, train.load_tasks(cfg, cfg.split, ("train",)).train, [])
+    model, _ = starting_point(cfg, benchmarks.load_for(cfg, cfg.split, ("train",)).train, [])
     return model, train.make_optimizer(model, cfg)
 
 
+CUTS = [  # (system call, end of the file's name, which of those calls)
+    ("replace", "config.json", 1), ("fsync", "log.jsonl", 3), ("fsync", f"{CHECKPOINT}.tmp", 1),
+    ("replace", CHECKPOINT, 1), ("replace", CHECKPOINT, 12), ("replace", "adapter.safetensors", 1),
+    ("replace", "result.json", 1), ("unlink", CHECKPOINT, 1),
+]  # fmt: skip
+MORE_CUTS = [
+    ("fsync", "tasks.json.tmp", 1), ("replace", "tasks.json", 1), ("fsync", "config.json.tmp", 1),
+    ("fsync", "log.jsonl", 1), ("fsync", "log.jsonl", 12), ("fsync", f"{CHECKPOINT}.tmp", 12), ("fsync", "run", 2),
+    ("fsync", "run", 3), ("fsync", "adapter.safetensors.tmp", 1), ("fsync", "result.json.tmp", 1),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "call, count", [*((call, n) for call in ("fsync", "replace") for n in (1, 2, 3, 6, 14, 15)), ("unlink", 1)]
+    "call, name, count", [*CUTS, *(pytest.param(*cut, marks=pytest.mark.slow) for cut in MORE_CUTS)]
 )
-def test_power_cut_within_a_save(monkeypatch, flags, reference, tmp_path, call, count):
-    """Cut off at the count-th sync, renaming or removal of a file: config, tasks, log, checkpoints, adapter, result."""
+def test_power_cut_within_a_save(monkeypatch, flags, reference, tmp_path, call, name, count):
+    """Before a file or the run folder is synced, gets its name, or is removed, for the count-th time."""
     real, calls, folder = getattr(os, call), [], tmp_path / "run"
 
     def cut(*args):
-        calls.append(args)
+        path = os.readlink(f"/proc/self/fd/{args[0]}") if call == "fsync" else str(args[-1])
+        calls.extend([path] * path.endswith(f"/{name}"))
         if len(calls) == count:
             raise PowerCut
         return real(*args)
@@ -196,7 +185,7 @@ def test_power_cut_within_a_save(monkeypatch, flags, reference, tmp_path, call, 
         train.main(flags | dict(output_dir=str(folder)))
     monkeypatch.undo()
     train.main(flags | dict(output_dir=str(folder), resume=True))
-    same(folder, reference)
+    same_run(folder, reference)
 
 
 @pytest.mark.parametrize(
@@ -209,25 +198,27 @@ def test_power_cut_within_a_save(monkeypatch, flags, reference, tmp_path, call, 
     ],
     ids=str,
 )  # fmt: skip
-def test_every_kind_of_run_goes_on(monkeypatch, flags, tmp_path, extra):
-    """Cut off after step 7 with a checkpoint of step 6, whatever is trained and however."""
-    now = {k: v for k, v in (flags | dict(save_every="3", batch_size=64) | extra).items() if v is not None}
-    if extra.get("epochs"):  # few steps: an epoch of this batch
-        now["batch_size"] = 4096
+def test_every_kind_of_run_is_resumed(monkeypatch, flags, tmp_path, extra):
+    """Cut in step 8, after a checkpoint of step 6, whatever is trained and however. Few tasks, of few examples."""
+    monkeypatch.setattr(benchmarks, "load_for", few_examples)
+    now = {k: v for k, v in (flags | dict(save_every="3") | extra).items() if v is not None}
     train.main(now | dict(output_dir=str(tmp_path / "whole")))
-    folder = str(tmp_path / "cut")
-    cut_at(monkeypatch, 8)
-    with pytest.raises(PowerCut):
-        train.main(now | dict(output_dir=folder))
-    monkeypatch.undo()
-    torch.manual_seed(99)  # the state of this process must not matter
-    train.main(now | dict(output_dir=folder, resume=True))
-    same(tmp_path / "cut", tmp_path / "whole")
+    with cut_in_step(8):
+        train.main(now | dict(output_dir=str(tmp_path / "cut")))
+    torch.manual_seed(99)  # the random state of this process must not matter
+    train.main(now | dict(output_dir=str(tmp_path / "cut"), resume=True))
+    same_run(tmp_path / "cut", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("variant", ["all", "z", "mu"])
-def test_adaptation_goes_on_with_the_next_task(monkeypatch, reference, tmp_path, variant):
-    """Cut off in the second of three tasks: the first is not done again, and all is as if nothing had happened."""
+def few_examples(cfg, split, parts, load=benchmarks.load_for):
+    """`benchmarks.load_for`, but six training tasks of eight examples."""
+    whole = load(cfg, split, parts)
+    return dataclasses.replace(whole, train=[dataclasses.replace(t, train=t.train[:8]) for t in whole.train[:6]])
+
+
+@pytest.mark.parametrize("variant", ["all", *(pytest.param(name, marks=pytest.mark.slow) for name in ("z", "mu"))])
+def test_adaptation_resumes_with_the_next_task(monkeypatch, reference, tmp_path, variant):
+    """Cut in the second of three tasks: the first is not done again, and nothing differs."""
     now = FEW | dict(checkpoint=str(reference), variant=variant)
     adapt.main(now | dict(output_dir=str(tmp_path / "whole")))
     real, started = adapt.adapt_task, []
@@ -244,80 +235,80 @@ def test_adaptation_goes_on_with_the_next_task(monkeypatch, reference, tmp_path,
         adapt.main(now | dict(output_dir=str(tmp_path / "cut")))
     adapt.main(dict(output_dir=str(tmp_path / "cut"), resume=True))
     assert started == ["sort+double", "drop+swap", "drop+swap", "double+upper"]
-    same(tmp_path / "cut", tmp_path / "whole")
+    same_run(tmp_path / "cut", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("method", ["mu", "mhr"])
-def test_a_run_that_went_on_from_another_goes_on(monkeypatch, reference, tmp_path, method):
+def test_a_run_that_continues_another_is_resumed(reference, tmp_path, method):
     now = dict(from_run=str(reference), method=method, steps=6, save_every="2")
     train.main(now | dict(output_dir=str(tmp_path / "whole")))
-    cut_at(monkeypatch, 6)
-    with pytest.raises(PowerCut):
+    with cut_in_step(6):
         train.main(now | dict(output_dir=str(tmp_path / "cut")))
-    monkeypatch.undo()
     train.main(now | dict(output_dir=str(tmp_path / "cut"), resume=True))
-    same(tmp_path / "cut", tmp_path / "whole")
+    same_run(tmp_path / "cut", tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
-    "script, what, begun",
+    "script, what, begun, stop, code",
     [
-        ("train", "starting_point", False), ("train", "train_steps", True), ("train", "evaluate_tasks", True),
-        ("adapt", "load_run", False), ("adapt", "evaluate_tasks", True), ("adapt", "adapt_task", True),
+        (train, "starting_point", False, KeyboardInterrupt(), 130),
+        (train, "train_steps", True, SystemExit(143), 143),
+        (train, "save_run", True, KeyboardInterrupt(), 130),
+        (train, "score_training_tasks", True, SystemExit(129), 129),
+        (adapt, "load_run", False, SystemExit(143), 143),
+        (adapt, "evaluate_tasks", True, KeyboardInterrupt(), 130),
+        (adapt, "adapt_task", True, SystemExit(129), 129),
     ],
-)  # fmt: skip
-@pytest.mark.parametrize("stop, code", [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])
-def test_a_stopped_run_says_how_to_go_on(
+)
+def test_a_stopped_run_says_how_to_resume(
     monkeypatch, capsys, flags, reference, tmp_path, script, what, begun, stop, code
 ):
-    """Wherever it is stopped: loading, training, scoring. There is nothing to go on with before it has begun."""
+    """Wherever it is stopped: loading, training, saving, scoring. Before it has begun there is nothing to resume."""
 
     def interrupt(*args, **more):
         raise stop
 
-    monkeypatch.setattr({"train": train, "adapt": adapt}[script], what, interrupt)
-    now = flags if script == "train" else FEW | dict(checkpoint=str(reference))
-    main = {"train": train.main, "adapt": adapt.main}[script]
+    monkeypatch.setattr(script, what, interrupt)
+    now, folder = flags if script == train else FEW | dict(checkpoint=str(reference)), tmp_path / "cut"
     with pytest.raises(SystemExit) as stopped:
-        exit_on_user_error(main, now | dict(output_dir=str(tmp_path / "cut")))
-    assert stopped.value.code == code and (tmp_path / "cut").exists() == begun
-    command = f"python {script}.py --resume --output-dir {tmp_path / 'cut'}"
+        exit_on_user_error(script.main, now | dict(output_dir=str(folder)))
+    assert stopped.value.code == code and folder.exists() == begun
+    command = f"to resume: python {script.__name__}.py --resume --output-dir {folder}"
     assert (command in capsys.readouterr().out) == begun
     if begun:
         monkeypatch.undo()
-        assert main(dict(output_dir=str(tmp_path / "cut"), resume=True))["tasks"]
+        assert script.main(dict(output_dir=str(folder), resume=True))["parameters"]
 
 
 @pytest.mark.parametrize("step", [3, STEPS])
-def test_the_last_checkpoint_is_that_of_a_run_never_cut_off(monkeypatch, flags, tmp_path, step):
-    """The optimiser's state and the random numbers too, not only what the finished run keeps."""
-    monkeypatch.setattr(train, "tidy", lambda folder: None)
+def test_the_last_checkpoint_is_that_of_an_uninterrupted_run(monkeypatch, flags, tmp_path, step):
+    """The optimiser's state and the random state too, not only what the finished run keeps."""
+    monkeypatch.setattr(train, "remove_checkpoint", lambda folder: None)
     train.main(flags | dict(output_dir=str(tmp_path / "whole")))
-    with monkeypatch.context() as patch:
-        cut_at(patch, step)
-        with pytest.raises(PowerCut):
-            train.main(flags | dict(output_dir=str(tmp_path / "cut"), save_every="2"))
+    with cut_in_step(step):
+        train.main(flags | dict(output_dir=str(tmp_path / "cut"), save_every="2"))
     train.main(dict(output_dir=str(tmp_path / "cut"), resume=True))
-    found, states = zip(*(inject.read_tensors(tmp_path / f / CHECKPOINT) for f in ("cut", "whole")), strict=True)
-    assert found[0].keys() == found[1].keys() and any(name.startswith("optimizer.") for name in found[0])
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-    cut, whole = (json.loads(state["state"]) | {"seconds": 0} for state in states)
-    assert cut | {"trained": sorted(cut["trained"])} == whole | {"trained": sorted(whole["trained"])}
+    (cut, its_state), (whole, state) = (inject.read_tensors(tmp_path / f / CHECKPOINT) for f in ("cut", "whole"))
+    assert cut.keys() == whole.keys() and any(name.startswith("optimizer.") for name in cut)
+    assert all(torch.equal(cut[name], whole[name]) for name in cut)
+    states = [json.loads(one["state"]) for one in (its_state, state)]
+    states = [one | {"seconds": 0, "trained": sorted(one["trained"])} for one in states]
+    assert states[0] == states[1]
 
 
 # --- What --resume refuses, and what it does not need -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["result.json", "log.jsonl", "adapter.safetensors", "notes.tmp", "other/x"])
-@pytest.mark.parametrize("go_on", [False, True])
-def test_a_folder_with_something_else_is_left_alone(flags, reference, tmp_path, name, go_on):
-    """Nothing in it is read, changed or removed, whether --resume is given or not."""
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_with_something_else_is_left_alone(flags, reference, tmp_path, name, resume):
+    """Nothing in it is read, changed or removed, with --resume or without."""
     path = tmp_path / "mine" / name
     path.parent.mkdir(parents=True)
     path.write_text("{}")
     for main, more in ((train.main, flags), (adapt.main, FEW | dict(checkpoint=str(reference)))):
         with pytest.raises(UserError, match=f"--output-dir .*mine is not empty, it holds {name.split('/')[0]}"):
-            main(more | dict(output_dir=str(tmp_path / "mine"), resume=go_on))
+            main(more | dict(output_dir=str(tmp_path / "mine"), resume=resume))
     assert [p for p in (tmp_path / "mine").rglob("*") if p.is_file()] == [path] and path.read_text() == "{}"
 
 
@@ -333,61 +324,58 @@ def test_what_others_put_into_a_run_folder_stays(flags, tmp_path):
 
 
 def test_a_broken_update_does_not_replace_the_last_good_checkpoint(flags, tmp_path):
-    """Loss and gradients may be finite and the step that they make not: what is saved is looked at."""
+    """Loss and gradients may be finite and the values after the step not: what is saved is checked."""
     model, optimizer = made(flags)
-    path = tmp_path / CHECKPOINT
-    save_checkpoint(path, model, optimizer, Progress(1, 1.0, (0.5,)))
+    path, tensors = tmp_path / CHECKPOINT, run_tensors(model)
+    save_checkpoint(path, tensors, optimizer, Progress(1, 1.0, (0.5,)))
     before = path.read_bytes()
     with torch.no_grad():
         next(p for p in model.parameters() if p.requires_grad)[0] = math.inf
     with pytest.raises(RunError, match="is not finite after step 2: nothing of it was saved. Try a lower --lr"):
-        save_checkpoint(path, model, optimizer, Progress(2, 1.0, (0.5,)))
+        save_checkpoint(path, tensors, optimizer, Progress(2, 1.0, (0.5,)))
     assert path.read_bytes() == before
 
 
-def test_begins_what_is_not_there_and_leaves_what_is_done(capsys, flags, reference, tmp_path):
+def test_resume_starts_what_is_not_there_and_leaves_what_is_done(capsys, flags, reference, tmp_path):
     train.main(flags | dict(output_dir=str(tmp_path / "run"), resume=True))
-    same(tmp_path / "run", reference)
+    same_run(tmp_path / "run", reference)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").iterdir()}
-    found = train.main(dict(output_dir=str(tmp_path / "run"), resume=True))
-    assert "is finished" in capsys.readouterr().out and found["steps"] == STEPS
+    result = train.main(dict(output_dir=str(tmp_path / "run"), resume=True))
+    assert "is finished: nothing to resume" in capsys.readouterr().out and result["steps"] == STEPS
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").iterdir()}
 
 
 @pytest.fixture
-def cut_off(flags, tmp_path, monkeypatch) -> Path:
+def cut_run(flags, tmp_path) -> Path:
     """A run with a checkpoint of step 3."""
     folder = tmp_path / "cut"
-    cut_at(monkeypatch, 4)
-    with pytest.raises(PowerCut):
+    with cut_in_step(4):
         train.main(flags | dict(output_dir=str(folder)))
-    monkeypatch.undo()
     return folder
 
 
-def test_settings_cannot_change(cut_off, flags):
+def test_settings_cannot_change(cut_run, flags):
     for name, value in (("lr", 0.5), ("heads", 2), ("steps", 20), ("seed", 4)):
         with pytest.raises(UserError, match=f"--{name} {value} does not fit the run in .*cut"):
-            train.main(flags | {name: value, "output_dir": str(cut_off), "resume": True})
+            train.main(flags | {name: value, "output_dir": str(cut_run), "resume": True})
     with pytest.raises(UserError, match="already holds a run"):
-        train.main(flags | dict(output_dir=str(cut_off)))
+        train.main(flags | dict(output_dir=str(cut_run)))
 
 
-def test_what_changes_rounding_alone_may_change(cut_off, reference):
-    """As the advice on memory says: in smaller parts, or with checkpointing, the run goes on."""
-    train.main(dict(output_dir=str(cut_off), resume=True, micro_batch=2, checkpointing=True))
-    ours, whole = (load_file(run / "adapter.safetensors") for run in (cut_off, reference))
+def test_what_changes_rounding_alone_may_change(cut_run, reference):
+    """As the advice on memory says: the run can be resumed in smaller parts, and with gradient checkpointing."""
+    train.main(dict(output_dir=str(cut_run), resume=True, micro_batch=2, checkpointing=True))
+    ours, whole = (load_file(run / "adapter.safetensors") for run in (cut_run, reference))
     for name in whole:
         torch.testing.assert_close(ours[name], whole[name], rtol=1e-3, atol=1e-3)
 
 
-def test_flags_as_they_come_from_the_command_line(reference, tmp_path):
-    """The very command with --resume added goes on: --split comes as a list and is saved as one."""
-    line = (
-        f"--checkpoint {reference} --split 1 2 --output-dir {tmp_path / 'few'} --tasks sort+double --steps 2 --shots 4"
-    )
-    found = [adapt.main(explicit_flags(adapt.Config, {}, f"{line} --resume".split())) for _ in range(2)]
-    assert found[0] == found[1] and list(found[0]["splits"]) == ["1", "2"]
+def test_the_same_command_with_resume(reference, tmp_path):
+    """--split comes from the command line as a list, and from config.json as a tuple."""
+    line = f"--checkpoint {reference} --output-dir {tmp_path / 'few'} --split 1 2 --tasks sort+double --steps 2"
+    flags = explicit_flags(adapt.Config, {}, f"{line} --shots 4 --resume".split())
+    results = [adapt.main(flags) for _ in range(2)]
+    assert results[0] == results[1] and list(results[0]["splits"]) == ["1", "2"]
 
 
 @pytest.mark.parametrize(
@@ -399,8 +387,8 @@ def test_a_mistake_leaves_no_folder(flags, tmp_path, wrong):
     assert not list(tmp_path.iterdir())
 
 
-def test_damaged_checkpoints_are_refused(cut_off, reference, flags):
-    path = cut_off / CHECKPOINT
+def test_damaged_checkpoints_are_refused(cut_run, reference, flags):
+    path = cut_run / CHECKPOINT
     whole = path.read_bytes()
     damaged = {
         "empty": b"", "cut": whole[: len(whole) // 2], "a pickle": b"\x80\x04}q\x00.",
@@ -410,11 +398,11 @@ def test_damaged_checkpoints_are_refused(cut_off, reference, flags):
     for content in damaged.values():
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"checkpoint.safetensors is no whole checkpoint .*delete it"):
-            train.main(dict(output_dir=str(cut_off), resume=True))
+            train.main(dict(output_dir=str(cut_run), resume=True))
         assert path.read_bytes() == content
     path.unlink()  # as the message says
-    train.main(dict(output_dir=str(cut_off), resume=True))
-    same(cut_off, reference)
+    train.main(dict(output_dir=str(cut_run), resume=True))
+    same_run(cut_run, reference)
 
 
 NAN = math.nan
@@ -451,74 +439,71 @@ SPOILT = {  # functions that change the tensors and the state of a checkpoint, w
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_checkpoints_of_odd_content_change_nothing(monkeypatch, flags, tmp_path, optimizer):
-    """Signed, but with missing, unknown or impossible entries: one sentence; model, optimiser and random numbers are as
+    """Signed, but with missing, unknown or impossible entries: one sentence; model, optimiser and random state are as
     before. The one that nobody changed is then loaded."""
     path, (model, own) = tmp_path / CHECKPOINT, made(flags | dict(optimizer=optimizer))
     monkeypatch.setattr(os, "fsync", lambda number: None)  # it would be most of the time
-    for p in run_tensors(model).values():
+    changed = run_tensors(model)
+    for p in changed.values():
         p.grad = torch.ones_like(p)
     own.step()
-    save_checkpoint(path, model, own, Progress(1, 1.0, (2.0,)))
+    save_checkpoint(path, changed, own, Progress(1, 1.0, (2.0,)))
     tensors, metadata = inject.read_tensors(path)
     texts = {
         "no JSON": "{", "nested too deep": NEST, "no object": "5", "an empty list": "[]", "too many digits": "9" * 5000,
     }  # fmt: skip
-    before, random = everything(model, own), torch.get_rng_state()
+    before, random = everything(changed, own), torch.get_rng_state()
     for name, spoil in (SPOILT | texts).items():
         odd, state = {n: x.clone() for n, x in tensors.items()}, json.loads(metadata["state"])
         if callable(spoil):
             spoil(odd, state)
         inject.write_tensors(odd, path, state=json.dumps(state) if callable(spoil) else spoil)
-        with pytest.raises(UserError, match="delete it to begin the run again") as refused:
-            load_checkpoint(path, model, own)
+        with pytest.raises(UserError, match="delete it to start the run again") as refused:
+            load_checkpoint(path, changed, own)
         assert "\n" not in str(refused.value), name
-        assert everything(model, own) == before and torch.equal(torch.get_rng_state(), random), name
+        assert everything(changed, own) == before and torch.equal(torch.get_rng_state(), random), name
     inject.write_tensors(tensors, path, state=metadata["state"])
     whole = path.read_bytes()
     path.write_bytes(re.sub(rb"(step\W+)1", rb"\g<1>8", whole, count=1))  # the JSON is under the digest too
     assert path.read_bytes() != whole
     with pytest.raises(UserError, match="is damaged: its content is not what was saved"):
-        load_checkpoint(path, model, own)
+        load_checkpoint(path, changed, own)
     path.write_bytes(whole)
-    assert load_checkpoint(path, model, own)[:3] == (1, 1.0, (2.0,))
-    assert everything(model, own) == before
+    assert load_checkpoint(path, changed, own)[:3] == (1, 1.0, (2.0,))
+    assert everything(changed, own) == before
 
 
-def everything(model, optimizer) -> dict:
-    """What a run changes, as plain numbers: adapters, routers and the optimiser's state."""
+def everything(changed: dict, optimizer) -> str:
+    """A hash of what a run changes: adapters, routers and the optimiser's state."""
     states = {f"{k} {n}": v for k, own in optimizer.state_dict()["state"].items() for n, v in own.items()}
-    both = run_tensors(model) | states
-    return {name: v.tolist() if isinstance(v, torch.Tensor) else v for name, v in both.items()}
+    return inject.digest({name: torch.as_tensor(v) for name, v in (changed | states).items()})
 
 
 @pytest.mark.parametrize("method", ["mhr", "full"])
 def test_another_backbone_or_data_set_is_refused(monkeypatch, flags, backbone, tmp_path, method):
-    """--resume after the files of the backbone, or the examples, were replaced: one sentence, and the run goes on when
-    they are back."""
+    """--resume after the backbone's files, or the examples, were replaced: one sentence. With the old ones it works."""
     mine, now = tmp_path / "backbone", flags | dict(method=method, output_dir=str(tmp_path / "cut"), steps=4)
     shutil.copytree(backbone, mine)
-    cut_at(monkeypatch, 4)
-    with pytest.raises(PowerCut):
+    with cut_in_step(4):
         train.main(now | dict(backbone=str(mine)))
-    monkeypatch.undo()
-    go_on = dict(output_dir=str(tmp_path / "cut"), resume=True)
+    again = dict(output_dir=str(tmp_path / "cut"), resume=True)
     weights, file = load_file(mine / "model.safetensors"), mine / "model.safetensors"
     whole, name = file.read_bytes(), next(n for n in weights if n.endswith("wo.weight"))
     save_file(weights | {name: weights[name] + 1}, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match="checkpoint.safetensors was made with another backbone than there is now"):
-        train.main(go_on)
+        train.main(again)
     file.write_bytes(whole)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "load_tasks", lambda *args: one_example_less(*args))
+        patch.setattr(benchmarks, "load_for", one_example_less)
         with pytest.raises(UserError, match="checkpoint.safetensors was made with another data set than there is now"):
-            train.main(go_on)
-    assert train.main(go_on)["steps"] == 4
+            train.main(again)
+    assert train.main(again)["steps"] == 4
 
 
-def one_example_less(cfg, split, parts, real=train.load_tasks):
-    found = real(cfg, split, parts)
-    less = dataclasses.replace(found.train[0], train=found.train[0].train[:-1])
-    return dataclasses.replace(found, train=[less, *found.train[1:]])
+def one_example_less(cfg, split, parts, load=benchmarks.load_for):
+    whole = load(cfg, split, parts)
+    less = dataclasses.replace(whole.train[0], train=whole.train[0].train[:-1])
+    return dataclasses.replace(whole, train=[less, *whole.train[1:]])
 
 
 def test_the_mark_of_tasks():
@@ -535,7 +520,7 @@ def test_the_mark_of_tasks():
 
 
 def test_a_task_from_another_pretraining_is_refused(monkeypatch, reference, tmp_path):
-    """`adapt.py --resume` after the checkpoint was trained anew: what is saved of the old one is not mixed with it."""
+    """`adapt.py --resume` after --checkpoint was trained anew: results of both are never mixed."""
     run, now = tmp_path / "run", FEW | dict(output_dir=str(tmp_path / "few"), tasks="sort+double,drop+swap")
     shutil.copytree(reference, run)
     real = adapt.adapt_task
@@ -548,17 +533,15 @@ def test_a_task_from_another_pretraining_is_refused(monkeypatch, reference, tmp_
     with monkeypatch.context() as patch, pytest.raises(PowerCut):
         patch.setattr(adapt, "adapt_task", cut)
         adapt.main(now | dict(checkpoint=str(run)))
-    tensors, metadata = inject.read_tensors(run / "adapter.safetensors")
-    inject.write_tensors(
-        {n: x + 1 for n, x in tensors.items()}, run / "adapter.safetensors", backbone=metadata["backbone"]
-    )
+    tensors, metadata = inject.read_tensors(path := run / "adapter.safetensors")
+    inject.write_tensors({n: x + 1 for n, x in tensors.items()}, path, backbone=metadata["backbone"])
     with pytest.raises(UserError, match=r"sort\+double.json was made with another checkpoint than there is now"):
         adapt.main(dict(output_dir=now["output_dir"], resume=True))
 
 
 @pytest.mark.parametrize("main", [train.main, adapt.main])
 def test_the_log_is_on_the_disk_before_what_follows_it(monkeypatch, flags, reference, tmp_path, main):
-    """Whenever a checkpoint, or a task's scores, get their name, all lines of the log are synced."""
+    """No checkpoint and no task's scores outlive their log lines: those are synced first."""
     folder, synced, seen = tmp_path / "run", {}, []
     fsync, replace = os.fsync, os.replace
 
@@ -582,7 +565,7 @@ def test_the_log_is_on_the_disk_before_what_follows_it(monkeypatch, flags, refer
     [b'{"step": 1', b'{"step": 1x}', b'\xff{"step": 1}', b'{"loss": 1}', b'{"step": "1"}', b"[1]", b"[" * 10**5 + b"}"],
 )
 def test_damaged_lines_of_a_log(tmp_path, damaged):
-    """A line in the middle is named; the last one, if it is not whole, is dropped with those that come again."""
+    """One in the middle is named; an incomplete last one is dropped, with those that will be written again."""
     log, good = tmp_path / "log.jsonl", [b'{"step": %d}' % k for k in range(1, 5)]
     log.write_bytes(b"\n".join([good[0], damaged, good[1], b""]))
     before = log.read_bytes()
@@ -594,56 +577,45 @@ def test_damaged_lines_of_a_log(tmp_path, damaged):
     assert log.read_bytes() == good[0] + b"\n" + good[1] + b"\n"
 
 
-def test_a_second_run_in_the_same_folder_is_refused(cut_off, reference):
-    with locked_folder(cut_off, "python train.py"):
+def test_a_second_run_in_the_same_folder_is_refused(cut_run, reference):
+    with locked_folder(cut_run, "python train.py"):
         for main, extra in ((train.main, {}), (adapt.main, dict(checkpoint=str(reference)))):
             with pytest.raises(UserError, match="another process is at work in .*cut"):
-                main(extra | dict(output_dir=str(cut_off), resume=not extra))
-    train.main(dict(output_dir=str(cut_off), resume=True))
+                main(extra | dict(output_dir=str(cut_run), resume=not extra))
+    train.main(dict(output_dir=str(cut_run), resume=True))
 
 
 @pytest.mark.parametrize("text", ["", "0", "-5", "10s", "1.5m", "m", "10m ", "9" * 12])
 def test_save_every_is_steps_or_minutes(text):
     with pytest.raises(UserError, match="--save-every"):
-        Every(text)
-
-
-def test_when_to_save(monkeypatch):
-    assert [step for step in range(1, 10) if Every("3").due(step)] == [3, 6, 9]
-    clock = [0.0]
-    monkeypatch.setattr(resume.time, "monotonic", lambda: clock[0])
-    every, saved = Every("2m"), []
-    for step in range(10):
-        clock[0] += 50
-        saved += [step] * every.due(step)
-    assert saved == [2, 5, 8]  # after 150, 300, 450 seconds
+        check_ranges(train.Config(save_every=text))
 
 
 # --- Runs that fail ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: no space")])
-def test_full_disk(monkeypatch, capsys, cut_off, reference, error):
-    """One sentence and exit code 1; the checkpoint before is whole, and the run goes on when there is space."""
+def test_full_disk(monkeypatch, capsys, cut_run, reference, error):
+    """One sentence and exit code 1; the last checkpoint stays whole, and the run resumes when there is space."""
 
     def full(tensors, path, metadata):
         Path(path).write_bytes(b"half")
         raise error
 
-    before = (cut_off / CHECKPOINT).read_bytes()
+    before = (cut_run / CHECKPOINT).read_bytes()
     monkeypatch.setattr(inject, "save_file", full)
     with pytest.raises(SystemExit) as failed:
-        exit_on_user_error(train.main, dict(output_dir=str(cut_off), resume=True))
+        exit_on_user_error(train.main, dict(output_dir=str(cut_run), resume=True))
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert failed.value.code == 1 and said.startswith(f"error: {cut_off / CHECKPOINT}: cannot be written: ")
-    assert (cut_off / CHECKPOINT).read_bytes() == before and not list(cut_off.glob("*.tmp"))
+    assert failed.value.code == 1 and said.startswith(f"error: {cut_run / CHECKPOINT}: cannot be written: ")
+    assert (cut_run / CHECKPOINT).read_bytes() == before and not list(cut_run.glob("*.tmp"))
     monkeypatch.undo()
-    train.main(dict(output_dir=str(cut_off), resume=True))
-    same(cut_off, reference)
+    train.main(dict(output_dir=str(cut_run), resume=True))
+    same_run(cut_run, reference)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_nonfinite_loss_stops_the_run(monkeypatch, cut_off, reference, value):
+def test_nonfinite_loss_stops_the_run(monkeypatch, cut_run, reference, value):
     """Before it changes anything: the last good checkpoint stays, and the message names the step and each example."""
     real, calls = train.token_loss, []
 
@@ -653,15 +625,15 @@ def test_nonfinite_loss_stops_the_run(monkeypatch, cut_off, reference, value):
 
     monkeypatch.setattr(train, "token_loss", broken)
     with pytest.raises(RunError, match=r"step 6, training examples .*: the loss is (nan|inf)") as failed:
-        train.main(dict(output_dir=str(cut_off), resume=True))
-    tasks = train.load_tasks(train.Config(), "0", ("train",)).train
+        train.main(dict(output_dir=str(cut_run), resume=True))
+    tasks = benchmarks.load_for(train.Config(), "0", ("train",)).train
     batch = next(data.batches(tasks, FLAGS["batch_size"], FLAGS["seed"], start=5))
     by_name = {task.name: task.train for task in tasks}
     named = [by_name[name][int(k)] for name, k in re.findall(r"([\w+]+)\[(\d+)\]", str(failed.value))]
     assert named == [item.example for item in batch]
     monkeypatch.undo()
-    train.main(dict(output_dir=str(cut_off), resume=True))
-    same(cut_off, reference)
+    train.main(dict(output_dir=str(cut_run), resume=True))
+    same_run(cut_run, reference)
 
 
 class Steep(torch.autograd.Function):
@@ -676,8 +648,8 @@ class Steep(torch.autograd.Function):
         return grad * math.inf
 
 
-def test_nonfinite_gradients_stop_the_run(monkeypatch, cut_off, reference):
-    """The loss is finite, its gradient is not: nothing is changed by it either."""
+def test_nonfinite_gradients_stop_the_run(monkeypatch, cut_run, reference):
+    """The loss is finite, its gradient is not: it changes nothing either."""
     real, calls = train.token_loss, []
 
     def broken(model, batch):
@@ -685,15 +657,15 @@ def test_nonfinite_gradients_stop_the_run(monkeypatch, cut_off, reference):
         return Steep.apply(real(model, batch)) if len(calls) == 3 else real(model, batch)
 
     monkeypatch.setattr(train, "token_loss", broken)
-    with pytest.raises(RunError, match=r"step 6, .*: the loss is \d+\.\d+, the norm of its gradients (nan|inf)"):
-        train.main(dict(output_dir=str(cut_off), resume=True))
+    with pytest.raises(RunError, match=r"step 6, .*: the loss is \d+\.\d+, the gradient norm (nan|inf)"):
+        train.main(dict(output_dir=str(cut_run), resume=True))
     monkeypatch.undo()
-    train.main(dict(output_dir=str(cut_off), resume=True))
-    same(cut_off, reference)
+    train.main(dict(output_dir=str(cut_run), resume=True))
+    same_run(cut_run, reference)
 
 
 def test_nonfinite_gradients_end_one_task_not_all(monkeypatch, capsys, reference, tmp_path):
-    """From the second step on, on one of two tasks: it keeps its best values, which are finite, the other goes on."""
+    """In the second step of one of two tasks: that one keeps its best values, which are finite; the other is done."""
     real, calls = train.batch_loss, []
 
     def broken(model, tokenizer, items, *args, **kwargs):
@@ -719,46 +691,43 @@ def test_nonfinite_loss_ends_one_task_not_all(monkeypatch, capsys, reference, tm
         return math.nan if items[0].example.input == second else loss
 
     few = FEW | dict(checkpoint=str(reference), shots=1, batch_size=1)
-    base = train.load_tasks(train.Config(), "0", ("test",)).test
-    task = adapt.few_shot(next(t for t in base if t.name == "drop+swap"), adapt.make_config(**few))
-    second = task.train[0].input
+    tasks = adapt.tasks_to_adapt(train.run_config(str(reference)), "0", adapt.make_config(**few))
+    second = next(task for task in tasks if task.name == "drop+swap").train[0].input
     monkeypatch.setattr(train, "backward_in_parts", broken)
     stops = adapt.main(few | dict(output_dir=str(tmp_path / "few")))["splits"]["0"]["stops"]
     assert "drop+swap: loss or gradients are not finite in step 1" in capsys.readouterr().out
-    assert {name: stop["stopped"] for name, stop in stops.items()} == {
-        "sort+double": 3,
-        "drop+swap": 1,
-        "double+upper": 3,
-    }
+    assert [(name, stop["stopped"]) for name, stop in stops.items()] == [
+        ("sort+double", 3), ("drop+swap", 1), ("double+upper", 3),
+    ]  # fmt: skip
     assert stops["drop+swap"]["best_step"] == 0
 
 
-@pytest.mark.parametrize("keep", ["loss", "score"])
-def test_training_steps_are_in_training_mode(monkeypatch, reference, tmp_path, keep):
+@pytest.mark.parametrize("best_by", ["loss", "score"])
+def test_training_steps_are_in_training_mode(monkeypatch, reference, tmp_path, best_by):
     """Also after a look at the dev examples, which are scored in evaluation mode, without noise."""
-    real, modes = adapt.train.batch_loss, []
+    real, modes = train.batch_loss, []
 
     def watched(model, *args, **kwargs):
         modes.append((torch.is_grad_enabled(), model.training))
         return real(model, *args, **kwargs)
 
     monkeypatch.setattr(train, "batch_loss", watched)
-    adapt.main(FEW | dict(checkpoint=str(reference), keep=keep, eval_every=1, output_dir=str(tmp_path / "few")))
+    adapt.main(FEW | dict(checkpoint=str(reference), best_by=best_by, eval_every=1, output_dir=str(tmp_path / "few")))
     assert {mode for grad, mode in modes if grad} == {True} and {mode for grad, mode in modes if not grad} <= {False}
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("[..] can't allocate memory: 9")])
 def test_out_of_memory_is_one_sentence_with_advice(monkeypatch, flags, reference, tmp_path, error):
-    """Wherever it happens: in a step, in the optimiser's first one, in scoring."""
+    """Wherever it happens: in a forward pass, in the optimiser's first step, in scoring."""
 
     def full(*args, **kwargs):
         raise error
 
-    for module, name in ((train, "batch_loss"), (torch.optim.AdamW, "step"), (train, "evaluate_tasks")):
+    for module, name in ((train, "batch_loss"), (torch.optim.AdamW, "step"), (scoring, "predict")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, full)
             with pytest.raises(RunError, match="not enough memory: try a smaller --micro-batch .*--checkpointing"):
-                train.main(flags | dict(output_dir=str(tmp_path / name)))
+                train.main(flags | dict(output_dir=str(tmp_path / name), steps=1, eval_examples=1))
     monkeypatch.setattr(adapt, "all_scores", full)
     with pytest.raises(RunError, match="not enough memory: try .*--eval-batch"):
         adapt.main(FEW | dict(checkpoint=str(reference), output_dir=str(tmp_path / "few")))
@@ -793,30 +762,117 @@ def test_nohup_is_respected(monkeypatch):
 
 
 HUNG_UP = """
-import sys, time; sys.path.insert(0, ROOT); import config
+import sys, time; sys.path.insert(0, ROOT); from plumbing.errors import exit_on_user_error
 def main():
     try: print("ready", flush=True); time.sleep(60)
-    finally: print("how to go on", file=sys.stdout, flush=True)
-config.exit_on_user_error(main)
+    finally: print("how to resume", file=sys.stdout, flush=True)
+exit_on_user_error(main)
 """
 
 
 def test_the_terminal_is_closed(tmp_path):
-    """A real one, at whose other end nobody is any more: what is printed then is no error, and the exit code is 129."""
+    """A real terminal whose other end is closed: printing to it is no error, and the exit code is 129."""
     child, ours = pty.fork()
     if not child:
-        program = HUNG_UP.replace("ROOT", repr(str(Path(config.__file__).parent)))
+        program = HUNG_UP.replace("ROOT", repr(str(Path(train.__file__).parent)))
         os.execv(sys.executable, [sys.executable, "-c", program])
     assert b"ready" in os.read(ours, 100)
     os.close(ours)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 129
 
 
+# --- The run beside its loop ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def weight() -> torch.Tensor:
+    return torch.nn.Parameter(torch.ones(2))
+
+
+def run_of(weight, folder: Path, **options) -> Run:
+    """A run that trains one tensor. Without other options it saves after its last step only."""
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    return Run(folder, {"weight": weight}, optimizer, **dict(save_every="100000") | options)
+
+
 @pytest.mark.parametrize("steps, lines", [(1500, 10), (1234, 13), (40, 1), (60, 2)])
-def test_plain_lines_are_some_ten_a_run(capsys, tmp_path, steps, lines):
-    with open(tmp_path / "log", "w") as log:
-        bar = resume.tqdm(range(1, steps + 1), disable=True)
-        for step in range(1, steps + 1):
-            if step % 50 == 0 or step == steps:
-                write_line(log, bar, Progress(step, 1.0, (), 2.0), 1.0, 0.1, 50)
-    assert len(capsys.readouterr().out.splitlines()) == lines
+def test_plain_lines_are_some_ten_a_run(capsys, weight, tmp_path, steps, lines):
+    """Without a terminal; each with the step, the loss and the seconds."""
+    with run_of(weight, tmp_path, log_every=50) as run:
+        for _ in run.steps(steps, "train"):
+            run.record(2.0, 1.0)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == lines and said[-1] == f"step {steps}/{steps}  loss 2.0000  0 s"
+
+
+def test_lines_of_the_log(capsys, weight, tmp_path):
+    """One every log_every steps and after the last step: the mean loss since the line before, and what else is told."""
+    with run_of(weight, tmp_path, log_every=2, unit="update") as run:
+        for step in run.steps(5, "train"):
+            run.optimizer.param_groups[0]["lr"] = 0.5 * step
+            run.record(float(step), 10.0 * step, f"return {step}", episodes=3 * step)
+    assert log_lines(tmp_path) == [
+        {"update": k, "loss": loss, "norm": 10.0 * k, "lr": 0.5 * k, "episodes": 3 * k}
+        for k, loss in ((2, 1.5), (4, 3.5), (5, 5.0))
+    ]
+    assert run.now[0::2] == (5, ()) and run.now.loss == 5.0
+    assert "update 5/5  return 5  0 s" in capsys.readouterr().out
+
+
+def test_when_to_save(monkeypatch):
+    assert [step for step in range(1, 10) if Every("3").due(step)] == [3, 6, 9]
+    clock = [0.0]
+    monkeypatch.setattr(plumbing.run.time, "monotonic", lambda: clock[0])
+    every, saved = Every("2m"), []
+    for step in range(10):
+        clock[0] += 50
+        saved += [step] * every.due(step)
+    assert saved == [2, 5, 8]  # after 150, 300, 450 seconds
+
+
+def test_a_run_saves_when_due_and_at_its_end(monkeypatch, weight, tmp_path):
+    saved, save = [], plumbing.run.save_checkpoint
+
+    def noted(path, tensors, optimizer, progress, made_with):
+        save(path, tensors, optimizer, progress, made_with)
+        saved.append((progress.step, progress.recent))
+
+    monkeypatch.setattr(plumbing.run, "save_checkpoint", noted)
+    with run_of(weight, tmp_path, save_every="3", log_every=2) as run:
+        for step in run.steps(7, "train"):
+            run.record(float(step), 1.0)
+    assert saved == [(3, (3.0,)), (6, ()), (7, ())]  # with the losses that no line has yet
+
+
+def test_a_resumed_run_drops_log_lines_after_its_checkpoint(weight, tmp_path):
+    with pytest.raises(PowerCut), run_of(weight, tmp_path, save_every="3") as run:
+        for step in run.steps(7, "train"):
+            if step == 6:
+                raise PowerCut
+            run.record(float(step), 1.0)
+    assert [line["step"] for line in log_lines(tmp_path)] == [1, 2, 3, 4, 5]
+    with run_of(weight, tmp_path, resume=True) as run:
+        assert [line["step"] for line in log_lines(tmp_path)] == [1, 2, 3]
+        for _ in run.steps(7, "train"):
+            run.record(9.0, 1.0)
+    assert [line["loss"] for line in log_lines(tmp_path)] == [1.0, 2.0, 3.0, 9.0, 9.0, 9.0, 9.0]
+
+
+def test_a_signal_stops_a_run_after_its_step(capsys, weight, tmp_path):
+    """It saves, exits with the signal's code, and gives the handlers back; a second run resumes after that step."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped, run_of(weight, tmp_path) as run:
+        for step in run.steps(9, "train"):
+            if step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            weight.data += 1
+            run.record(1.0, 1.0)
+    said = capsys.readouterr().out
+    assert stopped.value.code == 143 and "stopping after this step" in said and "stopped after step 4" in said
+    assert signal.getsignal(signal.SIGTERM) == before
+    weight.data.zero_()
+    with run_of(weight, tmp_path, resume=True) as run:
+        assert list(run.steps(9, "train")) == [5, 6, 7, 8, 9] and weight.tolist() == [5, 5]
+    assert "resuming after step 4" in capsys.readouterr().out
+    with run_of(weight, tmp_path) as run:  # without resume it starts from the beginning
+        assert list(run.steps(2, "train")) == [1, 2]

@@ -17,8 +17,7 @@ from rouge_score import rouge_scorer
 from transformers import ByT5Tokenizer
 
 import data
-from benchmarks import load
-from benchmarks import superni
+from benchmarks import load, superni
 from plumbing.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,9 +17,8 @@ import pyarrow.parquet
 import pytest
 
 import data
-from benchmarks import load
+from benchmarks import load, t0
 from benchmarks.tables import Rows, say_once
-from benchmarks import t0
 from plumbing.errors import UserError
 
 ROOT = Path(__file__).parents[1]

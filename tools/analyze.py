@@ -1,15 +1,15 @@
 """What routing learned: measures and figures of a run.
 
     python -m tools.analyze --checkpoint runs/NAME      a run of train.py; of adapt.py, variants all and z: Z alone
-    python -m tools.analyze --checkpoint runs/NAME --step 300     as it was after step 300 (train.py --keep-every)
+    python -m tools.analyze --checkpoint runs/NAME --step 300     the same after step 300 (train.py --keep-every)
     python -m tools.analyze --compare runs/*            training curves, score against trained parameters, alignment
 
-Prints a line for each router and the mean, and writes analysis.json and figures (PNG and SVG) to the run's folder
-analysis/: Z as a heat map, the tree of tasks, the measures by layer, task similarities and gradient alignment; where
-train.py kept adapters on the way, alignment and measures over steps.
+Prints one line per router and the mean. Writes analysis.json and figures (PNG and SVG) to the run's folder analysis/:
+Z as a heat map, the tree of tasks, the measures by layer, task similarities and gradient alignment. If train.py kept
+adapters during training, also alignment and measures over steps.
 
-The measures of Z are in `measures.py` (Polytropon section 4.3); here is `gradient_alignment` (MHR section 5.2, fig. 3).
-Shape key, as in poly.py: t tasks, s skills, h heads.
+`tools/measures.py` has the measures of Z (Polytropon section 4.3), this file `gradient_alignment` (MHR section 5.2,
+figure 3). Shape key, as in poly.py: t tasks, s skills, h heads.
 """
 
 from dataclasses import dataclass
@@ -21,20 +21,27 @@ from plumbing.folders import check_numbers, read_json, refuse_other_tasks, scrip
 
 @dataclass
 class Config:
-    """Measure and draw what a run's routing learned, or compare runs."""
+    """Measure and draw what a run's routing learned, or compare runs.
 
-    checkpoint: str = flag("", "run folder of train.py, or of adapt.py with variant all or z")
-    step: int = flag(0, "look at adapter-STEP.safetensors, which train.py --keep-every wrote; 0: at the end")
-    compare: tuple = flag((), "run folders to compare in figures, instead of looking at one")
-    tasks: str = flag("all", "all, or names of at least three tasks of the run joined by commas")
+    examples:
+      python -m tools.analyze --checkpoint runs/strings-mhr-0
+      python -m tools.analyze --compare runs/strings-mhr-0 runs/strings-poly-0
+    """
+
+    checkpoint: str = flag(
+        "", "run folder of train.py, or of adapt.py with variant all or z", metavar="RUN", group="what to look at"
+    )
+    step: int = flag(0, "look at adapter-STEP.safetensors, of train.py --keep-every; 0: at the end", metavar="STEP")
+    compare: tuple = flag((), "instead: run folders to compare in figures", metavar="RUN")
+    tasks: str = flag("all", "all, or at least three tasks of the run, joined by commas", metavar="NAMES", group="how")
     examples: int = flag(32, "training examples per task for the gradient alignment")
-    alignment: bool = flag(True, "measure the gradient alignment, the part that takes time")
-    data_dir: str = flag("", "folder of the benchmark's files, if it has moved since training")
-    output_dir: str = flag("", "where to write; none: CHECKPOINT/analysis, with --compare runs/analysis")
-    device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one", ("auto", "cpu", "cuda"))
+    alignment: bool = flag(True, "measure the gradient alignment, the slow part")
+    data_dir: str = flag("", "folder of the benchmark's files, if it has moved since training", metavar="DIR")
+    output_dir: str = flag("", "where to write; none: CHECKPOINT/analysis, with --compare runs/analysis", metavar="DIR")
+    device: str = flag("auto", "cpu, cuda, or auto: cuda if there is one", ("auto", "cpu", "cuda"))
 
 
-if __name__ == "__main__":  # read the flags before the slow imports, so that --help and mistakes answer at once
+if __name__ == "__main__":  # read the flags before the slow imports: --help and mistakes answer at once
     FLAGS = explicit_flags(Config, {})
 
 import dataclasses
@@ -64,7 +71,7 @@ from tools import figures
 from tools.measures import MEASURES, allocations, flat, hierarchy, measure, overlap, recovery, task_similarity
 
 ALIGNMENT = "gradient alignment (mean cosine)"  # a label of figures
-USES = {  # the other flags that a job looks at, by its own
+USES = {  # the companion flags of each job
     "compare": ("output_dir",),
     "checkpoint": ("step", "tasks", "examples", "alignment", "data_dir", "output_dir", "device"),
 }
@@ -74,14 +81,14 @@ USES = {  # the other flags that a job looks at, by its own
 
 @contextmanager
 def recorded(model: nn.Module):
-    """A list to which every routed layer adds its mixture, each time that it runs in this context."""
+    """A list to which every routed layer adds its mixture each time it runs in this context."""
     seen, routed = [], [layer for layer in adapted_layers(model).values() if hasattr(layer, "router")]
     for layer in routed:
 
         def adapters(*args, own=layer.adapters):
-            found = own(*args)
-            seen.extend(p for p in found.values() if p.requires_grad)
-            return found
+            params = own(*args)
+            seen.extend(p for p in params.values() if p.requires_grad)
+            return params
 
         layer.adapters = adapters
     try:
@@ -92,15 +99,18 @@ def recorded(model: nn.Module):
 
 
 def gradient_alignment(model, tokenizer, tasks: list[data.Task], ids: list[int], examples: int, lengths):
-    """The cosine (t, t) between the loss gradients of each pair of tasks, and its mean over the pairs of different
-    tasks (MHR section 5.2, figure 3 left): {"shared": (mean, matrix), "mixed": (mean, matrix)}.
+    """Cosines (t, t) of the loss gradients of pairs of tasks, and their mean over pairs of different tasks.
 
-    tasks[k] has the task id ids[k]; examples: how many of its training examples make its one batch (all, if it has
-    fewer), the same ones at every call. lengths: (max_input, max_output) in tokens. The loss is `train.batch_loss` in
-    evaluation mode, without routing noise or dropout. The paper does not say with respect to what. shared: all that is
-    trained and shared, the inventories, without Z, of which each task has rows of its own; tasks that use other skills
-    then have other gradients, whatever they want. mixed: each task's own mixture, so that only what it wants counts.
-    Of one adapter for all both are the same. Memory: t gradients of each, in float32, twice while they are stacked.
+    MHR section 5.2, figure 3 left. Returns {"shared": (mean, matrix), "mixed": (mean, matrix)}, since the paper does
+    not say with respect to what:
+    shared  all shared trained parameters: the inventories, not Z, which has rows of its own for each task. Tasks that
+            use different skills have different gradients here, even if they want the same update.
+    mixed   each task's own mixture of skills, so that only the update it wants counts.
+    With one adapter for all tasks both are the same.
+
+    tasks[k] has the task id ids[k]. examples: the size of its one batch of training examples (all, if it has fewer),
+    the same at every call. lengths: (max_input, max_output) in tokens. The loss is `train.batch_loss` in evaluation
+    mode, without routing noise or dropout. Memory: t gradients of each kind in float32, twice that while stacking.
     """
     own = {id(router.Z) for router in routers(model)}
     shared = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
@@ -112,17 +122,17 @@ def gradient_alignment(model, tokenizer, tasks: list[data.Task], ids: list[int],
         items = [data.Item(t, example, example.outputs[0]) for example in (task.train[row] for row in drawn)]
         with task_ids([t] * len(items)), recorded(model) as mixed:
             loss = train.batch_loss(model, tokenizer, items, *lengths)
-            found = torch.autograd.grad(loss, [*shared, *mixed], materialize_grads=True)
-        found = [g.detach().float().cpu() for g in found]
-        own_mixture = [g.sum(0).flatten() for g in found[len(shared) :]]  # random by example: a mixture per example
-        gradients["shared"].append(torch.cat([g.flatten() for g in found[: len(shared)]]))
+            both = torch.autograd.grad(loss, [*shared, *mixed], materialize_grads=True)
+        both = [g.detach().float().cpu() for g in both]
+        own_mixture = [g.sum(0).flatten() for g in both[len(shared) :]]  # random by example: a mixture per example
+        gradients["shared"].append(torch.cat([g.flatten() for g in both[: len(shared)]]))
         gradients["mixed"].append(torch.cat(own_mixture) if own_mixture else gradients["shared"][-1])
     model.train(was_training)
     return {of: cosines(torch.stack(rows)) for of, rows in gradients.items()}
 
 
 def cosines(gradients: Tensor) -> tuple[float, np.ndarray]:
-    """(t, n), which this overwrites, to the cosines (t, t) of its rows and their mean over pairs of different rows."""
+    """The cosines (t, t) of rows (t, n) and their mean over pairs of different rows. Overwrites `gradients`."""
     unit = gradients.div_(gradients.norm(dim=1, keepdim=True).clamp(min=1e-30))
     matrix = (unit @ unit.T).clamp(-1, 1).double().numpy()
     return float(matrix[np.triu_indices(len(matrix), 1)].mean()), matrix
@@ -132,23 +142,23 @@ def cosines(gradients: Tensor) -> tuple[float, np.ndarray]:
 
 
 def analyze(cfg: Config) -> dict:
-    """Measure the run in cfg.checkpoint, print it, and write analysis.json and figures; returns what the file holds."""
+    """Measure the run in cfg.checkpoint, print and draw it; returns the content of analysis.json, which this writes."""
     if cfg.examples < 1 or cfg.step < 0:
         raise UserError("--examples must be above 0 and --step not negative")
     folder = Path(cfg.checkpoint)
     part = "".join(["-some-tasks" if cfg.tasks != "all" else "", f"-{cfg.step}" if cfg.step else ""])
     out = Path(cfg.output_dir or folder / f"analysis{part}")  # analysis/ is of the whole run: --compare reads it
     look = _adapted if script_of(folder) == "adapt.py" else _pretrained
-    result, tasks, found = look(cfg, folder)
+    result, tasks, by_router = look(cfg, folder)
     names = [task.name for task in tasks]
     out.mkdir(parents=True, exist_ok=True)
-    if found:
-        similarity = task_similarity(found)
-        result |= measure(found) | {"similarity": similarity.round(4).tolist()}
+    if by_router:
+        similarity = task_similarity(by_router)
+        result |= measure(by_router) | {"similarity": similarity.round(4).tolist()}
         table = true_table(tasks)
         if table is not None:
             result["recovery"] = recovery(similarity, table)
-        draw_routing(found, result["layers"], similarity, table, names, out)
+        draw_routing(by_router, result["layers"], similarity, table, names, out)
     draw_alignment(result, out)
     write_json(out / "analysis.json", {"checkpoint": str(folder), "step": cfg.step, "tasks": names} | result)
     print(report(result))
@@ -157,7 +167,7 @@ def analyze(cfg: Config) -> dict:
 
 
 def _pretrained(cfg: Config, folder: Path):
-    """A run of train.py: ({"alignment", "over_steps"}, tasks, allocations of the tasks)."""
+    """A run of train.py: ({"method", "alignment", "over_steps"}, tasks, allocations of the tasks)."""
     base = train.run_config(cfg.checkpoint, cfg.data_dir, cfg.device)
     if base.method == "full":
         raise UserError(f"--checkpoint {folder} is of method full: it has no adapters to look at")
@@ -165,7 +175,7 @@ def _pretrained(cfg: Config, folder: Path):
     path = folder / (f"adapter-{cfg.step}.safetensors" if cfg.step else "adapter.safetensors")
     if not path.exists():
         steps = ", ".join(map(str, sorted(kept))) or "none"
-        raise UserError(f"{path} does not exist: give a --step that train.py --keep-every has kept ({steps})")
+        raise UserError(f"{path} does not exist: give a --step that train.py --keep-every kept ({steps})")
     all_tasks = benchmarks.load_for(base, base.split, ("train",)).train
     refuse_other_tasks(folder, base.method, all_tasks)
     ids = choose(all_tasks, cfg.tasks)
@@ -174,31 +184,31 @@ def _pretrained(cfg: Config, folder: Path):
     over_steps, result = [], {"method": base.method}
     for step in sorted(kept) if not cfg.step else []:
         load_adapter_file(model, kept[step])
-        line, found = {"step": step}, {name: p[ids] for name, p in allocations(model).items()}
+        line, by_router = {"step": step}, {name: p[ids] for name, p in allocations(model).items()}
         if cfg.alignment:
             cosine = gradient_alignment(model, tokenizer, tasks, ids, cfg.examples, lengths)
             line |= {"alignment": cosine["shared"][0], "alignment_mixed": cosine["mixed"][0]}
-        over_steps.append(line | (measure(found)["mean"] if found else {}))
+        over_steps.append(line | (measure(by_router)["mean"] if by_router else {}))
     load_adapter_file(model, path)
     if cfg.alignment:
         cosine = gradient_alignment(model, tokenizer, tasks, ids, cfg.examples, lengths)
         mean, matrix = cosine["shared"]
         result["alignment"] = {"mean": mean, "mixed": cosine["mixed"][0], "examples": cfg.examples}
         result["alignment"]["matrix"] = matrix.round(4).tolist()
-    if over_steps and len(over_steps[0]) > 1:  # of one adapter, without alignment, there is nothing to say
+    if over_steps and len(over_steps[0]) > 1:  # one adapter without alignment has nothing to measure
         result["over_steps"] = over_steps
     return result, tasks, {name: p[ids] for name, p in allocations(model).items()}
 
 
 def _adapted(cfg: Config, folder: Path):
-    """A run of adapt.py, first split: ({"method"}, tasks, their allocations, each from its own file)."""
+    """The first split of a run of adapt.py: ({"method"}, tasks, allocations of the tasks, each from its own file)."""
     run = adapted_config(folder, cfg.data_dir, cfg.device)
     if run.variant not in ("all", "z") or cfg.step:
         what = f"--step {cfg.step} is for runs of train.py" if cfg.step else f"variant {run.variant} has no routing"
         raise UserError(f"--checkpoint {folder} is a run of adapt.py: {what}, leave it out")
     run = dataclasses.replace(run, split=run.split[:1])
     base, tasks, parts = adapt.base_config(run), [], defaultdict(list)
-    at_random = base.method == "random" and base.random_by == "example"  # a new task then has all skills: no table
+    at_random = base.method == "random" and base.random_by == "example"  # a new task then uses all skills: no table
     for _, task, model, _, _ in () if at_random else load_adapted(run, folder):
         tasks.append(task)
         for name, p in allocations(model).items():
@@ -210,7 +220,7 @@ def _adapted(cfg: Config, folder: Path):
 
 
 def choose(tasks: list[data.Task], names: str) -> list[int]:
-    """--tasks to the numbers of tasks that have training examples. UserError for an unknown name or fewer than 3."""
+    """The numbers of the --tasks, of those with training examples. UserError for an unknown name or fewer than 3."""
     known = {task.name: t for t, task in enumerate(tasks) if len(task.train)}
     wanted = list(known) if names == "all" else list(dict.fromkeys(names.split(",")))
     if unknown := [name for name in wanted if name not in known]:
@@ -221,8 +231,10 @@ def choose(tasks: list[data.Task], names: str) -> list[int]:
 
 
 def true_table(tasks: list[data.Task]) -> np.ndarray | None:
-    """The true table (t, s') of tasks (t, skills known, `strings`, else one column a group), None if nothing is known
-    of one of them or all have the same."""
+    """The true table (t, s') of tasks: the skills of `strings`, elsewhere one column per group of tasks.
+
+    None if nothing is known of one of them, or if all have the same.
+    """
     if not all(task.skills or task.group for task in tasks):
         return None
     table = given_table("expert", tasks, skill_names("expert", tasks)).numpy()
@@ -230,7 +242,7 @@ def true_table(tasks: list[data.Task]) -> np.ndarray | None:
 
 
 def report(result: dict) -> str:
-    """The measures as text: a line for each router and their mean, recovery, alignment."""
+    """The measures as text: one line per router and their mean, recovery, alignment."""
     lines = []
     if "layers" in result:
         rows = [(name, *(f"{v[m]:.3f}" for m in MEASURES)) for name, v in result["layers"].items()]
@@ -250,12 +262,12 @@ def report(result: dict) -> str:
     return "\n".join(lines)
 
 
-def draw_routing(found, layers: dict, similarity: np.ndarray, table, names: list[str], out: Path):
-    """The figures of Z. The one router that is shown alone is the most discrete."""
+def draw_routing(by_router, layers: dict, similarity: np.ndarray, table, names: list[str], out: Path):
+    """The figures of Z. The router shown alone is the most discrete one."""
     tree = hierarchy(similarity)
     order = figures.leaves_list(tree)
     one = max(layers, key=lambda name: layers[name]["discreteness"])
-    figures.allocation(found[one], one, flat(found), names, tree, out / "allocation")
+    figures.allocation(by_router[one], one, flat(by_router), names, tree, out / "allocation")
     figures.task_tree(tree, names, out / "tasks")
     by_measure = {m: [values[m] for values in layers.values()] for m in MEASURES}
     figures.by_layer(by_measure, list(layers), out / "layers")
@@ -266,7 +278,7 @@ def draw_routing(found, layers: dict, similarity: np.ndarray, table, names: list
 
 
 def draw_alignment(result: dict, out: Path):
-    """The figures of gradients, where they were measured: the matrix, and the mean and the measures over steps."""
+    """The figures of what was measured: cosines of gradients, their mean over steps, measures of Z over steps."""
     if "alignment" in result:
         matrix = np.array(result["alignment"]["matrix"])
         order = figures.leaves_list(hierarchy(np.array(result.get("similarity", (1 + matrix) / 2))))
@@ -285,23 +297,25 @@ def draw_alignment(result: dict, out: Path):
 
 
 def compare(cfg: Config):
-    """Figures of several runs, and `tools/compare.py`'s table: training curves and, where `analyze` has measured it,
-    alignment over steps of runs of train.py; score against trained parameters of runs of adapt.py. Runs that differ in
-    their seed only are one line or point."""
+    """Draw several runs, and print the table of `tools/compare.py`.
+
+    Runs of train.py: training curves and, if `analyze` has measured it, alignment over steps. Runs of adapt.py: score
+    against trained parameters. Runs that differ only in their seed make one line or point.
+    """
     out = Path(cfg.output_dir or "runs/analysis")
     print(comparison.compare(cfg.compare))
     curves, alignment, points = defaultdict(list), defaultdict(list), defaultdict(list)
     labels = labels_of([Path(folder) for folder in cfg.compare])
     for folder, label in labels.items():
         result = read_json(folder / "result.json", parameters=dict)
-        if "splits" in result:
+        if script_of(folder) == "adapt.py":
             check_numbers(folder / "result.json", {"mean": result.get("mean")})
             points[label].append((sum(result["parameters"].values()), result["mean"]))
             continue
         curves[label].append(columns_of(folder / "log.jsonl", "loss"))
         measured = folder / "analysis" / "analysis.json"
-        if measured.exists() and (found := columns_of(measured, "alignment"))[0]:
-            alignment[label].append(found)
+        if measured.exists() and (over_steps := columns_of(measured, "alignment"))[0]:
+            alignment[label].append(over_steps)
     for label, seeds in (*curves.items(), *alignment.items()):
         if not set.intersection(*(set(steps) for steps, _ in seeds)):
             raise UserError(f"--compare: the runs of {label} have no step in common to draw: give one of them")
@@ -322,14 +336,14 @@ def columns(lines: list[dict], name: str) -> tuple[list, list]:
 
 
 def columns_of(path: Path, name: str) -> tuple[list, list]:
-    """`columns` of a log.jsonl, or of an analysis.json, which may have none. Raises UserError if it is damaged."""
+    """`columns` of a log.jsonl, or of an analysis.json ([], [] if it lacks them). UserError if it is damaged."""
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
-            found = json.loads(text)
-            lines = found.get("over_steps", []) if name in found else []  # --no-alignment: measures of Z alone
+            analysis = json.loads(text)
+            lines = analysis.get("over_steps", []) if name in analysis else []  # --no-alignment: measures of Z alone
         elif not (lines := [json.loads(line) for line in text.splitlines()]):
-            raise ValueError  # a finished run has logged its last step
+            raise ValueError  # a finished run has at least logged its last step
         for line in lines:
             check_numbers(path, {key: line[key] for key in ("step", name)})
         return columns(lines, name)
@@ -340,12 +354,13 @@ def columns_of(path: Path, name: str) -> tuple[list, list]:
 
 
 def labels_of(folders: list[Path]) -> dict[Path, str]:
-    """A short label for each finished run: `tools/compare.py`'s, without its settings (words with "=") where those are
-    not needed to tell them apart. Raises UserError for runs of several data sets, or if none has finished."""
+    """A short label for each finished run: `tools/compare.py`'s, without settings (words with "=") if it stays unique.
+
+    Raises UserError for runs of several data sets.
+    """
     full = {folder: comparison.name_of_run(folder) for folder in folders if (folder / "result.json").is_file()}
-    if len({dataset for _, dataset in full.values()}) != 1:
-        names = ", ".join(sorted({dataset for _, dataset in full.values()})) or "none that has finished"
-        raise UserError(f"--compare: give finished runs of one data set, these are of {names}")
+    if len(datasets := {dataset for _, dataset in full.values()}) > 1:
+        raise UserError(f"--compare: give runs of one data set, these are of {', '.join(sorted(datasets))}")
     bare = lambda label: " ".join(w for w in label.split() if "=" not in w).replace(" -> ", "-")  # noqa: E731
     texts = {label for label, _ in full.values()}
     alone = {label: sum(bare(label) == bare(other) for other in texts) == 1 for label in texts}

@@ -1,6 +1,8 @@
 """Compare runs: one table over run folders, seeds as mean +- standard deviation.
 
-python -m tools.compare runs/*
+    python -m tools.compare runs/*
+
+Runs that differ in their seed or split only share a line.
 """
 
 import argparse
@@ -43,7 +45,7 @@ def compare(folders: tuple[str, ...]) -> str:
             label, dataset = name_of_run(folder)
             samples, trained = _samples(folder / "result.json")
             groups[label, dataset, trained] += samples
-        except (KeyError, TypeError, AttributeError, RecursionError):  # RecursionError: a run that goes on from itself
+        except (KeyError, TypeError, AttributeError, RecursionError):  # RecursionError: a run that continues itself
             raise UserError(f"{folder} is no run folder of this version") from None
     if not groups:
         raise UserError(f"give a finished run, none of these has finished: {', '.join(unfinished)}")

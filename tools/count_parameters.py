@@ -1,9 +1,9 @@
-"""How many parameters each method trains, exactly, on any backbone: no weights are needed.
+"""How many parameters each method trains, exactly, on any backbone, without its weights.
 
     python -m tools.count_parameters --backbone t5-xl
 
-The backbone is built on torch's meta device, from its config alone, and gets the very adapters that `train.py` would
-give it; `adapt.py`'s own preparation then says what a new task trains. So the table cannot differ from what runs.
+The backbone is built from its config on torch's meta device. Its adapters come from the code that `train.py` uses, what
+a new task trains from `adapt.prepare`, so the table cannot differ from what runs.
 """
 
 from dataclasses import dataclass
@@ -21,8 +21,10 @@ class Config:
       python -m tools.count_parameters --backbone bart-large --training-tasks 120
     """
 
-    backbone: str = flag("t5-xl", "t5-xl, t5-xxl, bart-large, or a hub name, folder or config file")
-    training_tasks: int = flag(313, "how many training tasks a Z is for")
+    backbone: str = flag(
+        "t5-xl", "t5-xl, t5-xxl, bart-large, or a hub name, folder or config file", group="what to count"
+    )
+    training_tasks: int = flag(313, "number of training tasks, each with its rows of Z")
 
 
 if __name__ == "__main__":  # read the flags before the slow imports: --help and mistakes answer at once
@@ -44,8 +46,9 @@ from plumbing.backbones import reach_hub, reason_of, refuse_endless
 from plumbing.tables import aligned
 
 CONFIGS = Path(__file__).resolve().parents[1] / "assets" / "configs"  # for use without the hub
-ROWS = {  # what the papers compare, by their names; "l-": the light layers, keys, values and one of the feed-forward;
-    # "attention": queries, keys, values and outputs, from which some of the papers' l- figures follow
+# What the papers compare, by their names. "l-": light layers, that is keys, values and one of the feed-forward.
+# "attention": queries, keys, values and outputs, from which some of the papers' l- numbers follow.
+ROWS = {
     "full": dict(method="full"),
     "(IA)^3": dict(method="ia3", adapter="ia3"),
     "LoRA": dict(method="lora"),
@@ -73,10 +76,10 @@ ROWS = {  # what the papers compare, by their names; "l-": the light layers, key
 
 
 def meta_backbone(name: str, device: str = "meta", dtype: torch.dtype = torch.float32):
-    """A model from its config: t5-xl, t5-xxl, bart-large (bundled), a hub name, a folder, or a config.json file. It
-    has no weights, but on another device than meta.
+    """A model from its config: t5-xl, t5-xxl, bart-large (bundled), a hub name, a folder, or a config.json file.
 
-    Raises UserError if there is no such config, or none of a model whose layers have names here.
+    On the meta device it has no weights. Raises UserError if there is no such config, or its model's layers have no
+    names here.
     """
     bundled = CONFIGS / f"{name}.json"
     if not bundled.exists() and not Path(name).exists():
@@ -90,7 +93,7 @@ def meta_backbone(name: str, device: str = "meta", dtype: torch.dtype = torch.fl
             if not getattr(config, "scale_decoder_outputs", True):
                 # T5 v1.1 has an output layer of its own, which transformers 5 ties until it sees the weights
                 model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
-    except Exception as error:  # a config can be broken in any way, and each model then fails in its own
+    except Exception as error:  # each model fails on a broken config in its own way
         known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.json")))
         reason = reason_of(error)
         if "Unrecognized configuration class" in reason:
@@ -105,12 +108,12 @@ def meta_backbone(name: str, device: str = "meta", dtype: torch.dtype = torch.fl
 
 
 def count(backbone: str, tasks: int, **settings) -> dict[str, int]:
-    """Parameters that one method trains: {"adapters", "Z"} in pre-training on so many tasks, and for one new task
-    {"all", "z", "mu", "lora"}, those of them that the method has. The size of an average of SFTs depends on how many of
-    their random places coincide, and is left out.
+    """Parameters that one method trains: {"adapters", "Z"} in pre-training, and by variant for one new task.
 
-    settings: fields of `train.Config`; what is left open is 1 for the rank and 8 for the skills. Made is the model of
-    one task: every task more has as many rows of Z, and where each has a skill of its own one more of those.
+    Variants ("all", "z", "mu", "lora") are those that the method has; mu of SFTs is left out, since its size depends on
+    how many of their random places coincide. tasks: of pre-training. settings: fields of `train.Config` (default: rank
+    1, 8 skills). The model is built for one task; every further task has as many rows of Z, and under private and
+    adapter-soup one more skill.
     """
     cfg, skills = train.Config(backbone=backbone, **settings), 1
     if cfg.method in ("private", "adapter-soup"):  # the same sizes: a skill a task, and one adapter for a new task
@@ -119,16 +122,16 @@ def count(backbone: str, tasks: int, **settings) -> dict[str, int]:
     if cfg.method != "full":
         add_adapters(model, cfg, tasks=1)
     numbers = count_parameters(model)
-    found = {"adapters": skills * numbers["adapters"], "Z": tasks * numbers["routing"]}
+    counts = {"adapters": skills * numbers["adapters"], "Z": tasks * numbers["routing"]}
     for variant, methods in VARIANTS.items():
         if cfg.method in methods and not (variant == "mu" and cfg.adapter == "sft"):
             adapt.prepare(model, dataclasses.replace(cfg, device="meta"), adapt.Config(variant=variant))
-            found[variant] = sum(count_parameters(model).values())
-    return found
+            counts[variant] = sum(count_parameters(model).values())
+    return counts
 
 
 def table(backbone: str, tasks: int) -> list[tuple[str, ...]]:
-    """The cells of a table over ROWS, its head first. A method whose heads do not divide a layer has no numbers.
+    """A table over ROWS as cells, header first. A method whose heads do not divide a layer has no numbers.
 
     Raises UserError for a backbone whose layers have no names here.
     """
@@ -137,13 +140,13 @@ def table(backbone: str, tasks: int) -> list[tuple[str, ...]]:
     lines = [("method", "rank", "trained on all tasks", f"Z of {tasks} tasks", *new)]
     for name, settings in tqdm(ROWS.items(), desc="count", unit="method", disable=None, leave=False):
         try:
-            found = count(backbone, tasks, **settings)
+            counts = count(backbone, tasks, **settings)
         except UserError:
             if "heads" not in settings:
                 raise
-            found = {}
+            counts = {}
         rank = str(settings.get("rank", 1)) if settings.get("adapter", "lora") == "lora" and name != "full" else ""
-        lines.append((name, rank, *(f"{found[c]:,}" if found.get(c) else "-" for c in columns)))
+        lines.append((name, rank, *(f"{counts[c]:,}" if counts.get(c) else "-" for c in columns)))
     return lines
 
 

@@ -2,9 +2,9 @@
 
     python -m tools.estimate_memory --backbone t5-xl --batch-size 16        256 + 256 tokens an example
 
-The step is the one that `train.py` takes, forward and backward, on fake tensors, which have a size and no content; what
-lives at once is added up. What this leaves out: memory that the allocator holds back in pieces, libraries' own buffers
-(on a CPU 10 to 15 % more was measured: results/bench.md), and on CUDA its context (about half a GB).
+The step is the forward and backward pass of `train.py`, on fake tensors, which have a size but no content. The peak of
+live tensors is added up. Not counted: fragmentation in the allocator, buffers of libraries (on a CPU 10 to 15 % more
+was measured: results/bench.md), and on CUDA the context (about half a GB).
 """
 
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ class Config:
       python -m tools.estimate_memory --backbone t5-xxl --batch-size 8 --max-input 512
     """
 
-    backbone: str = flag("t5-xl", "t5-xl, t5-xxl, bart-large, or a hub name, folder or config file")
+    backbone: str = flag("t5-xl", "t5-xl, t5-xxl, bart-large, or a hub name, folder or config file", group="the step")
     batch_size: int = flag(16, "examples per step")
     max_input: int = flag(256, "tokens of each input")
     max_output: int = flag(256, "tokens of each output")
-    training_tasks: int = flag(313, "how many training tasks a Z is for")
+    training_tasks: int = flag(313, "number of training tasks, each with its rows of Z")
 
 
 if __name__ == "__main__":  # read the flags before the slow imports: --help and mistakes answer at once
@@ -47,12 +47,12 @@ from plumbing.backbones import reason_of
 from plumbing.tables import aligned
 from tools.count_parameters import ROWS, meta_backbone
 
-MOST_TOKENS = 10_000_000  # of a batch: a thousand times what the papers train with, and the ids of its tasks are real
+MOST_TOKENS = 10_000_000  # of a batch: a thousand times the papers', and its task ids are real tensors
 SHOWN = ("full", "(IA)^3", "LoRA", "Poly", "MHR, 8 heads", "MHR, 64 heads")
 
 
 class Peak(TorchDispatchMode):
-    """Follows every tensor that is made within it: `peak` is the largest number of bytes that lived at once."""
+    """Follows every tensor created in its context: `peak` is the largest number of bytes that lived at once."""
 
     def __init__(self):
         super().__init__()
@@ -68,7 +68,7 @@ class Peak(TorchDispatchMode):
 
     def _follow(self, storage: torch.UntypedStorage, given: set[int]):
         key, size = storage._cdata, storage.nbytes()
-        if key in self.alive or key in given:  # a view, or a tensor changed in place
+        if key in self.alive or key in given:  # a view, or an operation in place
             return
         self.alive.add(key)
         self.now += size
@@ -81,7 +81,7 @@ class Peak(TorchDispatchMode):
 
 
 def step_memory(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
-    """Bytes that forward and backward of a batch take at most, gradients of parameters included, parameters not."""
+    """Peak bytes of forward and backward of a batch: with gradients of parameters, without parameters."""
     with Peak() as memory:
         train.token_loss(model, batch).backward()
     return memory.peak
@@ -90,15 +90,14 @@ def step_memory(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
 def training_memory(
     backbone: str, batch_size: int, lengths: tuple[int, int], tasks: int, checkpointing: bool = False, **settings
 ) -> dict[str, int]:
-    """Bytes of a method's training on so many tasks: {"backbone", "adapters", "AdamW", "step"}. A batch is of as many
-    tasks as it may be.
+    """Bytes of a method's training on so many tasks: {"backbone", "adapters", "AdamW", "step"}.
 
-    lengths: tokens of the inputs and outputs. settings: fields of `train.Config`; adapters, and AdamW's two averages of
-    each gradient, are float32 whatever its precision.
+    A batch has as many different tasks as possible. lengths: tokens of the inputs and outputs. settings: fields of
+    `train.Config`; adapters and AdamW's two averages of each gradient are float32 whatever its precision.
     """
     cfg = train.Config(backbone=backbone, **settings)
     ids = [k % tasks for k in range(batch_size)]
-    with task_ids(ids), FakeTensorMode(allow_non_fake_inputs=True):  # not meta: its attention is larger
+    with task_ids(ids), FakeTensorMode(allow_non_fake_inputs=True):  # not meta, where attention takes more memory
         model = meta_backbone(backbone, "cpu", torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
         if cfg.method != "full":
             add_adapters(model, cfg, tasks)
@@ -107,16 +106,16 @@ def training_memory(
         batch = fake_batch(model.config.is_encoder_decoder, batch_size, *lengths)
         try:
             step = step_memory(model.train(), batch)
-        except Exception as error:  # a model of a config that no one trained can fail in any way
+        except Exception as error:  # a model from an arbitrary config can fail in any way
             raise UserError(f"--backbone {backbone}: it takes no training step: {reason_of(error)}") from None
     adapters = sum(p.numel() * p.element_size() for p in adapter_parameters(model).values())
-    in_all = sum(p.numel() * p.element_size() for p in model.parameters())
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     averages = sum(2 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return {"backbone": in_all - adapters, "adapters": adapters, "AdamW": averages, "step": step}
+    return {"backbone": parameters - adapters, "adapters": adapters, "AdamW": averages, "step": step}
 
 
 def fake_batch(encoder_decoder: bool, size: int, max_input: int, max_output: int) -> dict[str, torch.Tensor]:
-    """A batch as `data.collate` makes it, all of it as long as may be."""
+    """A batch as `data.collate` makes it, every example of full length."""
     length = max_input if encoder_decoder else max_input + max_output
     x = torch.zeros(size, length, dtype=torch.long)
     labels = torch.zeros(size, max_output, dtype=torch.long) if encoder_decoder else x
@@ -124,7 +123,7 @@ def fake_batch(encoder_decoder: bool, size: int, max_input: int, max_output: int
 
 
 def table(backbone: str, batch_size: int, lengths: tuple[int, int], tasks: int) -> list[tuple[str, ...]]:
-    """The cells of a table in GB (10^9 bytes), its head first: the backbone in bfloat16, under method full in float32.
+    """A table in GB (10^9 bytes) as cells, header first: the backbone in bfloat16, under method full in float32.
 
     A method whose heads do not divide a layer has no numbers. Raises UserError for a batch of more than MOST_TOKENS.
     """
@@ -137,12 +136,12 @@ def table(backbone: str, batch_size: int, lengths: tuple[int, int], tasks: int) 
         cells, settings = [], ROWS[name] | dict(precision="fp32" if name == "full" else "bf16")
         for checkpointing in (False, True):
             try:
-                found = training_memory(backbone, batch_size, lengths, tasks, checkpointing, **settings)
+                sizes = training_memory(backbone, batch_size, lengths, tasks, checkpointing, **settings)
             except UserError:
                 if "heads" not in settings:
                     raise
                 break
-            numbers = [*found.values(), sum(found.values())][3 * checkpointing :]
+            numbers = [*sizes.values(), sum(sizes.values())][3 * checkpointing :]
             cells += [f"{number / 1e9:.1f}" for number in numbers]
         lines.append((name, *(cells or ["-"] * 7)))
     return lines

@@ -5,14 +5,14 @@
     python -m tools.export --checkpoint RUN --format peft-poly --output-dir DIR           all tasks of a Poly or MHR run
     python -m tools.export --checkpoint DIR_OR_FILE --format run --output-dir RUN         the way back, for adapt.py
 
-One flag says what is converted and one what is written: --checkpoint is a run folder of train.py or adapt.py; with
---format run it is a folder of PEFT's Poly or a checkpoint file of the MHR authors' code, whichever it turns out to be.
+--checkpoint is a run folder of train.py or adapt.py. With --format run it is a folder of PEFT's Poly or a checkpoint
+file of the MHR authors' code.
 
-One task is one adapter, exactly: skills are mixed before they are applied, so a mixture of LoRAs of rank r, also head
-by head, is a LoRA of rank r. So `peft` and `merged` fit every method but `full`, which leaves plain model folders
-itself; sparse fine-tuning only `merged`, for PEFT has no such adapter. A run of train.py with one adapter takes no
---task. PEFT's Poly holds LoRA skills of `poly` and `mhr` with one router a layer, sigmoid or Gumbel-sigmoid (in
-training it always draws noise), and no Conv1D (GPT-2). What does not fit is refused with a sentence.
+The adapter of one task is exact: skills are mixed before they are applied, so a mixture of LoRAs of rank r, also head
+by head, is a LoRA of rank r. `peft` and `merged` fit every method but `full`, whose runs hold plain model folders
+already. PEFT has no sparse fine-tuning: use `merged`. A run of train.py with one adapter takes no --task. PEFT's Poly
+holds LoRA skills of `poly` and `mhr` with one router per layer, sigmoid or Gumbel-sigmoid (in training it always draws
+noise), and no Conv1D (GPT-2). Anything else is refused in one sentence.
 
 PEFT's Poly and the authors' code keep a layer in the same three tensors (letters as in mhr.py):
 
@@ -21,13 +21,13 @@ PEFT's Poly and the authors' code keep a layer in the same three tensors (letter
     Z (t, s) or (t, h, s)        module_logits        (t, h s)
 
 Files of the authors' code are pickles: only tensors, numbers and text are read from them, no code is ever run. They do
-not say which task is which, so the tasks of such a run are called 0, 1, 2, ...
+not name their tasks, so the tasks of such a run are called 0, 1, 2, ...
 """
 
 from dataclasses import dataclass
 
 from plumbing.errors import UserError, exit_on_user_error
-from plumbing.flags import explicit_flags, flag
+from plumbing.flags import as_flag, explicit_flags, flag
 from plumbing.folders import new_run_folder, read_config, read_json, script_of, whole_folder, write_config, write_json
 from recipes import ONE_ADAPTER, PRETRAINING, recipe
 
@@ -36,18 +36,29 @@ DATASETS = tuple(name for name in PRETRAINING if isinstance(name, str))
 
 @dataclass
 class Config:
-    """Export a run to PEFT or as a merged model; import PEFT's Poly or a checkpoint of the MHR authors' code."""
+    """Export a run to PEFT or as a merged model; import PEFT's Poly or a checkpoint of the MHR authors' code.
 
-    checkpoint: str = flag("", "run folder; with --format run: PEFT Poly folder, or .pt or .ckpt file of the authors")
-    task: str = flag("", "peft, merged: a task of the run, or mu, the average of all skills; one adapter needs none")
-    split: str = flag("", "peft, merged: which split of an adaptation run, if it has several")
+    examples:
+      python -m tools.export --checkpoint runs/strings-mhr-0 --task mu --format merged --output-dir merged
+      python -m tools.export --checkpoint runs/strings-mhr-0 --format peft-poly --output-dir poly
+    """
+
+    checkpoint: str = flag(
+        "", "run folder; with --format run: PEFT Poly folder, or .pt or .ckpt file of the authors", metavar="PATH",
+        group="from what to what", required=True,
+    )  # fmt: skip
     format: str = flag("peft", "what to write", ("peft", "merged", "peft-poly", "run"))
-    backbone: str = flag("", "run: backbone that it was trained on, if not where the checkpoint says")
-    dataset: str = flag("", "run: benchmark whose recipe the run goes by, if the checkpoint does not say", DATASETS)
-    output_dir: str = flag("", "new folder to write to")
+    output_dir: str = flag("", "new folder to write to", metavar="DIR", required=True)
+    task: str = flag(
+        "", "a task of the run, or mu, the average of all skills; a run with one adapter needs none",
+        group="with --format peft or merged",
+    )  # fmt: skip
+    split: str = flag("", "which split of an adaptation run, if it has several")
+    backbone: str = flag("", "backbone of the run, if not where the checkpoint says", group="with --format run")
+    dataset: str = flag("", "benchmark whose recipe the run follows, if the checkpoint does not say", DATASETS)
 
 
-if __name__ == "__main__":  # Read the flags before the slow imports, so that --help and mistakes answer at once
+if __name__ == "__main__":  # read the flags before the slow imports: --help and mistakes answer at once
     FLAGS = explicit_flags(Config, {})
 
 import dataclasses
@@ -72,7 +83,7 @@ from sft import SFT
 
 
 def one_adapter(cfg: Config):
-    """(model, tokenizer, name of its backbone) with the one adapter of --task in each layer, without routers."""
+    """(model with the one adapter of --task in each layer and no router, tokenizer, name of its backbone)."""
     folder = Path(cfg.checkpoint)
     if script_of(folder) == "adapt.py":
         return _adapted(cfg, folder)
@@ -97,7 +108,7 @@ def one_adapter(cfg: Config):
 
 
 def _adapted(cfg: Config, folder: Path):
-    """`one_adapter` of an adaptation run. No data are needed: the saved files hold all that differs between tasks."""
+    """`one_adapter` of an adaptation run. Needs no data: the saved files hold all that differs between tasks."""
     run = adapted_config(folder, device="cpu")
     base = adapt.base_config(run)
     split = cfg.split or run.split[0]
@@ -118,7 +129,7 @@ def _adapted(cfg: Config, folder: Path):
 
 
 def names_of_tasks(folder: Path) -> list[str]:
-    """The names in a run's tasks.json. Raises UserError if they are no names."""
+    """The names in a run's tasks.json. Raises UserError if one is not a text."""
     names = read_json(folder / "tasks.json", tasks=list)["tasks"]
     if odd := [name for name in names if not isinstance(name, str)]:
         raise UserError(f"{folder / 'tasks.json'}: {odd[0]!r:.60} is no name of a task: it was changed by hand")
@@ -132,7 +143,7 @@ def _check_task(cfg: Config, names: list[str]):
 
 
 def mixture(layer: nn.Module, task: int) -> dict[str, Tensor]:
-    """The one adapter that a routed layer is for a task, in evaluation mode: {name: (...)}, as `merged` uses it."""
+    """A routed layer's mixture for one task, in evaluation mode: the parameters {name: (...)} of one adapter."""
     w = layer.router(torch.tensor([task]), sample=False)
     return {name: p[0] for name, p in layer.mix(w).items()}
 
@@ -149,8 +160,8 @@ def import_peft():
 
 
 def endings(model: nn.Module, names: list[str]) -> list[str]:
-    """The shortest endings of names that mean these layers and no other module: so PEFT reads target_modules."""
-    inside = tuple(f"{name}." for name in adapted_layers(model))  # what adapters brought along is not in the backbone
+    """The shortest endings of names that match these layers and no other module, as PEFT's target_modules."""
+    inside = tuple(f"{name}." for name in adapted_layers(model))  # modules of adapters are not in the backbone
     others = [f".{n}" for n, _ in model.named_modules() if n not in names and not n.startswith(inside)]
     ends = []
     for depth in range(1, 1 + max((name.count(".") + 1 for name in names), default=0)):
@@ -161,7 +172,7 @@ def endings(model: nn.Module, names: list[str]) -> list[str]:
 
 
 def write_peft(model: nn.Module, backbone: str, folder: Path):
-    """A model with one LoRA or (IA)^3 in each layer as a PEFT folder. PEFT keeps A (r, i), B (o, r) and l = 1 + v."""
+    """Write a model with one LoRA or (IA)^3 per layer as a PEFT folder. PEFT has A (r, i), B (o, r) and l = 1 + v."""
     peft, tensors, layers = import_peft(), {}, adapted_layers(model)
     adapter = next(iter(layers.values())).adapter
     if isinstance(adapter, LoRA):
@@ -181,10 +192,10 @@ def write_peft(model: nn.Module, backbone: str, folder: Path):
 
 
 def _write_peft(model, config, tensors: dict[str, Tensor], backbone: str, folder: Path):
-    config.target_modules = sorted(config.target_modules)  # PEFT makes it a set: another order in every process
+    config.target_modules = sorted(config.target_modules)  # PEFT's set has another order in every process
     config.task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     config.inference_mode = True
-    if backbone != "scratch":  # a path, if it is one, that holds wherever PEFT is called
+    if backbone != "scratch":  # an absolute path, if it is one: PEFT may be called from anywhere
         path = TINY if backbone == "tiny" else Path(backbone)
         config.base_model_name_or_path = str(path.resolve()) if path.is_dir() else backbone
     config.save_pretrained(str(folder))
@@ -193,10 +204,7 @@ def _write_peft(model, config, tensors: dict[str, Tensor], backbone: str, folder
 
 
 def to_blocks(layer: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a routed layer as PEFT's Poly and the authors' code keep them: the table in the file's docstring.
-
-    The number of heads h of a `PolyRouter` is 1.
-    """
+    """A routed layer's tensors in the layout of PEFT's Poly and the authors' code (table at the top); `poly`: h = 1."""
     A, B, h = layer.inventory["A"], layer.inventory["B"], getattr(layer.router, "heads", 1)
     return {
         "A": A.unflatten(1, (h, -1)).transpose(0, 1),  # s (h d) r -> h s d r
@@ -207,7 +215,7 @@ def to_blocks(layer: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def from_blocks(layer: nn.Module, A: Tensor, B: Tensor, Z: Tensor):
-    """The way back, into a layer of the same sizes."""
+    """The inverse of `to_blocks`, into a layer of the same sizes."""
     layer.inventory["A"].copy_(A.transpose(0, 1).flatten(1, 2))
     layer.inventory["B"].copy_(B.permute(1, 2, 0, 3).flatten(2, 3))
     layer.router.Z.copy_(Z.view_as(layer.router.Z))
@@ -222,7 +230,7 @@ POLY_HAS = {
 
 
 def export_poly(cfg: Config):
-    """A whole run as a folder of PEFT's Poly; run.json and tasks.json, which PEFT ignores, are for the way back."""
+    """Write a run as a folder of PEFT's Poly, with run.json and tasks.json for `import_run`, which PEFT ignores."""
     peft, folder = import_peft(), Path(cfg.checkpoint)
     if script_of(folder) == "adapt.py":
         raise UserError(f"--format peft-poly needs a run of train.py: {folder} is one of adapt.py, use --format peft")
@@ -251,7 +259,7 @@ def export_poly(cfg: Config):
 
 
 def read_peft_poly(folder: Path):
-    """(layers, what is known of the run's settings) of a folder of PEFT's Poly; layers: see `by_layer`."""
+    """(layers as of `by_layer`, the known settings of the run) of a folder of PEFT's Poly."""
     config = read_json(folder / "adapter_config.json")
     if config.get("peft_type") != "POLY":
         raise UserError(f"{folder} holds PEFT's {config.get('peft_type')}: only its POLY becomes a run")
@@ -267,24 +275,24 @@ def read_peft_poly(folder: Path):
     return by_layer(state, "base_model.model.", PEFT_POLY, folder), known
 
 
-# Settings of the authors' code under which its layer is another function: the values that we have too.
+# Settings of the authors' code that change the function of a layer, with the values that are supported here.
 PLAIN = {
     "poly_granularity": ("finegrained",), "router_granularity": ("finegrained",), "poly_selector": ("poly", None),
     "router_selector": ("poly", None), "poly_average_correction": (False,), "poly_use_shared_skill": (False,),
     "module_logits_l2_norm": (False,), "module_logits_dropout": (0,), "lora_warmup": (False,),
     "lora_scaling_rank": (0, None),
 }  # fmt: skip
-KINDS = {"n_splits": int, "n_skills": int, "lora_alpha": (int, float), "model": str, "dataset": str}  # what we read
+KINDS = {"n_splits": int, "n_skills": int, "lora_alpha": (int, float), "model": str, "dataset": str}  # read here
 
 
 def read_authors(path: Path):
-    """The same of a checkpoint of the MHR authors' code: PyTorch Lightning's state_dict and hyper_parameters."""
+    """`read_peft_poly` for a checkpoint of the authors' code: PyTorch Lightning's state_dict and hyper_parameters."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle fails in as many ways as there are
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        holds = f"it asks for {found[1]}" if found else "it may be damaged"
-        raise UserError(f"{path} is refused, for it is more than tensors, numbers and text: {holds}") from None
+    except Exception as error:  # a damaged pickle can fail in any way
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it asks for {code[1]}" if code else "it may be damaged"
+        raise UserError(f"{path} is refused: it holds more than tensors, numbers and text: {reason}") from None
     hyper, state = (content.get(k) if isinstance(content, dict) else None for k in ("hyper_parameters", "state_dict"))
     if not isinstance(hyper, dict) or not isinstance(state, dict):
         raise UserError(f"{path} has no state_dict and hyper_parameters: give a checkpoint of the authors' training")
@@ -294,13 +302,13 @@ def read_authors(path: Path):
             raise UserError(f"{path}: its {name} is of type {type(value).__name__}, so it is not the authors' file")
     for name, plain in PLAIN.items():
         if hyper.get(name, plain[0]) not in plain:
-            raise UserError(f"{path}: its {name} is {hyper[name]}, which is not done here")
+            raise UserError(f"{path}: its {name} is {hyper[name]}, which is not supported here")
     alpha = hyper.get("lora_alpha") or 1.0
     if not abs(alpha) < 1e6:
         raise UserError(f"{path}: its lora_alpha is no scale: the file was changed")
     layers = by_layer(state, "model.", AUTHORS, path)
     for name, layer in layers.items():
-        if list(layer["A"].shape[:2]) != [hyper.get("n_splits", 1), hyper.get("n_skills")]:  # later versions turn them
+        if list(layer["A"].shape[:2]) != [hyper.get("n_splits", 1), hyper.get("n_skills")]:  # later versions swap them
             raise UserError(f"{path}: {name}.lora_a does not begin with its n_splits and n_skills")
         layer["B"] *= alpha  # ours is 1
     relaxed = "gumbel" if hyper.get("module_logits_relaxed_bernoulli", True) else "sigmoid"
@@ -313,16 +321,19 @@ def read_authors(path: Path):
 
 
 def by_layer(state: dict, prefix: str, names: dict[str, str], source: Path) -> dict[str, dict[str, Tensor]]:
-    """Tensors by full name to {layer: {"A", "B", "Z"}}. UserError for anything that is not one of a layer's three."""
+    """Group tensors by layer: {layer: {"A", "B", "Z"}}. UserError for any other tensor, or if one is missing.
+
+    prefix: before the layer's name in a tensor's. names: {"A": its ending, ...}. source: for the message.
+    """
     layers, keys = {}, {name: key for key, name in names.items()}
     for full, tensor in state.items():
         match = re.fullmatch(rf"{re.escape(prefix)}(.+)\.({'|'.join(map(re.escape, keys))})", str(full))
         if not match or not isinstance(tensor, Tensor):
             raise UserError(f"{source}: {full} is no part of a Poly of LoRAs")
         layers.setdefault(match[1], {})[keys[match[2]]] = tensor.float()
-    for layer, found in layers.items():
+    for layer, tensors in layers.items():
         for key, axes in {"A": 4, "B": 4, "Z": 2}.items():
-            if key not in found or found[key].dim() != axes:
+            if key not in tensors or tensors[key].dim() != axes:
                 raise UserError(f"{source}: layer {layer} has no {names[key]} of {axes} axes")
     if not layers:
         raise UserError(f"{source} has no layers")
@@ -330,21 +341,21 @@ def by_layer(state: dict, prefix: str, names: dict[str, str], source: Path) -> d
 
 
 def import_run(cfg: Config):
-    """A folder of PEFT's Poly or a checkpoint of the authors' code as a run folder of train.py."""
+    """Write a folder of PEFT's Poly or a checkpoint of the authors' code as a run folder of train.py."""
     source = Path(cfg.checkpoint)
     layers, known = read_peft_poly(source) if source.is_dir() else read_authors(source)
     known |= {name: value for name in ("backbone", "dataset") if (value := getattr(cfg, name))}
     for name in ("backbone", "dataset"):
         if not known.get(name):
-            raise UserError(f"--{name} is missing: {source} does not say it")
+            raise UserError(f"--{name} is missing: {source} does not name one")
     first = next(iter(layers.values()))
     (h, s, _, r), t = first["A"].shape, len(first["Z"])
     method = "mhr" if h > 1 or known.get("method") == "mhr" else "poly"
     fixed = dict(method=method, adapter="lora", rank=r, skills=s, granularity="linear", output_dir=cfg.output_dir)
     fixed |= {"heads": h} if method == "mhr" else {}
     model, _ = load_backbone(known["backbone"], "cpu")
-    if lost := layers.keys() - dict(model.named_modules()):
-        raise UserError(f"{source}: --backbone {known['backbone']} has no layer {min(lost)}")
+    if absent := layers.keys() - dict(model.named_modules()):
+        raise UserError(f"{source}: --backbone {known['backbone']} has no layer {min(absent)}")
     pattern = rf"(.*\.)?({'|'.join(map(re.escape, endings(model, list(layers))))})"
     start = recipe(PRETRAINING, known["dataset"], method) | dict(layers=pattern, device="cpu")
     base = train.Config(**start | known | fixed)
@@ -366,7 +377,7 @@ def import_run(cfg: Config):
         write_config(folder, base)
         write_json(folder / "tasks.json", tasks)
         counts = count_parameters(model)
-        write_json(folder / "result.json", {"steps": 0, "seconds": 0.0, "parameters": counts})  # none of our own order
+        write_json(folder / "result.json", {"steps": 0, "seconds": 0.0, "parameters": counts})  # no steps of train.py
     counted = f"{t} tasks, {len(layers)} layers, {s} skills of rank {r}, {h} heads"
     print(f"method {method}, {counted}, saved in {cfg.output_dir}")
 
@@ -375,9 +386,9 @@ def import_run(cfg: Config):
 
 
 def export_task(cfg: Config):
-    """One task as a PEFT folder or merged into a Hugging Face model folder."""
+    """Write one task as a PEFT folder, or merged as a Hugging Face model folder."""
     if cfg.format == "peft":
-        import_peft()  # before the backbone, which may take minutes
+        import_peft()  # fail now: loading the backbone may take minutes
     with torch.no_grad():
         model, tokenizer, backbone = one_adapter(cfg)
     layers = adapted_layers(model)
@@ -397,7 +408,7 @@ def check(cfg: Config):
     """Raise UserError for a flag that is missing or does not fit the format."""
     for name in ("checkpoint", "output_dir"):
         if not getattr(cfg, name):
-            raise UserError(f"--{name.replace('_', '-')} is missing")
+            raise UserError(f"{as_flag(name)} is missing")
     for name in ("task", "split", "backbone", "dataset"):
         formats = ("peft", "merged") if name in ("task", "split") else ("run",)
         if getattr(cfg, name) and cfg.format not in formats:

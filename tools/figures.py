@@ -1,8 +1,7 @@
 """Figures: drawing only. Each function takes arrays and a path without its ending, and writes PATH.png and PATH.svg.
 
-`analyze.py` and `experiments/reproduce.py` measure; here is how it looks. All figures are WIDTH inches wide, so that
-their text is still read at half the width of a README. Colours are those of Okabe and Ito (2008), which the
-colour-blind can tell apart, and never the only difference between two lines.
+All figures are WIDTH inches wide, so that their text is legible at half the width of a README. Colours are those of
+Okabe and Ito (2008), which the colour-blind can tell apart, and never the only difference between two lines.
 
 Shape key, as in poly.py: t tasks, s skills, h heads.
 """
@@ -22,7 +21,7 @@ from scipy.cluster.hierarchy import dendrogram, leaves_list, linkage
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS, LINES = "osD^vPX", ("-", "--", "-.", ":")
 WIDTH = 5.0  # inches
-ROW = 0.125  # inches that the name of a task needs
+ROW = 0.125  # inches of height for the name of a task
 STYLE = {
     "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "xtick.labelsize": 8,
     "ytick.labelsize": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8,
@@ -38,7 +37,7 @@ def save(fig: Figure, stem: str | Path):
 
 
 def drawing(function):
-    """A drawing function in the style of this file, whatever the user's own matplotlib settings."""
+    """Decorator: draw in the style of this file, whatever the user's own matplotlib settings."""
 
     @functools.wraps(function)
     def styled(*args, **kwargs):
@@ -61,10 +60,10 @@ def styles(labels) -> dict[str, dict]:
 
 @drawing
 def allocation(one: np.ndarray, layer: str, every: np.ndarray, tasks: list[str], tree: np.ndarray, stem):
-    """Heat maps of Z: one router, and all routers beside each other, tasks in the order of the tree.
+    """Heat maps of Z: one router, and all routers side by side, tasks in the order of the tree.
 
     one: (t, s) or (t, h, s), probabilities. layer: the first that this router serves. every: (t, n), all routers, heads
-    and skills; its columns come in an order that puts like ones side by side. tree: a scipy linkage of the tasks.
+    and skills, drawn with similar columns side by side. tree: a scipy linkage of the tasks.
     """
     order, t = leaves_list(tree), len(tasks)
     heads = one.shape[1] if one.ndim == 3 else 1
@@ -77,7 +76,7 @@ def allocation(one: np.ndarray, layer: str, every: np.ndarray, tasks: list[str],
         left.axvline(k * one.shape[-1] - 0.5, color="black", linewidth=0.6)
     left.set_title(f"router, first layer:\n{short(layer)}", fontsize=8)
     wide, count = (1, columns) if heads == 1 else (one.shape[-1], heads)
-    shown = range(0, count, -(-count // 8))  # so that the numbers stay apart
+    shown = range(0, count, -(-count // 8))  # few enough not to overlap
     left.set_xticks([(k + 0.5) * wide - 0.5 for k in shown], [k + 1 for k in shown])
     left.set_xlabel("skill" if heads == 1 else "head (its skills)")
     left.set_yticks(range(t), [tasks[k] for k in order], fontsize=7)
@@ -95,7 +94,7 @@ def allocation(one: np.ndarray, layer: str, every: np.ndarray, tasks: list[str],
 
 
 def by_likeness(columns: np.ndarray) -> np.ndarray:
-    """An order of the columns of (t, n) that puts like ones side by side: the leaves of their tree."""
+    """An order of the columns of (t, n) with similar ones side by side: the leaves of their tree."""
     if columns.shape[1] < 2:
         return np.arange(columns.shape[1])
     return leaves_list(linkage(columns.T, "average", optimal_ordering=columns.shape[1] <= 500))
@@ -103,7 +102,7 @@ def by_likeness(columns: np.ndarray) -> np.ndarray:
 
 @drawing
 def task_tree(tree: np.ndarray, tasks: list[str], stem):
-    """The dendrogram of tasks (Polytropon figure 6): where two join, one less their mean similarity."""
+    """The dendrogram of tasks (Polytropon figure 6). Two branches join at 1 - their mean similarity."""
     fig = Figure(figsize=(WIDTH, 0.8 + ROW * len(tasks)))
     ax = fig.subplots()
     with matplotlib.rc_context({"lines.linewidth": 1.0}):
@@ -119,7 +118,7 @@ def task_tree(tree: np.ndarray, tasks: list[str], stem):
 
 @drawing
 def matrices(panels: dict[str, np.ndarray], stem, label: str, signed: bool = False):
-    """Square heat maps (t, t) of pairs of tasks beside each other, each with its own scale. panels: {title: matrix}.
+    """Square heat maps (t, t) of pairs of tasks side by side, each with its own scale. panels: {title: matrix}.
 
     The diagonal, a task with itself, is grey. signed: values around 0, which is then white.
     """
@@ -164,7 +163,7 @@ def by_layer(measures: dict[str, list[float]], layers: list[str], stem):
         else:
             ax.axvline(k - 0.5, color="0.88", linewidth=0.8, zorder=0)
     middles = [(a + b - 1) / 2 for a, b in zip(starts, [*starts[1:], len(layers)], strict=True)]
-    every = -(-len(starts) // 16)  # so that the numbers of blocks stay apart
+    every = -(-len(starts) // 16)  # few enough numbers of blocks not to overlap
     ax.set_xticks(middles[::every], [blocks[k][1] for k in starts[::every]])
     ax.tick_params(axis="x", length=0)
     ax.set(
@@ -175,14 +174,14 @@ def by_layer(measures: dict[str, list[float]], layers: list[str], stem):
 
 
 def block(layer: str) -> tuple[str, str]:
-    """A layer's stack (encoder, decoder, or "") and the number of its block, of its full name."""
+    """(stack: encoder, decoder or "", number of the block) from a layer's full name."""
     parts = layer.split(".")
     stack = next((part for part in parts if part in ("encoder", "decoder")), "")
     return stack, next((part for part in parts if part.isdecimal()), "")
 
 
 def short(layer: str) -> str:
-    """A layer's name without its path: encoder.block.0.layer.0.SelfAttention.q is "encoder 0\nSelfAttention.q"."""
+    """A layer's name without its path: "encoder 0\nSelfAttention.q" for encoder.block.0.layer.0.SelfAttention.q."""
     stack, number = block(layer)
     return f"{stack or 'block'} {number}\n" + ".".join(layer.split(".")[-2:])
 
@@ -192,8 +191,10 @@ def short(layer: str) -> str:
 
 @drawing
 def over_steps(panels: dict[str, dict], stem, ylabel: str, xlabel: str = "training steps", log: bool = False):
-    """Lines over steps, in panels beside each other. panels: {title: {label: for each seed (steps, values)}}, the same
-    labels in each. log: a logarithmic y axis."""
+    """Lines over steps, in panels side by side. panels: {title: {label: [(steps, values) of each seed]}}.
+
+    All panels have the same labels. log: a logarithmic y axis.
+    """
     fig = Figure(figsize=(WIDTH, 3.0))
     axes = np.atleast_1d(fig.subplots(1, len(panels), sharey=True))
     for ax, (title, series) in zip(axes, panels.items(), strict=True):
@@ -212,7 +213,7 @@ def over_steps(panels: dict[str, dict], stem, ylabel: str, xlabel: str = "traini
 
 @drawing
 def over_skills(series: dict[str, list[tuple]], stem, ylabel: str):
-    """Lines over sizes of the inventory, each twice the one before. series: {label: for each seed (sizes, values)}."""
+    """Lines over sizes of the inventory, which double. series: {label: [(sizes, values) of each seed]}."""
     fig = Figure(figsize=(WIDTH, 3.0))
     ax = fig.subplots()
     lines(ax, series)
@@ -225,8 +226,11 @@ def over_skills(series: dict[str, list[tuple]], stem, ylabel: str):
 
 
 def lines(ax, series: dict[str, list[tuple]]):
-    """Draw lines: {label: for each seed (x, values)}. Several seeds are a mean with a band of one standard deviation,
-    at the x that all of them have; their number is said in the label if the labels have different ones."""
+    """Draw lines: {label: [(x, values) of each seed]}.
+
+    Several seeds are drawn as their mean in a band of one standard deviation, at the x that all of them have. If labels
+    have different numbers of seeds, each says its own.
+    """
     alike = len({len(seeds) for seeds in series.values()}) == 1
     for label, style in styles(series).items():
         steps = sorted(set.intersection(*(set(x) for x, _ in series[label])))
@@ -241,7 +245,7 @@ def lines(ax, series: dict[str, list[tuple]]):
 
 
 def legend(fig: Figure):
-    """The labels of the first panel, above all, in as many columns as fit."""
+    """A legend of the first panel's labels above all panels, in as many columns as fit."""
     handles, labels = fig.axes[0].get_legend_handles_labels()
     if labels:
         columns = max(1, min(3, len(labels), 60 // max(map(len, labels))))
@@ -250,12 +254,11 @@ def legend(fig: Figure):
 
 @drawing
 def performance(panels: dict[str, dict], stem, ylabel: str, when: str = "for a new task"):
-    """Score against trained parameters (MHR figures 2 and 3, right), in panels beside each other. panels: {title:
-    {label: {mark: (parameters, mean, standard deviation over seeds, 0 for one)}}}. when: what the parameters were
-    trained for.
+    """Score against trained parameters (MHR figures 2 and 3, right), in panels side by side.
 
-    A curve of one point has its label beside it. Others, two in a panel, have theirs in a legend, and a mark at each
-    point: numbers above the first, below the second; words at the lower right.
+    panels: {title: {label: {mark: (parameters, mean, standard deviation over seeds, 0 for one)}}}. when: what the
+    parameters are trained for. A curve of one point has its label beside it. Longer curves, at most two per panel, have
+    theirs in a legend, and a mark at each point: numbers above the first, below the second; words at the lower right.
     """
     fig = Figure(figsize=(WIDTH, 3.6))
     axes = np.atleast_1d(fig.subplots(1, len(panels), sharey=True))
@@ -278,7 +281,7 @@ def performance(panels: dict[str, dict], stem, ylabel: str, when: str = "for a n
 
 
 def draw_curves(ax, curves: dict[str, dict[str, tuple]], every: dict[str, dict]) -> list:
-    """The curves of a panel of `performance` and their marks: the handles of those for the legend."""
+    """Draw the curves of a panel of `performance` and their marks; returns the handles for the legend."""
     handles = []
     for label, curve in curves.items():
         x, mean, std = np.array(list(curve.values()), float).T
@@ -299,13 +302,15 @@ def draw_curves(ax, curves: dict[str, dict[str, tuple]], every: dict[str, dict])
 
 
 def mean_std(values) -> tuple[float, float]:
-    """The mean and the standard deviation (n - 1) of a value a seed; 0 for one seed."""
+    """The mean and the standard deviation (n - 1) over seeds; 0 for one seed."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def place_labels(fig: Figure, ax, points: list[tuple[str, float, float, float]]):
-    """Write the label of each point (label, x, mean, std) beside it, at the first of 16 places where it covers no
-    point, no line of a standard deviation, no label and no edge."""
+    """Write the label of each point (label, x, mean, std) beside it.
+
+    It goes to the first of 16 places where it overlaps no point, error bar, label or edge.
+    """
     renderer = FigureCanvasAgg(fig).get_renderer()
     fig.draw_without_rendering()
     spots = [(7, 0, "left"), (-7, 0, "right"), (0, 9, "center"), (0, -9, "center"), (6, 7, "left"), (-6, 7, "right"),
@@ -332,11 +337,10 @@ def place_labels(fig: Figure, ax, points: list[tuple[str, float, float, float]])
 
 @drawing
 def by_method(values: dict[str, list[float]], stem, xlabel: str, reference: str = "", bars: dict | None = None):
-    """One line a method: its seeds as dots, below them their mean and standard deviation. values: {method: a value a
-    seed}.
+    """One line per method: its seeds as dots, below them their mean and standard deviation.
 
-    reference: a method whose mean is drawn through the whole figure, to compare the others with. bars: {method: (low,
-    high)}, drawn in place of the standard deviation.
+    values: {method: [value of each seed]}. reference: a method whose mean is drawn through the whole figure, to compare
+    the others with. bars: {method: (low, high)}, drawn instead of the standard deviation.
     """
     fig = Figure(figsize=(WIDTH, 0.7 + 0.27 * len(values)))
     ax = fig.subplots()
@@ -361,9 +365,11 @@ def by_method(values: dict[str, list[float]], stem, xlabel: str, reference: str 
 
 @drawing
 def by_episodes(panels: dict[str, dict[str, list[np.ndarray]]], stem, window: int):
-    """Success by episodes, a panel a level (Polytropon figure 2), as far as all seeds of a method go: their mean, in a
-    band from the lowest to the highest. panels: {level: {method: for each seed its success over `window`
-    episodes, the first of them, those that end an episode later, and so on}}."""
+    """Success by episodes, one panel per level (Polytropon figure 2): the mean over seeds, in a band from min to max.
+
+    panels: {level: {method: [running mean of success over `window` episodes, of each seed]}}. A method's line ends
+    where its shortest seed does.
+    """
     columns = 2 if len(panels) in (2, 4) else 3
     rows = -(-len(panels) // columns)
     fig = Figure(figsize=(1.5 * WIDTH, 2.2 * rows + 0.4))
@@ -372,10 +378,10 @@ def by_episodes(panels: dict[str, dict[str, list[np.ndarray]]], stem, window: in
         ax.axhline(0.99, color="0.5", linewidth=0.8, linestyle=":")  # what counts as solved
         for method, style in styles(methods).items():
             shared = min(map(len, methods[method]))
-            kept = np.arange(0, shared, max(1, shared // 100))
-            rates, line = np.array([rate[kept] for rate in methods[method]]), style | dict(marker=None, linewidth=1.3)
-            ax.plot(kept + window, rates.mean(0), label=method, **line)
-            ax.fill_between(kept + window, rates.min(0), rates.max(0), color=style["color"], alpha=0.12, linewidth=0)
+            drawn = np.arange(0, shared, max(1, shared // 100))
+            rates, line = np.array([rate[drawn] for rate in methods[method]]), style | dict(marker=None, linewidth=1.3)
+            ax.plot(drawn + window, rates.mean(0), label=method, **line)
+            ax.fill_between(drawn + window, rates.min(0), rates.max(0), color=style["color"], alpha=0.12, linewidth=0)
         ax.set(title=level, ylim=(0, 1.02))
         ax.grid(axis="y", color="0.9", linewidth=0.6)
         ax.xaxis.set_major_locator(MaxNLocator(4))
@@ -385,6 +391,6 @@ def by_episodes(panels: dict[str, dict[str, list[np.ndarray]]], stem, window: in
         ax.remove()
     fig.supxlabel("episodes", fontsize=9)
     fig.supylabel(f"success (mean of {window:,} episodes)", fontsize=9)
-    wide = 6 + max(map(len, labels))  # of a column, in letters
-    fig.legend(handles, labels, loc="outside upper center", ncols=min(5, len(labels), max(1, 90 // wide)))
+    width = 6 + max(map(len, labels))  # of a column, in letters
+    fig.legend(handles, labels, loc="outside upper center", ncols=min(5, len(labels), max(1, 90 // width)))
     save(fig, stem)

@@ -1,7 +1,7 @@
-"""What a task-skill allocation looks like, in numbers: Polytropon section 4.3, and how much it has of a known table.
+"""Measures of a task-skill allocation: those of Polytropon section 4.3, and how well it recovers a known table.
 
-Functions of arrays, for `analyze.py`, `experiments/reproduce.py` and others to import. Shape key, as in poly.py: t
-tasks, s skills, h heads. An allocation is p (t, s), or (t, h, s): the probability that a task uses a skill (in a head).
+Functions of arrays. Shape key, as in poly.py: t tasks, s skills, h heads. An allocation is p (t, s), or (t, h, s): the
+probability that a task uses a skill (in a head).
 """
 
 import statistics
@@ -25,47 +25,44 @@ from poly import PolyRouter
 def allocations(model: nn.Module) -> dict[str, np.ndarray]:
     """Each router's allocation, float64: {name of the first layer that it serves: (t, s), or (t, h, s) for mhr}.
 
-    poly, mhr: sigmoid(Z), the probabilities of Polytropon equation 2, before a row is divided by its sum. A given table
+    poly, mhr: sigmoid(Z), the probabilities of Polytropon equation 2, before a row is divided by its sum. Fixed table
     (expert, private, adapter-soup, random by task): the table. Other methods have no probability of a skill and give
-    {}: one adapter for all; task-moe, whose weights compete for a sum of 1; hyperformer, whose weights have no bound;
+    {}: one adapter for all; task-moe, whose weights compete for a sum of 1; hyperformer, whose weights are unbounded;
     random by example.
     """
     first = {}
     for name, layer in adapted_layers(model).items():
         if hasattr(layer, "router"):
             first.setdefault(layer.router, name)  # a router that several layers share counts once
-    found = {}
+    by_router = {}
     for router, name in first.items():
         Z = router.Z.detach().double().cpu()
         if type(router) in (PolyRouter, MHRRouter):
-            found[name] = torch.sigmoid(Z).numpy()
+            by_router[name] = torch.sigmoid(Z).numpy()
         elif type(router) is FixedRouter:
-            found[name] = Z.numpy()
-    return found
+            by_router[name] = Z.numpy()
+    return by_router
 
 
 def discreteness(p: np.ndarray) -> float:
-    """1 - mean over all cells of H(p) / log 2, H the entropy of a Bernoulli variable: 0 if all are 1/2, 1 if all are
-    0 or 1 (Polytropon equation 5).
+    """1 - the mean of H(p) / log 2 over all cells, H the entropy of a Bernoulli variable (Polytropon equation 5).
 
-    The paper's text says what this returns; its formula lacks the "1 -" and gives the reverse.
+    0 if all cells are 1/2, 1 if all are 0 or 1. So says the paper's text; its formula lacks the "1 -".
     """
     entropy = entr(p) + entr(1 - p)
     return float(np.clip(1 - entropy.mean() / np.log(2), 0, 1))
 
 
 def sparsity(p: np.ndarray) -> float:
-    """The share of cells that are on, p rounded (Polytropon equation 6): 1 if every task uses every skill, so that less
-    is sparser. Exactly 1/2 counts as off."""
+    """The share of cells above 1/2 (Polytropon equation 6): 1 if every task uses every skill, so less is sparser."""
     return float((p > 0.5).mean())
 
 
 def usage(p: np.ndarray) -> float:
-    """H(u) / log s, where u is the sum of p over tasks, divided by its total (Polytropon equation 7): 1 if all skills
-    are used alike, 0 if only one is, or none.
+    """H(u) / log s, where u is the sum of p over tasks, divided by its total (Polytropon equation 7).
 
-    With heads: the mean over heads. A head that always takes the same skill is no balanced one, though another head may
-    always take another. A single skill gives 1.
+    1 if all skills are used equally, 0 if only one is, or none. With heads: the mean over heads, since a head that
+    always takes the same skill is not balanced, even if another head always takes another. A single skill gives 1.
     """
     s = p.shape[-1]
     if s == 1:
@@ -85,17 +82,19 @@ def measure(allocations: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
     return {"layers": layers, "mean": {m: statistics.fmean(v[m] for v in layers.values()) for m in MEASURES}}
 
 
-# --- Tasks beside each other ------------------------------------------------------------------------------------------
+# --- Tasks compared ---------------------------------------------------------------------------------------------------
 
 
 def flat(allocations: dict[str, np.ndarray]) -> np.ndarray:
-    """All allocations of a task beside each other: (t, n), n the skills of all routers and heads."""
+    """All allocations of each task in one row: (t, n), n the skills of all routers and heads."""
     return np.concatenate([p.reshape(len(p), -1) for p in allocations.values()], axis=1)
 
 
 def task_similarity(allocations: dict[str, np.ndarray]) -> np.ndarray:
-    """(t, t): the cosine of two tasks' probabilities over all routers, heads and skills; between 0 and 1, 1 on the
-    diagonal. A task that uses nothing is like no other."""
+    """(t, t): the cosine of two tasks' probabilities over all routers, heads and skills, from 0 to 1.
+
+    1 on the diagonal. A task that uses no skill has 0 with every other.
+    """
     rows = flat(allocations)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     rows = rows / np.where(norms > 0, norms, 1)
@@ -105,14 +104,16 @@ def task_similarity(allocations: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def hierarchy(similarity: np.ndarray) -> np.ndarray:
-    """The tree of tasks, a scipy linkage (t - 1, 4): average linkage of 1 - similarity, like tasks side by side."""
+    """The tree of tasks, a scipy linkage (t - 1, 4): average linkage of 1 - similarity, similar tasks side by side."""
     distance = squareform(1 - similarity, checks=False)
     return linkage(distance, "average", optimal_ordering=True)
 
 
 def overlap(table: np.ndarray) -> np.ndarray:
-    """(t, t): the skills that two tasks share, divided by those that either has (Jaccard), of a table (t, s) of 0 and
-    1; 0 where neither has any."""
+    """Jaccard index (t, t) of a table (t, s) of 0 and 1: skills that two tasks share, divided by those that either has.
+
+    0 where neither has any.
+    """
     on = (np.asarray(table) > 0).astype(float)
     both, sizes = on @ on.T, on.sum(1)
     return both / np.maximum(sizes[:, None] + sizes[None] - both, 1)
@@ -121,17 +122,18 @@ def overlap(table: np.ndarray) -> np.ndarray:
 def recovery(similarity: np.ndarray, table: np.ndarray, draws: int = 1000, seed: int = 0) -> dict[str, float]:
     """How much of a true task-skill table (t, s') is in the similarity (t, t) that a model learned for the tasks.
 
-    correlation: Spearman's, over all pairs of different tasks, between similarity and `overlap` of the table. Two tasks
-    should be alike if they share skills, so learned skills need no match to true ones, and may be fewer or more. In
-    chance the tasks' names are permuted (Mantel's test): `chance` the mean and `chance_95` the 95 % point of the
-    correlation, `p` the share of permutations that reach the observed one, which counts as one of them. `low`, `high`:
-    the 95 % interval of a bootstrap over tasks, percentiles; pairs of a task with itself, drawn twice, are left out,
-    for they are alike whatever was learned. 0 where one side is the same for all pairs.
+    correlation        Spearman's, over all pairs of different tasks, between similarity and `overlap` of the table: two
+                       tasks should be similar if they share skills. Learned skills need not match true ones, and may be
+                       fewer or more. 0 if similarity or overlap is the same for all pairs
+    chance, chance_95  mean and 95 % point of the correlation if the tasks' names are permuted (Mantel's test)
+    p                  share of permutations that reach the correlation, which counts as one of them
+    low, high          95 % percentile interval of a bootstrap over tasks; a task drawn twice makes no pair with itself,
+                       which would be similar whatever was learned
     Raises ValueError for fewer than three tasks, or a table of another number of tasks.
     """
     t = len(table)
     if t < 3 or similarity.shape != (t, t):
-        raise ValueError(f"recovery needs three tasks or more and one table, not {similarity.shape} and {t} tasks")
+        raise ValueError(f"recovery needs three or more tasks, not {t}, and their similarity, not {similarity.shape}")
     truth, rng = overlap(table), np.random.default_rng(seed)
     a, b = np.triu_indices(t, 1)
     observed = spearman(similarity[a, b], truth[a, b])
@@ -149,7 +151,7 @@ def recovery(similarity: np.ndarray, table: np.ndarray, draws: int = 1000, seed:
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's rank correlation of two vectors; 0 if one of them is constant or empty, where it is not defined."""
+    """Spearman's rank correlation of two vectors; 0 where it is undefined: one of them is constant or empty."""
     if len(x) == 0 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return 0.0
     return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])

@@ -1,14 +1,15 @@
 """Long runs: does the memory of the process, the number of its open files or its log grow with the steps?
 
-    python -m tests.stress.longrun --steps 20000          both runs; the tables are for the results
+    python -m tests.stress.longrun --steps 20000          two runs; prints the tables of the results page
 
-Trains Poly with the tiny backbone and batches of 4 by `train.py`, each run in a process of its own: on `strings`, which
-is in memory, and a quarter of the steps on the bundled sample of t0, which is memory-mapped. Every 20 ms it looks at
-the process from outside: its memory in use (resident), its open files, and its log, which says the step. A row is made
-at every --every steps; its memory is the least since the row before, for what is above that is given back. The first
-half of a run sees pools that fill up. In the second half memory may grow by --allowed bytes a step (the median of the
-slopes between any two rows) and no file may stay open. The log may have LINE bytes for each of its lines, one every
---log-every steps. The exit code is 1 if anything grows.
+Runs train.py (Poly, the tiny backbone, batches of 4) on `strings`, whose examples are in memory, then for a quarter of
+the steps on the bundled sample of t0, whose examples are memory-mapped. It watches each process from outside: every
+20 ms it reads the resident memory, the number of open files, and the log, which tells the step. Every --every steps it
+makes a row, with the least of both since the row before: what exceeds that is given back.
+
+In the first half of a run pools fill up. In the second half memory may grow by --allowed bytes a step (the median slope
+over all pairs of rows) and no file may stay open. The log may have LINE bytes for each of its lines. The exit code is 1
+if anything grows.
 
 Linux only: memory and files are read from /proc.
 """
@@ -49,35 +50,45 @@ def last_step(log: Path) -> tuple[int, int]:
     return (json.loads(lines[-1])["step"], size) if lines else (0, 0)
 
 
-def watched(command: list[str], log: Path, every: int, cwd: Path = ROOT) -> list[tuple[int, int, int, int, float]]:
-    """Run a command; after each `every` steps (step, least resident bytes since the row before, open files, bytes of
-    log, seconds). A row is printed as soon as it is there. Exits if the command fails."""
-    begin, rows, least = time.monotonic(), [], math.inf
-    child = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    process = Path("/proc") / str(child.pid)
-    while child.poll() is None:
-        time.sleep(0.02)
-        try:
+def watched(command: list[str], log: Path, every: int) -> list[tuple[int, int, int, int, float]]:
+    """Run a command; for each `every` steps (step, resident bytes, open files, bytes of log, seconds). Of bytes and
+    files it is the least since the row before. Prints each row at once. Ends the program if the command fails."""
+    start, rows, memory, files = time.monotonic(), [], [], []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # a tiny model: more threads only wait for each other
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=errors) as child,
+    ):
+        process = Path("/proc") / str(child.pid)
+        while child.poll() is None:
+            time.sleep(0.02)
             step, size = last_step(log)
-            least, files = min(least, resident(process)), len(os.listdir(process / "fd"))
-        except (OSError, IndexError):  # it has just ended
-            continue
-        if step // every > (rows[-1][0] // every if rows else 0):
-            rows.append((step, least, files, size, time.monotonic() - begin))
-            least = math.inf
-            print("step {:,}  {:,} bytes  {} files  log {:,}  {:.0f} s".format(*rows[-1]), flush=True)
-    if child.returncode:
-        sys.exit(f"error: {' '.join(command)} ended with {child.returncode}: {child.stderr.read().strip()[-500:]}")
+            try:
+                now = resident(process), len(os.listdir(process / "fd"))
+            except OSError:  # it has just ended
+                continue
+            if not step or not now[0]:  # it is still loading, or has just ended
+                continue
+            memory.append(now[0])
+            files.append(now[1])
+            if step // every > (rows[-1][0] // every if rows else 0):
+                rows.append((step, min(memory), min(files), size, time.monotonic() - start))
+                memory, files = [], []
+                print("step {:,}  {:,} bytes  {} files  log {:,}  {:.0f} s".format(*rows[-1]), flush=True)
+        if child.returncode:
+            errors.seek(0)
+            reason = errors.read().strip()[-500:]
+            sys.exit(f"error: {' '.join(command)} ended with {child.returncode}: {reason}")
     return rows
 
 
 def slope(rows: list[tuple]) -> float:
-    """Bytes of memory a step: the median over all pairs of rows, which one jump, up or down, does not move."""
+    """Bytes of memory a step: the median over all pairs of rows, which a single jump does not change."""
     return statistics.median((b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.combinations(rows, 2))
 
 
 def verdict(rows: list[tuple], allowed: float, log_every: int) -> tuple[str, bool]:
-    """The line under a table, and whether all is well. allowed: bytes of memory a step in the second half."""
+    """The line under a table, and whether nothing grows. allowed: bytes of memory a step in the second half."""
     half = [row for row in rows if row[0] >= rows[-1][0] / 2]
     first, last = half[0], half[-1]
     growth, files, line = slope(half), last[2] - first[2], last[3] / (last[0] // log_every or 1)
@@ -91,7 +102,7 @@ def verdict(rows: list[tuple], allowed: float, log_every: int) -> tuple[str, boo
 
 
 def command_of(dataset: str, steps: int, log_every: int, folder: str) -> list[str]:
-    """The command line of a run."""
+    """The command of a run with the run folder `folder`/run."""
     flags = f"--method poly --dataset {dataset} --steps {steps} --batch-size 4 --eval-examples 0 --device cpu "
     flags += f"--backbone tiny --log-every {log_every} --save-every 1m --output-dir {folder}/run"
     flags += f" --data-dir {SAMPLE} --max-input 32 --max-output 8" if dataset == "t0" else ""
@@ -102,8 +113,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20_000, help="on strings; on t0 a quarter")
     parser.add_argument("--every", type=int, default=0, help="steps between two rows; 0: a twentieth of a run's steps")
-    parser.add_argument("--log-every", type=int, default=50, help="as train.py; a row is made at a line of the log")
-    parser.add_argument("--allowed", type=float, default=500.0, help="bytes of memory a step that are no fault")
+    parser.add_argument("--log-every", type=int, default=50, help="as for train.py; only log lines make rows")
+    parser.add_argument("--allowed", type=float, default=500.0, help="growth of memory in bytes a step")
     args = parser.parse_args()
     if not Path("/proc/self/statm").exists():
         parser.error("there is no /proc here to read the memory of a process from: run this on Linux")
@@ -127,6 +138,7 @@ def main():
 
 
 def report(dataset: str, rows: list[tuple]) -> str:
+    """The table of a run."""
     table = [(dataset, "least memory, MB", "open files", "log, bytes", "seconds")]
     table += [(f"{s:,}", f"{m / 1e6:.1f}", str(f), f"{n:,}", f"{t:.0f}") for s, m, f, n, t in rows]
     return aligned(table, left=0)

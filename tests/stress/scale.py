@@ -2,12 +2,15 @@
 
     python -m tests.stress.scale                 prints the table of results/scale.md
 
-Writes P3-format parquet files (10 configs of the training mixture, short random texts) to a temporary folder, then
-reads them in a fresh process for each size, as `train.py` does: `benchmarks.load`, and 200 batches of 16.
-Two peaks: "own"
-memory, which the process holds (RssAnon, sampled every 10 ms), and with it the pages of memory-mapped files that it has
-touched, which belong to the system's file cache and are dropped when something else needs the memory. Linux only.
-Ends with code 1 if own memory grows by 200 MB or more, or a first batch takes more than 30 s.
+For each size it writes P3-format parquet files (10 configs of the training mixture, short random texts) to a temporary
+folder, and reads them in a fresh process as `train.py` does: `benchmarks.load`, and 200 batches of 16.
+
+There are two peaks. "Own" memory is what the process holds (RssAnon, sampled every 10 ms). The other one includes the
+pages of memory-mapped files that it has touched; they belong to the system's file cache, which drops them when
+something else needs the memory. The exit code is 1 if own memory grows by 200 MB or more, or a first batch takes more
+than 30 s.
+
+Linux only: memory is read from /proc.
 """
 
 import argparse
@@ -49,20 +52,20 @@ def write_rows(folder: Path, rows: int, chunk: int = 10000):
 
 
 def own_memory() -> float:
-    """What this process holds beside mapped files, in MB."""
+    """The memory of this process without mapped files, in MB."""
     return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def watch(peak: list[float]):
-    """Keep the largest own memory in peak[0], for ever."""
+    """Update peak[0], the largest own memory, forever."""
     while True:
         peak[0] = max(peak[0], own_memory())
         time.sleep(0.01)
 
 
 def read_rows(folder: str):
-    """In a process of its own: load, draw batches, print "rows seconds-to-first-batch own-MB all-MB"."""
-    begin, own = time.monotonic(), [0.0]
+    """In a fresh process: load, draw batches, print "rows seconds-to-first-batch own-MB all-MB"."""
+    start, own = time.monotonic(), [0.0]
     threading.Thread(target=watch, args=(own,), daemon=True).start()
     import benchmarks.t0
     import data
@@ -72,7 +75,7 @@ def read_rows(folder: str):
     tasks = load("t0", folder, parts=("train",)).train
     batches = data.batches(tasks, batch_size=16, seed=0)
     next(batches)
-    first = time.monotonic() - begin
+    first = time.monotonic() - start
     for _ in range(199):
         next(batches)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
@@ -80,24 +83,24 @@ def read_rows(folder: str):
 
 
 def measure(sizes: tuple[int, ...]) -> bool:
-    """Measure and print; returns whether memory and time are within the bounds. Raises RunError if a reading fails."""
-    found = {"first": [], "later": []}  # (seconds to first batch, own memory in MB) of each size
+    """Measure and print; returns whether memory and time are within the bounds. Raises RunError if reading fails."""
+    measured = {"first": [], "later": []}  # (seconds to first batch, own memory in MB) of each size
     print("      rows   run  s to first batch  peak own MB  with mapped files MB")
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
             write_rows(Path(folder) / "p3", size)
             environment = os.environ | {"HF_DATASETS_CACHE": f"{folder}/cache"}
             command = [sys.executable, "-m", "tests.stress.scale", "--read", folder]
-            for run in ("first", "later"):  # the first converts parquet to Arrow, later ones find it in the cache
+            for run in ("first", "later"):  # the first one converts parquet to Arrow, later ones read its cache
                 done = subprocess.run(command, env=environment, capture_output=True, text=True)
                 if done.returncode:
                     raise RunError(f"reading {size:,} rows failed: {done.stderr.strip()[-500:]}")
                 rows, seconds, own, everything = done.stdout.split()[-4:]
                 print(f"{int(rows):>10,} {run:>5} {seconds:>17} {own:>12} {everything:>21}", flush=True)
-                found[run].append((float(seconds), float(own)))
-    growth = {run: values[-1][1] - values[0][1] for run, values in found.items()}
+                measured[run].append((float(seconds), float(own)))
+    growth = {run: values[-1][1] - values[0][1] for run, values in measured.items()}
     print(f"own memory grows by {growth['first']:.0f} MB (first run), {growth['later']:.0f} MB (later runs)")
-    return max(growth.values()) < 200 and max(s for values in found.values() for s, _ in values) <= 30
+    return max(growth.values()) < 200 and max(s for values in measured.values() for s, _ in values) <= 30
 
 
 def main():

@@ -1,8 +1,8 @@
-"""What `tests/stress/faults.py` changes, and what reads it: a target is a function of a random.Random that changes a
-copy of a file, or a command line, has it read, and puts the file back.
+"""What `faults.py` mutates, and what reads it.
 
-It returns where the reader did, and raises what the reader raises, or an AssertionError if something is read without a
-word that is not what the file holds, or if the reader writes anything.
+A target is a function of a random.Random. It changes a file, or a command line, has it read, and puts the file back. It
+raises what the reader raises, or AssertionError if the reader accepts something else than the file holds, or writes
+anything.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ from tests.stress.kills import RUN, quiet, small_backbone
 from tools import analyze, export, figures
 from tools.compare import compare
 
-SAMPLES = Path(__file__).resolve().parents[1] / "assets" / "samples"
+SAMPLES = Path(__file__).resolve().parents[2] / "assets" / "samples"
 WORDS = [  # what breaks programs
     b"", b"0", b"-1", b"1e999", b"NaN", b"null", b"true", b"[]", b"{}", b'"', b"\\", b"\0", b"\n", b"\r\n", b"\t", b",",
     b"../../x", b"/etc/passwd", b"9" * 40, b"\xff\xfe", b"\xed\xa0\x80", "\u2028".encode(), "é".encode(), b"A" * 5000,
@@ -79,48 +79,49 @@ def mutated(content: bytes, chance: random.Random) -> bytes:
 
 
 def mutated_word(content: bytes, chance: random.Random) -> bytes:
-    """A JSON file with one value replaced, at any depth, so that it stays JSON more often than by `mutated`."""
+    """A JSON file with one value replaced, at any depth: it stays JSON more often than under `mutated`."""
     try:
-        place = found = json.loads(content)
+        place = whole = json.loads(content)
         key = chance.choice(list(place))
         while isinstance(place[key], dict) and place[key] and chance.random() < 0.7:
             place = place[key]
             key = chance.choice(list(place))
         place[key] = chance.choice(ODD)
-        return json.dumps(found).encode()
+        return json.dumps(whole).encode()
     except (ValueError, TypeError, IndexError):
         return mutated(content, chance)
 
 
 def in_a_line(content: bytes, chance: random.Random) -> bytes:
-    """One ASCII letter becomes another one, or something that some programs take for an end comes before it."""
-    k = chance.choice([found.start() for found in re.finditer(rb"[A-Za-z]", content)])
+    """One ASCII letter becomes another one, or comes after a character that some programs take for the end of a line or
+    a text."""
+    k = chance.choice([letter.start() for letter in re.finditer(rb"[A-Za-z]", content)])
     if chance.random() < 0.5:
         return content[:k] + bytes([chance.choice(b"abcdefghijklmnopqrstuvwxyz")]) + content[k + 1 :]
     return content[:k] + chance.choice(IN_A_LINE) + content[k:]
 
 
 def in_the_header(content: bytes, chance: random.Random) -> bytes:
-    """`mutated`, of a safetensors file as often its header alone, which is most of what a reader must understand."""
+    """A mutated safetensors file; half of the time only its header changes, which is what a reader must understand."""
     end = 8 + int.from_bytes(content[:8], "little")
     if chance.random() < 0.5:
         return mutated(content, chance)
     if chance.random() < 0.5:
         return mutated(content[:end], chance) + content[end:]
     k = chance.randrange(8, end)  # a digit, so that it is still JSON
-    header = re.sub(rb"\d", lambda found: bytes([chance.choice(b"0123456789")]), content[k:end], count=1)
+    header = re.sub(rb"\d", lambda digit: bytes([chance.choice(b"0123456789")]), content[k:end], count=1)
     return content[:k] + header + content[end:]
 
 
 def odd_tensors(tensors: dict, chance: random.Random) -> dict:
-    """One to three tensors are missing, renamed, of another type or shape, not finite, huge, or another one's."""
-
+    """One to three tensors go missing, or get another name, type, shape, values that are not finite or huge, or those
+    of another tensor."""
     types = (torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.float8_e5m2)
-    found = dict(tensors)
+    odd = dict(tensors)
     for _ in range(min(len(tensors), chance.randint(1, 3))):
-        name, kind = chance.choice(list(found)), chance.randrange(6)
-        x = found.pop(name)
-        if kind == 0 and found:
+        name, kind = chance.choice(list(odd)), chance.randrange(6)
+        x = odd.pop(name)
+        if kind == 0 and odd:
             continue
         if kind == 1:
             name = chance.choice(["a", "optimizer.9.step", "optimizer.a", f"{name}.x"])
@@ -132,8 +133,8 @@ def odd_tensors(tensors: dict, chance: random.Random) -> dict:
             x = torch.full(x.shape, chance.choice([math.nan, math.inf, 1e38, -1.0])).to(x.dtype)
         else:
             x = chance.choice(list(tensors.values()))
-        found[name] = x.clone()
-    return found
+        odd[name] = x.clone()
+    return odd
 
 
 # --- Reading what was changed -----------------------------------------------------------------------------------------
@@ -141,19 +142,19 @@ def odd_tensors(tensors: dict, chance: random.Random) -> dict:
 
 def listing(folder: Path) -> dict[str, tuple]:
     """{file or folder: what changes when it is written}"""
-    found = {}
+    entries = {}
     for entry in os.scandir(folder):
         if entry.is_dir(follow_symlinks=False):
-            found |= {entry.path: ()} | listing(Path(entry.path))
+            entries |= {entry.path: ()} | listing(Path(entry.path))
         else:
             now = entry.stat(follow_symlinks=False)
-            found[entry.path] = now.st_size, now.st_mtime_ns, now.st_ino
-    return found
+            entries[entry.path] = now.st_size, now.st_mtime_ns, now.st_ino
+    return entries
 
 
 @contextlib.contextmanager
 def replaced(path: Path, new: bytes, root: Path) -> Iterator[None]:
-    """A file with another content for a while. What is done meanwhile must leave it, and all below root, as it is."""
+    """Within this context a file has another content. AssertionError if it, or anything below root, is written."""
     content = path.read_bytes()
     path.write_bytes(new)
     before = listing(root)
@@ -168,7 +169,7 @@ def replaced(path: Path, new: bytes, root: Path) -> Iterator[None]:
 
 
 def files(root: Path, paths: list[Path], read: Callable, change: Callable | None = None, expected=None) -> Callable:
-    """One of these files is changed, then read() is called. expected(path, old, new): what it must return, if it does
+    """A target: change one of these files, call read(). expected(path, old, new): what read() must return, if it does
     not refuse the file; None: anything."""
 
     def one(chance: random.Random):
@@ -177,18 +178,17 @@ def files(root: Path, paths: list[Path], read: Callable, change: Callable | None
         old = path.read_bytes()
         new = (change or by_default)(old, chance)
         with replaced(path, new, root):
-            found = read()
+            result = read()
             wanted = expected(path, old, new) if expected else None
-            if wanted is not None and found != wanted:
-                raise AssertionError(f"{path} is read without a word: {found}, and not {wanted}")
+            if wanted is not None and result != wanted:
+                raise AssertionError(f"{path} is accepted as {result}, and not {wanted}")
 
     return one
 
 
 def signed(root: Path, path: Path, load: Callable, own: Callable) -> Callable:
-    """The tensors of a file of `inject.write_tensors`, or the text beside them, are changed and signed anew. own():
-    what load() has read, {name in the file: tensor}: it must be what the file holds."""
-
+    """A target: change the tensors of a file of `inject.write_tensors`, or the text beside them, and sign it again.
+    own(): what load() has read, {name in the file: tensor}; it must be what the file holds."""
     tensors, texts = read_tensors(str(path))
     texts.pop("sha256")
     other = path.with_name("changed")
@@ -207,13 +207,13 @@ def signed(root: Path, path: Path, load: Callable, own: Callable) -> Callable:
             load()
             if digest(own()) != digest({name: x for name, x in new.items() if name != "random"}):
                 raise AssertionError("what was read is not what the file holds")
-        load()  # back from what was read
+        load()  # what it held before
 
     return one
 
 
 def unchanged(read: Callable, state: Callable) -> Callable:
-    """`read`; where that fails, the tensors of state() must be as before."""
+    """`read`, but AssertionError if it fails and the tensors of state() have changed."""
 
     def reading():
         before = digest(state())
@@ -231,8 +231,7 @@ def unchanged(read: Callable, state: Callable) -> Callable:
 
 
 def targets(root: Path) -> dict[str, tuple[float, Callable]]:
-    """{name: (share of the mutations, function of a random.Random that mutates and reads)}; root: an empty folder."""
-
+    """{name: (share of the mutations, target)}. root: an empty folder."""
     flags = RUN | dict(backbone=small_backbone(root / "backbone"), output_dir=str(root / "run"))
     with quiet():
         train.main(flags)
@@ -241,7 +240,7 @@ def targets(root: Path) -> dict[str, tuple[float, Callable]]:
 
 
 def examples_in(path: Path, content: bytes) -> int:
-    """How many examples a whole file of a benchmark stands for, counted here in another way than its reader does."""
+    """How many examples a benchmark makes of a whole file, counted in another way than its reader does."""
     if path.suffix == ".json":
         return len(json.loads(content)["Instances"])
     if re.search("few_shot/|super_glue_(copa|rte)", str(path)):
@@ -251,8 +250,7 @@ def examples_in(path: Path, content: bytes) -> int:
 
 
 def data_targets(root: Path) -> dict[str, tuple[float, Callable]]:
-    """The files of the benchmarks' samples, whole benchmarks being read."""
-
+    """The files of the benchmarks' samples; the whole benchmark is read."""
     for name in ("crossfit", "superni", "t0"):
         shutil.copytree(SAMPLES / name, root / name)
     partition = json.loads((root / "crossfit" / "random.json").read_text())
@@ -267,8 +265,8 @@ def data_targets(root: Path) -> dict[str, tuple[float, Callable]]:
             number += 1
             if number % 50 == 0:  # `datasets` would keep a table for each reading
                 shutil.rmtree(datasets.config.HF_DATASETS_CACHE, ignore_errors=True)
-            found = benchmarks.load(name, str(root / name), split, ("train", "dev", "test"))
-            parts = [p for task in found.train + found.dev + found.test for p in (task.train, task.dev, task.test)]
+            every = benchmarks.load(name, str(root / name), split, ("train", "dev", "test"))
+            parts = [p for task in every.train + every.dev + every.test for p in (task.train, task.dev, task.test)]
             return sum(1 for part in parts for k in range(len(part)) if part[k])
 
         return read
@@ -298,20 +296,17 @@ def data_targets(root: Path) -> dict[str, tuple[float, Callable]]:
 
 def tensor_targets(root: Path, flags: dict) -> dict[str, tuple[float, Callable]]:
     """Files with a digest: adapter, checkpoint, AdapterSoup's embeddings."""
-
-    pass  # TODO removed import
-
     run = root / "run"
     cfg = train.make_config(**flags)
     tasks = benchmarks.load_for(cfg, cfg.split, ("train",)).train
     model, _ = starting_point(cfg, tasks, [])
-    optimizer = train.make_optimizer(model, cfg)
-    load_adapter_file(model, run / "adapter.safetensors")
-    for p in run_tensors(model).values():
+    optimizer, changed = train.make_optimizer(model, cfg), run_tensors(model)
+    adapter, checkpoint = run / "adapter.safetensors", run / CHECKPOINT
+    load_adapter_file(model, adapter)
+    for p in changed.values():
         p.grad = torch.ones_like(p)
     optimizer.step()
-    save_checkpoint(run / CHECKPOINT, run_tensors(model), optimizer, Progress(1))
-    adapter, checkpoint = run / "adapter.safetensors", run / CHECKPOINT
+    save_checkpoint(checkpoint, changed, optimizer, Progress(1))
 
     def adapters() -> dict:
         return {name: p.detach() for name, p in inject.adapter_parameters(model).items()}
@@ -319,10 +314,10 @@ def tensor_targets(root: Path, flags: dict) -> dict[str, tuple[float, Callable]]
     def all_of_it() -> dict:
         states = optimizer.state_dict()["state"].items()
         flat = {f"optimizer.{k}.{n}": x for k, own in states for n, x in own.items()}
-        return {f"model.{n}": p.detach() for n, p in run_tensors(model).items()} | flat
+        return {f"model.{n}": p.detach() for n, p in changed.items()} | flat
 
     load_adapter = unchanged(lambda: load_adapter_file(model, adapter), all_of_it)
-    read_checkpoint = unchanged(lambda: load_checkpoint(checkpoint, run_tensors(model), optimizer), all_of_it)
+    read_checkpoint = unchanged(lambda: load_checkpoint(checkpoint, changed, optimizer), all_of_it)
 
     def digest_of(load: Callable, own: Callable) -> Callable:
         return lambda: (str(load()), inject.digest(own()))
@@ -342,17 +337,15 @@ def tensor_targets(root: Path, flags: dict) -> dict[str, tuple[float, Callable]]
         whole = read()
         every[name] = (share, files(root, [path], read, in_the_header, lambda *_, whole=whole: whole))
         every[f"signed {name}"] = (share, signed(root, path, load, own))
-    same = lambda: inject.read_tensors(str(embeddings))[0]  # noqa: E731
+    in_the_file = lambda: inject.read_tensors(str(embeddings))[0]  # noqa: E731
     return every | {
         "embeddings": (0.02, files(root, [embeddings], begin, in_the_header)),
-        "signed embeddings": (0.02, signed(root, embeddings, begin, same)),
+        "signed embeddings": (0.02, signed(root, embeddings, begin, in_the_file)),
     }
 
 
 def run_targets(root: Path, run: Path) -> dict[str, tuple[float, Callable]]:
     """The other files of runs of train.py and adapt.py, and the backbone."""
-    pass  # TODO removed import
-    pass  # TODO removed import
     flags = dict(steps=2, eval_every=1, batch_size=4, shots=4, test_examples=1, split=("0", "1"), checkpoint=str(run))
     few = adapt.Config(**flags, tasks="sort+double,drop+swap", output_dir=str(root / "few"), device="cpu")
     with quiet():
@@ -362,21 +355,21 @@ def run_targets(root: Path, run: Path) -> dict[str, tuple[float, Callable]]:
     marks, tasks = marks_of_model(model), adapt.tasks_to_adapt(base, "0", few)
 
     def start():
-        """As train.py --resume and adapt.py begin."""
+        """As train.py --resume and adapt.py start."""
         check_ranges(train.make_config(output_dir=str(run), resume=True))
         with advice_on_memory("less"):
             load_run(run, train.run_config(str(run), device="cpu"))
 
-    def go_on() -> bool:
-        """As adapt.py --resume does where all tasks of a split are done."""
-        run = TaskRun(root / "few", marks)
-        if list(run.tasks(tasks, "0", "")):
-            raise AssertionError("a task that is done would be done again")
-        scores = of_split(run.results(), tasks)
+    def resume() -> bool:
+        """As adapt.py --resume does if all tasks of a split are done."""
+        done = TaskRun(root / "few", marks)
+        if list(done.tasks(tasks, "0", "")):
+            raise AssertionError("a finished task would be done again")
+        scores = of_split(done.results(), tasks)
         return all(math.isfinite(scores[what][task.name]) for what in ("before", "tasks") for task in tasks)
 
-    def cut_log():
-        """On a copy, for it drops what comes after step 5."""
+    def truncate():
+        """`truncate_log` after step 5, on a copy."""
         content, copy = (run / "log.jsonl").read_bytes(), run / "copy.jsonl"
         copy.write_bytes(content)
         try:
@@ -391,12 +384,12 @@ def run_targets(root: Path, run: Path) -> dict[str, tuple[float, Callable]]:
             copy.unlink()
 
     def backbone() -> int:
-        with contextlib.redirect_stdout(io.StringIO()) as said:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
             size = sum(p.numel() for p in load_backbone(str(other), "cpu")[0].parameters())
-        return whole if "weights are not used" in said.getvalue() else size  # so it was told
+        return whole if "weights are not used" in printed.getvalue() else size  # a smaller model, with a warning
 
     def draw():
-        """analyze.py --compare; the figures are drawn, but not written."""
+        """`tools.analyze --compare`; the figures are drawn, but not written."""
         with patch.object(figures, "save", lambda figure, stem: figure.draw_without_rendering()):
             analyze.compare(analyze.Config(compare=(str(run), str(few_folder)), output_dir=str(root)))
 
@@ -414,8 +407,8 @@ def run_targets(root: Path, run: Path) -> dict[str, tuple[float, Callable]]:
     return {
         "config.json": (0.08, files(root, [run / "config.json"], start)),
         "tasks.json": (0.02, files(root, [run / "tasks.json"], lambda: export.one_adapter(one) and None)),
-        "TASK.json": (0.05, files(root, sorted((few_folder / "0").glob("*.json")), go_on, expected=true)),
-        "log.jsonl": (0.04, files(root, [run / "log.jsonl"], cut_log, expected=true)),
+        "TASK.json": (0.05, files(root, sorted((few_folder / "0").glob("*.json")), resume, expected=true)),
+        "log.jsonl": (0.04, files(root, [run / "log.jsonl"], truncate, expected=true)),
         "--compare": (0.08, files(root, compared, lambda: compare((str(run), str(few_folder))))),
         "analyze --compare": (0.03, files(root, drawn, draw)),
         "backbone": (0.03, files(root, sorted(other.iterdir()), backbone, expected=lambda *_: whole)),
@@ -423,22 +416,19 @@ def run_targets(root: Path, run: Path) -> dict[str, tuple[float, Callable]]:
 
 
 def import_targets(root: Path) -> dict[str, tuple[float, Callable]]:
-    """What export.py makes a run of: a folder of PEFT's Poly, and a checkpoint of the authors' code. What it refuses
-    must leave nothing behind, what it reads a whole run."""
-
-    pass  # TODO removed import
-
+    """What `tools.export` imports: a folder of PEFT's Poly, and a checkpoint of the authors' code. It must make a whole
+    run, or refuse and leave nothing behind."""
     run, peft, path, out = root / "run", root / "peft", root / "authors.pt", root / "new"
     model, _ = load_run(run, train.run_config(str(run), device="cpu"))
     blocks = {name: export.to_blocks(layer) for name, layer in adapted_layers(model).items()}
-    state = {f"model.{n}.{export.AUTHORS[key]}": p.detach() for n, found in blocks.items() for key, p in found.items()}
+    state = {f"model.{n}.{export.AUTHORS[key]}": p.detach() for n, block in blocks.items() for key, p in block.items()}
     h, s, _, r = next(iter(blocks.values()))["A"].shape
     hyper = dict(model=str(root / "backbone"), dataset="t0", n_skills=s, n_splits=h, lora_rank=r, lora_alpha=1.0)
     peft.mkdir()
     (peft / "adapter_config.json").write_text(
         json.dumps({"peft_type": "POLY", "base_model_name_or_path": str(root / "backbone"), "r": r})
     )
-    named = {f"base_model.model.{n}.{export.PEFT_POLY[k]}": p for n, found in blocks.items() for k, p in found.items()}
+    named = {f"base_model.model.{n}.{export.PEFT_POLY[k]}": p for n, block in blocks.items() for k, p in block.items()}
     save_file({name: p.detach().clone().contiguous() for name, p in named.items()}, peft / "adapter_model.safetensors")
     shutil.copy(run / "config.json", peft / "run.json")
     shutil.copy(run / "tasks.json", peft / "tasks.json")
@@ -468,7 +458,7 @@ def import_targets(root: Path) -> dict[str, tuple[float, Callable]]:
     torch.save({"state_dict": state, "hyper_parameters": hyper}, path)
     whole = imported(peft)
     if imported(path) != whole:
-        raise AssertionError("PEFT's folder and the authors' file do not become the same files")
+        raise AssertionError("PEFT's folder and the authors' file make different runs")
     as_whole = lambda *_: whole  # noqa: E731
     return {
         "PEFT's Poly": (0.05, files(root, sorted(peft.iterdir()), lambda: imported(peft), expected=as_whole)),
@@ -477,9 +467,9 @@ def import_targets(root: Path) -> dict[str, tuple[float, Callable]]:
 
 
 def command_lines(run: Path) -> Callable:
-    """Flags of a script with changed names and values, read as the script does before it begins to work."""
+    """A target: the flags of a script with changed names and values, read as the script does before it starts."""
     train_line = "--method mhr --heads 8 --dataset strings --lr 0.01 --steps 5 --seed 1 --layers light --save-every 5"
-    good = {  # script: its flags, and what it makes of them
+    good = {  # script: its flags, and what reads them
         train: (train_line, lambda **flags: check_ranges(train.make_config(**flags))),
         adapt: (f"--checkpoint {run} --variant z --split 1 2 --tasks dev --steps 5 --shots 4 --lr 0.01 --resume",
                 lambda **flags: check_ranges(adapt.make_config(**flags))),
