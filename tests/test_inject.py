@@ -114,7 +114,7 @@ def test_a_mixed_batch_equals_one_example_at_a_time(name, method, adapter):
 
 @pytest.mark.parametrize("method", ["poly", "mhr"])
 def test_one_skill_per_task_and_rank_above_one_keep_examples_apart(method):
-    """Facts, trap 6: invisible with a batch of one, or with rank 1."""
+    """Mixing up examples is invisible with a batch of one, or with rank 1."""
     model, batch = adapted("t5", method, "lora", rank=4, tasks=4, skills=4), inputs("t5")
     for router in routers(model):
         eye = torch.eye(4) * 100 - 50
@@ -1056,7 +1056,7 @@ def test_a_table_that_is_given_is_one_for_all_layers(method, granularity):
     assert len(routers(shared("t5", method, granularity, 0))) == 1
 
 
-# --- The papers' parameter counts (facts.md section 2) ----------------------------------------------------------------
+# --- The papers' parameter counts -------------------------------------------------------------------------------------
 
 LIGHT = r".*\.(SelfAttention|EncDecAttention|DenseReluDense)\.(k|v|wi_1)"
 CROSS = r".*\.(self_attn|encoder_attn)\.(q|k|v|out)_proj"
@@ -1111,7 +1111,7 @@ def test_scaling_the_input_of_wo_equals_scaling_the_output_of_wi_1():
     lambda *case: case[2] == torch.bfloat16 and quick("t5", *case[:2]) or case[:2] == ("mhr", "lora"),
 )
 def test_t5_in_half_precision_with_wo_in_float32(method, adapter, dtype, tmp_path):
-    """Trap 8: T5 reads `self.wo.weight` in its forward, to turn its input into the type of that weight."""
+    """T5 reads `self.wo.weight` in its forward, to turn its input into the type of that weight."""
     assert "wo" in T5ForConditionalGeneration._keep_in_fp32_modules
     expected = logits(adapted("t5", method, adapter), inputs("t5"), IDS)
     backbone("t5").save_pretrained(tmp_path)
