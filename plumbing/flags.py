@@ -79,8 +79,9 @@ class _Parser(argparse.ArgumentParser):
 def _parser(Config: type, recipes: dict) -> _Parser:
     """The parser of a Config: its first docstring line at the top of --help, the rest of the docstring at the end."""
     about, _, examples = (Config.__doc__ or "").partition("\n")
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m tools.analyze`
     parser = _Parser(
-        description=about.strip(), epilog=textwrap.dedent(examples).strip(), allow_abbrev=False,
+        prog=f"python -m {module.name}" if module else None, description=about.strip(), epilog=textwrap.dedent(examples).strip(), allow_abbrev=False,
         argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     group = parser
@@ -97,7 +98,7 @@ def _options(field: dataclasses.Field, recipes: dict) -> dict:
     having = {key: r[field.name] for key, r in recipes.items() if field.name in r}
     by_dataset = [f"{value} ({key})" for key, value in having.items() if isinstance(key, str)]
     by_dataset += ["some methods have their own"] if len(by_dataset) < len(having) else []
-    default = ", ".join(by_dataset) or (field.default if field.default != "" else "none")
+    default = ", ".join(by_dataset) or (field.default if field.default not in ("", ()) else "none")
     note = "[required]" if field.metadata["required"] else f"[default: {default}]"
     options = dict(help=f"{field.metadata['help']} {note}".replace("%", "%%"))
     if field.type is bool:

@@ -748,7 +748,8 @@ HUGE = 10**400  # JSON knows no largest number
 )  # fmt: skip
 def test_compare_names_a_result_that_is_none(tmp_path, odd):
     """Whatever a result.json holds in place of a run's numbers: one sentence that names the folder."""
-    good, bad = run_folder(tmp_path / "good", TRAIN, mean=10.0), run_folder(tmp_path / "bad", TRAIN, **odd)
+    good = run_folder(tmp_path / "good", TRAIN, mean=10.0)
+    bad = run_folder(tmp_path / "bad", ADAPT | {"checkpoint": good} if "splits" in odd else TRAIN, **odd)
     with pytest.raises(UserError, match=re.escape(bad)) as refused:
         compare((good, bad))
     assert "\n" not in str(refused.value)

@@ -63,11 +63,11 @@ def _samples(path: Path) -> tuple[list[tuple], int]:
 
     Raises UserError for a value that is no number; KeyError, TypeError or AttributeError if it is missing.
     """
-    result = read_json(path)
+    result, adapted = read_json(path), script_of(path.parent) == "adapt.py"
     scores, seconds = result.get("mean"), result["seconds"]
     check_numbers(path, result["parameters"], {"seconds": seconds} | ({} if scores is None else {"mean": scores}))
-    samples = [] if "splits" in result else [(None, scores, seconds)]
-    for split in result.get("splits", {}).values():
+    samples = [] if adapted else [(None, scores, seconds)]
+    for split in result["splits"].values() if adapted else ():
         check_numbers(path, split["before"], split["tasks"])
         samples.append((mean(split["before"]), mean(split["tasks"]), seconds / len(result["splits"])))
     if not samples:
