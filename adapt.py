@@ -14,9 +14,9 @@ values repeat all of it with other few-shot examples of the same tasks. What is 
           table 3 of its first version)
 
 No paper has mu of other methods; for HyperFormer it is 1/s of each row of its last layer. An average of SFTs is larger
-than one. If routing is fixed, not learned, "all" trains, for expert: the skills that the table assigns to the task (all
-alike if it assigns none); random: all skills alike; private: a fresh adapter (Polytropon section 2.5: nothing is
-shared); adapter-soup: ONE adapter, the average of those of the most similar training tasks.
+than one. Where routing is fixed, "all" trains, for expert: the skills that the table assigns to the task (all, equally,
+if none); random: all skills, equally; private: a fresh adapter (Polytropon section 2.5: nothing is shared);
+adapter-soup: ONE adapter, the average of those of the most similar training tasks.
 
 Writes to the run folder: config.json, for each task SPLIT/TASK.safetensors and SPLIT/TASK.json (its scores), log.jsonl
 and result.json.
@@ -38,12 +38,12 @@ class Config:
       python adapt.py --checkpoint runs/strings-mhr-0 --variant z --tasks dev
     """
 
-    checkpoint: str = flag("", "run folder of train.py to start from", metavar="RUN", group="task", required=True)
+    checkpoint: str = flag("", "run of train.py to start from", metavar="RUN", group="what to learn", required=True)
     variant: str = flag("all", "what is trained", tuple(VARIANTS))
     soup: int = setting(5, "adapter-soup: how many training tasks' adapters are averaged")
     tasks: str = flag("all", "all (test tasks), dev (dev tasks), or names joined by commas", metavar="NAMES")
     data_dir: str = flag("", "folder of the benchmark's files, if it has moved since pre-training", metavar="DIR")
-    split: tuple = flag(("0",), "few-shot examples: any number; t0, crossfit: a seed of their files. Several: in turn")
+    split: tuple = flag(("0",), "few-shot examples: a number; t0, crossfit: a seed of their files", metavar="SPLIT")
     shots: int = flag(0, "train examples of a task to use; 0: all that the split has")
     steps: int = flag(1000, "optimiser steps per task", group="optimisation")
     batch_size: int = flag(8, "examples per step")

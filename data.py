@@ -35,7 +35,7 @@ class Example(NamedTuple):
 
 @dataclass
 class Task:
-    """name: unique in its benchmark. metric: a key of `metrics.METRICS`. train, dev, test: its examples.
+    """name: unique in its benchmark. metric: a key of `benchmarks.metrics.METRICS`. train, dev, test: its examples.
 
     also: further metrics to report. skills: what the task is truly made of, if known (strings). group: the kind of
     task, if the benchmark names one (SuperNI's category, T0's data set, CrossFit's task type).
@@ -63,9 +63,6 @@ class Benchmark:
 PARTS = ("train", "dev", "test")
 
 
-# --- Batches ----------------------------------------------------------------------------------------------------------
-
-
 class Item(NamedTuple):
     """One example of a batch: its task's number in the list given to `batches`, and one of its outputs to learn."""
 
@@ -82,7 +79,7 @@ def batches(tasks: list[Task], batch_size: int, seed: int, start: int = 0) -> It
 
     So a task's share of the batches is its share of the examples. Examples of similar length share a batch: an epoch is
     shuffled and cut into windows of WINDOW batches; a window is sorted by length and cut, and its batches are shuffled.
-    The last batch of an epoch may be smaller. From several outputs of an example each epoch draws one. Everything is a
+    The last batch of an epoch may be smaller. If an example has several outputs, each epoch draws one. Everything is a
     function of (seed, epoch): start = n skips the first n batches without reading them.
     """
     ends = np.cumsum([len(task.train) for task in tasks])

@@ -29,8 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 # Which linear layers LoRA adapts by default, by `model.config.model_type`. T5: all linears of attention and
-# feed-forward: MHR's 2.2M parameters are those of all seven, though the text of both versions says q, k, v, o of
-# self-attention.
+# feed-forward: MHR's 2.2M parameters are those of all seven, though its text says q, k, v, o of self-attention.
 # BART: self-attention (Polytropon section 2.4, appendix A.2). The others: T5's choice.
 LORA_LAYERS = {
     "t5": r".*\.(SelfAttention|EncDecAttention|DenseReluDense)\.(q|k|v|o|wi|wi_0|wi_1|wo)",

@@ -143,7 +143,7 @@ def load_adapter_file(model: nn.Module, path: Path):
 
 
 def save_trained(model: nn.Module, tokenizer, path: Path):
-    """Save what was trained: adapters and routers as path.safetensors, a model without them as the folder path."""
+    """Save what was trained: adapters and routers as PATH.safetensors, a model without adapters as the folder PATH."""
     if adapted_layers(model):
         save_adapters(model, f"{path}.safetensors")
     else:
@@ -151,7 +151,7 @@ def save_trained(model: nn.Module, tokenizer, path: Path):
 
 
 def save_run(model: nn.Module, tokenizer, folder: Path, mark: str = ""):
-    """`save_trained` as a run of train.py names it. mark: added to the name. The first of several processes saves."""
+    """Save what train.py trained, under its usual name and `mark`. Only the first of several processes saves."""
     if processes.first():
         save_trained(model, tokenizer, folder / f"{'adapter' if adapted_layers(model) else 'backbone'}{mark}")
 

@@ -173,7 +173,7 @@ class MHRLinear(nn.Module):
 
         tasks (u,): the distinct task ids. rows (n,): for each example which of `tasks` is its own; None means that
         tasks already has one id per example. The router runs once per distinct task: the examples of a task share its
-        weights, noise included. Mixing runs once per example, for each needs a copy of its mixture anyhow.
+        weights, noise included. Mixing runs once per example, because each needs its own copy of the mixture.
         """
         if rows is not None and self.router.per_example:
             tasks, rows = tasks[rows], None
@@ -183,7 +183,7 @@ class MHRLinear(nn.Module):
     def forward(self, x: Tensor, tasks: Tensor, rows: Tensor | None = None, params=None) -> Tensor:
         """x (b, l, i) or (b, i) -> (b, l, o) or (b, o), each example adapted for its own task.
 
-        tasks, rows: see `adapters`. params: what `adapters` gave for them, if it is at hand. Their number n may be
+        tasks, rows: see `adapters`. params: what `adapters` gave for them, precomputed, optional. Their number n may be
         smaller than b if it divides b: beam search, several returned sequences and the scoring of several choices
         repeat each example b/n times in a row, and are read as one longer sequence. The repeat is read off the shapes
         at every call and kept nowhere. Raises ValueError if n does not divide b, or there are no rows.
@@ -213,7 +213,7 @@ class MHRLinear(nn.Module):
         """MHR-mu ([2] section 5.3): ONE adapter, the mean over s of the inventory. {name: (...)}.
 
         Routing is dropped: train the result as a `LoRALinear`, `IA3Linear` or `SFTLinear`. The authors' code instead
-        goes on training all s skills under uniform weights, s times as many parameters as the papers count.
+        continues to train all s skills under uniform weights, s times as many parameters as the papers count.
         """
         if hasattr(self.adapter, "mix"):
             even = torch.full_like(self.router.Z[:1], 1 / self.router.skills)

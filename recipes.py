@@ -3,8 +3,7 @@
 A run's defaults are what its benchmark says, changed by what (benchmark, method) says; flags override both. Sources
 (benchmarks/README.md): the MHR authors' configuration files (t0: after T-Few) and Polytropon's appendix A.2. "strings"
 is ours; a search on dev compositions found its learning rates for each method (results/methods.md; some variants and
-sizes have others, which `experiments/methods.py` gives as flags). Warm-up is a share of the steps: 1,500 of SuperNI's
-25,000.
+sizes have others, which `experiments/methods.py` gives as flags). Warm-up is a share of the steps (SuperNI: of 25,000).
 Full fine-tuning holds its weights in fp32: in bfloat16 most updates at such rates round to nothing.
 """
 
@@ -14,7 +13,7 @@ FIXED_TABLE = ("private", "expert", "adapter-soup")  # routed by a fixed table, 
 LEARNED = ("poly", "mhr", "hyperformer", "task-moe")  # routed by a Z that is trained
 ROUTED = (*FIXED_TABLE, "random", *LEARNED)
 METHODS = ("full", *ONE_ADAPTER, *ROUTED)
-VARIANTS = {"all": METHODS, "z": LEARNED, "mu": ROUTED, "lora": ("full",)}  # of adapt.py, after which methods
+VARIANTS = {"all": METHODS, "z": LEARNED, "mu": ROUTED, "lora": ("full",)}  # what adapt.py trains, after which
 
 PRETRAINING = {
     "strings": dict(

@@ -24,8 +24,8 @@ def predict(
     """The model's outputs for these examples, in their order: generated (greedily, or by beam search), or chosen.
 
     ids: the task id of each example. lengths: (max_input, max_output) in tokens. by_choice: the best of each example's
-    choices, by `choices.choose`. The longest inputs go first, so that a batch holds similar lengths. If all examples
-    are of one task, its adapter is merged meanwhile (not into bfloat16 weights, which would round it away).
+    choices, by `benchmarks.choices.choose`. The longest inputs go first, so that a batch holds similar lengths. If all
+    examples are of one task, its adapter is merged meanwhile (not into bfloat16 weights, which would round it away).
     """
     was_training = model.training
     model.eval()
@@ -160,7 +160,7 @@ def mean(scores: dict[str, float]) -> float:
 
 
 def of_split(results: dict[str, dict], tasks: list[Task]) -> dict:
-    """The scores of one split, of what `plumbing.tasks.TaskRun` has recorded for each task.
+    """The scores of one split, from the results that `plumbing.tasks.TaskRun` recorded.
 
     {"before", "tasks": {task: main score}, "groups": {group: mean}, "metrics": {task: {metric: score}}, "stops"}.
     """
@@ -192,7 +192,7 @@ def over_splits(results: dict[str, dict]) -> dict:
 
 
 def summary(result: dict, number: int) -> str:
-    """The end of an adaptation in a line. result: of `over_splits`. number: of tasks."""
+    """One line about a whole adaptation. result: from `over_splits`. number: how many tasks."""
     splits, before, after = len(result["splits"]), result["mean_before"], result["mean"]
     spread = f", mean of {splits} splits (std {result['std']:.1f}, median {result['median']:.1f})" if splits > 1 else ""
     return f"mean score of {number} held-out tasks: before adaptation {before:.1f}, after {after:.1f}{spread}"

@@ -8,7 +8,7 @@
 
 Writes to the run folder: config.json (every setting), adapter.safetensors (adapters and routers; method full: the
 folder backbone/ instead), tasks.json (the names of tasks, and of skills if they have names), log.jsonl (one line a
-logged step) and result.json; method adapter-soup also embeddings.safetensors; until it is done checkpoint.safetensors.
+logged step), result.json; method adapter-soup: embeddings.safetensors; until the run is done: checkpoint.safetensors.
 """
 
 from dataclasses import dataclass
@@ -29,15 +29,15 @@ class Config:
     """
 
     method: str = flag("mhr", "what is trained (mu: see --from-run)", METHODS, group="what to learn, and on what")
-    from_run: str = flag("", "start from a finished run, with its settings; --method mu averages its skills first")
+    from_run: str = flag("", "continue a finished run, with its settings; mu averages its skills first", metavar="RUN")
     dataset: str = flag("strings", "benchmark", ("strings", "strings-single", "t0", "superni", "crossfit"))
     data_dir: str = flag("", "folder of the benchmark's files; none: t0 and superni come from the hub", metavar="DIR")
-    split: str = flag("0", "strings: seed of the examples; crossfit: which few-shot split is trained on")
+    split: str = flag("0", "strings: seed of the examples; crossfit: its few-shot split", metavar="SPLIT")
     instructions: bool = flag(False, "strings: the input names the operations")
     partition: str = flag("random.json", "crossfit: file that lists the training, dev and test tasks", metavar="FILE")
     backbone: str = flag("tiny", "tiny (bundled), scratch (the same, untrained), or a Hugging Face name or folder")
     adapter: str = flag("lora", "what a skill is", ("lora", "ia3", "sft"), group="adapter and routing")
-    layers: str = flag("", "lora, ia3, light, attention, self-attention or a regular expression; none: by adapter")
+    layers: str = flag("", "lora, ia3, light, attention, self-attention; none: by adapter", metavar="NAME|REGEX")
     rank: int = flag(1, "rank r of LoRA")
     density: float = setting(0.1, "sft: share of a layer's weights that may change")
     skills: int = flag(8, "skills s of a layer (private, expert, adapter-soup: set by the tasks)")
@@ -79,6 +79,7 @@ if __name__ == "__main__":  # read the flags before the slow imports: --help and
     FLAGS = explicit_flags(Config, PRETRAINING)
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -182,23 +183,23 @@ def backward_in_parts(loss_of, items: list[data.Item], micro_batch: int, weight=
 
 
 def train_steps(model, tokenizer, tasks: list[data.Task], steps: int, cfg: Config, folder: Path) -> Run:
-    """The training loop. Returns the run, with its last loss. Raises RunError if loss or gradients are not finite.
+    """The training loop. Returns the finished run. Raises RunError if loss or gradients are not finite.
 
     `plumbing/run.py` does the rest: it resumes, sums over processes, logs, saves, and stops on a signal.
     """
-    optimizer = make_optimizer(model, cfg)
-    made_with = {"backbone": fingerprint(model), "data set": marks_of_tasks(tasks)}
+    optimizer, micro = make_optimizer(model, cfg), cfg.micro_batch
+    rates = [group["lr"] for group in optimizer.param_groups]
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
-    rates, part = [group["lr"] for group in optimizer.param_groups], cfg.micro_batch
-    loss_of = lambda items: batch_loss(model, tokenizer, items, cfg.max_input, cfg.max_output)  # noqa: E731
-    weight = lambda items: output_tokens(model, tokenizer, items, cfg.max_output)  # noqa: E731
-    beside = dict(save_every=cfg.save_every, log_every=cfg.log_every, resume=cfg.resume, made_with=made_with)
-    with Run(folder, run_tensors(model), optimizer, **beside) as run:
+    loss_of = partial(batch_loss, model, tokenizer, max_input=cfg.max_input, max_output=cfg.max_output)
+    tokens = partial(output_tokens, model, tokenizer, max_output=cfg.max_output)
+    made_with = {"backbone": fingerprint(model), "data set": marks_of_tasks(tasks)}
+    options = dict(save_every=cfg.save_every, log_every=cfg.log_every, resume=cfg.resume, made_with=made_with)
+    with Run(folder, run_tensors(model), optimizer, **options) as run:
         batches = data.batches(tasks, cfg.batch_size, cfg.seed, start=batches_before(cfg) + run.now.step)
         for step in run.steps(steps, f"train {cfg.method}"):
             batch = next(batches)  # 1 take a batch of many tasks
             set_rates(optimizer, rates, warmup_then_decay(step - 1, steps, cfg.warmup))  # 2 set the two learning rates
-            loss = backward_in_parts(loss_of, processes.share(batch), part, weight, batch)  # 3 forward, backward
+            loss = backward_in_parts(loss_of, processes.share(batch), micro, tokens, batch)  # 3 forward, backward
             loss = run.sum_over_processes(loss)
             norm = nn.utils.clip_grad_norm_(trainable, cfg.clip).item()  # 4 clip
             refuse_nonfinite(loss, norm, step, batch, tasks)
@@ -277,12 +278,15 @@ def make_config(**flags) -> Config:
     Raises UserError if the flags contradict that run, or the run that --resume finds.
     """
     start = Config(**flags)
+    if start.steps and start.epochs:
+        raise UserError(f"steps {start.steps} and epochs {start.epochs}: give one of them")
+    duration = {"epochs": 0} if start.steps else {"steps": 0} if start.epochs else {}  # it replaces the recipe's
     if cfg := resumed_config(Config, flags):
         return dataclasses.replace(cfg, device=pick_device(cfg.device))
     if start.from_run:
-        cfg = continued_config(Config, flags)
+        cfg = continued_config(Config, flags)  # plumbing/folders.py lists what must stay as it was
     else:
-        cfg = Config(**recipe(PRETRAINING, start.dataset, start.method) | flags)
+        cfg = Config(**recipe(PRETRAINING, start.dataset, start.method) | duration | flags)
         fit_to_method(cfg, flags)
     if ignored := unused(cfg, flags):
         given = f"--method {cfg.method} --adapter {cfg.adapter} --dataset {cfg.dataset}"

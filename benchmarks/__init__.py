@@ -65,7 +65,7 @@ def few_shot(tasks: list[Task], split: str, shots: int, seed: int) -> list[Task]
     """
     lacking = [task.name for task in tasks if not (task.train and task.dev and task.test)]
     if lacking:
-        print(f"left out, for they lack train, dev or test examples in split {split}: {', '.join(lacking)}")
+        print(f"left out because they lack train, dev or test examples in split {split}: {', '.join(lacking)}")
     if len(lacking) == len(tasks):
         raise UserError(f"--tasks: none of {', '.join(lacking):.200} has train, dev and test examples")
     whole = [task for task in tasks if task.name not in lacking]

@@ -584,7 +584,7 @@ def train_in(folder: Path, cfg: Config) -> dict:
 def begin(folder: Path, cfg: Config, agent, optimizer, slots: Slots, **state: Tensor) -> tuple[Run, list]:
     """The run, resumed or new, and its episodes so far; writes config.json. state: what else the loop changes.
 
-    Raises UserError, with nothing written, if checkpoint or log are damaged or do not belong to this run.
+    Raises UserError, with no line of the log lost, if checkpoint or log are damaged or do not belong to this run.
     """
     checkpoint, log = folder / CHECKPOINT, folder / "log.jsonl"
     lines, tensors = lines_of(log), agent.state_dict() | slots.tensors | state
@@ -596,7 +596,8 @@ def begin(folder: Path, cfg: Config, agent, optimizer, slots: Slots, **state: Te
     run = Run(folder, tensors, optimizer, **beside)
     if len(lines) < run.now.step:
         raise UserError(f"{log} has not all episodes of {checkpoint}: start again in another folder")
-    slots.restore()
+    if run.now.step:
+        slots.restore()
     write_config(folder, cfg)
     (folder / "result.json").unlink(missing_ok=True)  # of fewer --frames
     return run, outcomes(lines[: run.now.step]).tolist()

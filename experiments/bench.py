@@ -1,20 +1,22 @@
 """What routing costs: ratios to the frozen backbone, beside PEFT, in one run.
 
     python -m experiments.bench                                the tables of results/bench.md, on the CPU
-    python -m experiments.bench --device cuda                  the same on a GPU, backbone in bfloat16
+    python -m experiments.bench --device cuda                  the same on a GPU, with the backbone in bfloat16
     python -m experiments.bench --only train generate --rounds 5
 
-The backbone is a T5 v1.1 of the size of T5-small (d_model 512, d_ff 1024, 8 + 8 layers) with random weights. The floor
-of a training step is the frozen backbone's own forward pass and the gradient of its activations; of generation and
-scoring it is the bare backbone. All contestants of a line are timed in turn, round after round, each round beginning
-with the next of them, so that what else the machine does meets all alike: the median over rounds, divided by the
-floor's, and in brackets half the distance between the quartiles of the rounds' ratios.
+The backbone is a T5 v1.1 of the size of T5-small (d_model 512, d_ff 1024, 8 + 8 layers) with random weights. Every time
+is divided by the floor. For a training step the floor is the frozen backbone: its forward pass and the gradient of its
+activations. For generation and scoring it is the bare backbone. The grid changes one number of its first point at a
+time.
 
-PEFT's Poly has as many splits as MHR has heads: those two are alike, Poly has one head. The grid changes one number of
-its first point at a time. MHR generates for one task as `evaluate.py` does, merged once for all batches if the backbone
-is float32 ("merging": what that takes, and undoing it). PEFT's adapters are not merged; its Poly cannot score choices,
-nor search with beams (it crashes). On a GPU all backbones are bfloat16, also that of "full", and one layer alone is
-float32.
+The contestants of a line are timed in turn, round after round, and each round starts with the next of them: other work
+on the machine then slows all of them alike. A ratio is the median over rounds divided by the floor's; in brackets is
+half the interquartile range of the rounds' ratios.
+
+PEFT's Poly has as many splits as MHR has heads, so compare those two; our Poly has one head. For one task MHR generates
+as `evaluate.py` does: merged once for all batches, if the backbone is float32 ("merging" is the time to merge and
+unmerge). PEFT's adapters are not merged; its Poly cannot score choices, and crashes in beam search. On a GPU every
+backbone is bfloat16, also that of "full"; the single layer is float32.
 """
 
 import argparse
@@ -38,15 +40,16 @@ from transformers import T5Config, T5ForConditionalGeneration
 from transformers.utils import logging
 
 from benchmarks.choices import _encoder_decoder_logits
-from plumbing.errors import exit_on_user_error
-from plumbing.tables import aligned
 from inject import LORA_LAYERS, freeze, inject, merge, task_ids, unmerge
 from lora import LoRA, LoRALinear
-from tools.estimate_memory import training_memory
 from mhr import MHRLinear, MHRRouter
+from plumbing.errors import exit_on_user_error
+from plumbing.tables import aligned
 from poly import PolyLinear, PolyRouter
+from tools.estimate_memory import training_memory
 
-TASKS, SKILLS, OUTPUT, LAYER_RUNS = 16, 8, 32, 20
+TASKS, SKILLS, OUTPUT = 16, 8, 32
+LAYER, LAYER_RUNS = (32, 64, 1024), 20  # the inputs of one layer: examples of different tasks, tokens, width
 BASE = dict(batch=16, length=128, rank=1, heads=8)
 GRID = [{}, dict(batch=1), dict(batch=8), dict(batch=32), dict(length=16), dict(length=512), dict(rank=16),
         dict(heads=1), dict(heads=64)]  # fmt: skip
@@ -74,7 +77,7 @@ def bare(device: str) -> T5ForConditionalGeneration:
 def make(name: str, device: str, rank: int, heads: int) -> nn.Module:
     """A contestant by name: floor, full, LoRA, Poly, MHR, PEFT LoRA or PEFT Poly (with `heads` splits)."""
     model = copy.deepcopy(bare(device))
-    if name == "floor":  # the inputs of the first layer ask for a gradient: so every activation gets one
+    if name == "floor":  # the first layer's inputs require a gradient, so every activation gets one
         for module in (model.encoder, model.decoder):
             module.embed_tokens.register_forward_hook(lambda m, args, y: y.detach().requires_grad_())
     elif name == "full":
@@ -98,6 +101,7 @@ def make(name: str, device: str, rank: int, heads: int) -> nn.Module:
 
 
 def batch_of(size: int, length: int, device: str) -> dict[str, torch.Tensor]:
+    """A batch of random tokens, with OUTPUT labels an example."""
     x = torch.randint(3, 32000, (size, length), device=device)
     labels = torch.randint(3, 32000, (size, OUTPUT), device=device)
     return dict(input_ids=x, attention_mask=torch.ones_like(x), labels=labels, use_cache=False)
@@ -107,16 +111,19 @@ def batch_of(size: int, length: int, device: str) -> dict[str, torch.Tensor]:
 
 
 def ratios(runs: dict, rounds: int, device: str) -> dict[str, tuple[float, float]]:
-    """{name: (median seconds / the first one's median, half the interquartile range of the rounds' ratios)}."""
+    """{name: (median seconds / the first one's median, half the interquartile range of the rounds' ratios)}.
+
+    runs: {name: function to time}. "seconds": the first one's median itself.
+    """
     names, seconds = list(runs), {name: [] for name in runs}
     for k in range(rounds + 1):
         for name in names[k % len(names) :] + names[: k % len(names)]:
-            begin = time.perf_counter()
+            start = time.perf_counter()
             runs[name]()
             if device == "cuda":
                 torch.cuda.synchronize()
             if k:  # the first round warms up
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(time.perf_counter() - start)
     floor = next(iter(seconds.values()))
     result = {}
     for name, values in seconds.items():
@@ -146,6 +153,7 @@ def training(name: str, point: dict, device: str, ids: torch.Tensor):
 
 
 def bench_train(point: dict, device: str, rounds: int, one_task: bool = False) -> dict:
+    """The `ratios` of a training step at a point of the grid."""
     names = ["floor", "LoRA", "PEFT LoRA", "Poly", "MHR", "PEFT Poly"] + (["full"] if point == BASE else [])
     ids = torch.zeros(point["batch"], dtype=torch.long) if one_task else torch.arange(point["batch"]) % TASKS
     return ratios({n: training(n, point, device, ids.to(device)) for n in names}, rounds, device)
@@ -172,6 +180,7 @@ def generation(name: str, point: dict, device: str, ids: torch.Tensor, beams: in
 
 
 def bench_generate(point: dict, device: str, rounds: int, one_task: bool, beams: int) -> dict:
+    """The `ratios` of generating a batch, and of merging if it is of one task."""
     names = ["floor", "PEFT LoRA", "MHR"] + (["PEFT Poly"] if beams == 1 else [])
     ids = torch.zeros(point["batch"], dtype=torch.long) if one_task else torch.arange(point["batch"]) % TASKS
     runs = {name: generation(name, point, device, ids.to(device), beams) for name in names}
@@ -182,7 +191,7 @@ def bench_generate(point: dict, device: str, rounds: int, one_task: bool, beams:
 
 
 def bench_choices(point: dict, device: str, rounds: int) -> dict:
-    """Four choices of 8 tokens an example, the encoder run once (`choices.py`), a batch of mixed tasks."""
+    """The `ratios` of scoring four choices of 8 tokens for each example of mixed tasks. The encoder runs once."""
     ids = torch.arange(point["batch"], device=device) % TASKS
     batch = batch_of(point["batch"], point["length"], device)
     del batch["labels"], batch["use_cache"]
@@ -203,13 +212,13 @@ def _within(ids: torch.Tensor, run):
 
 
 def bench_layer(device: str, rounds: int) -> dict:
-    """One layer of 1024 x 1024, forward and backward, 32 examples of different tasks and 64 tokens, rank 16."""
-    x, ids = torch.randn(32, 64, 1024, device=device, requires_grad=True), torch.arange(32, device=device)
-    gradient = torch.randn(32, 64, 1024, device=device)
-    linear = nn.Linear(1024, 1024, device=device).requires_grad_(False)
+    """The `ratios` of forward and backward through one square layer, with adapters of rank 16."""
+    x, ids = torch.randn(LAYER, device=device, requires_grad=True), torch.arange(LAYER[0], device=device)
+    gradient, linear = torch.randn(LAYER, device=device), nn.Linear(LAYER[2], LAYER[2], device=device)
+    linear.requires_grad_(False)
     layers = {"floor": linear}
     for heads in (1, 8):
-        layers[f"MHR, {heads} heads"] = MHRLinear(linear, LoRA(16), MHRRouter(32, SKILLS, heads)).to(device)
+        layers[f"MHR, {heads} heads"] = MHRLinear(linear, LoRA(16), MHRRouter(LAYER[0], SKILLS, heads)).to(device)
         layers[f"PEFT Poly, {heads} heads"] = _peft_layer(linear, heads).to(device)
 
     def run(name: str, layer: nn.Module):
@@ -225,19 +234,19 @@ def _peft_layer(linear: nn.Linear, heads: int) -> nn.Module:
     from peft import PolyConfig
     from peft.tuners.poly.layer import Linear
 
-    return Linear(linear, "a", PolyConfig(r=16, n_tasks=32, n_skills=SKILLS, n_splits=heads))
+    return Linear(linear, "a", PolyConfig(r=16, n_tasks=LAYER[0], n_skills=SKILLS, n_splits=heads))
 
 
 # --- Memory and start-up ----------------------------------------------------------------------------------------------
 
 
 def bench_memory(device: str) -> list[tuple[str, ...]]:
-    """Cells of a table: peak memory in MB of a fresh process with three training steps, without its imports; on the
-    CPU what `memory.py` computes; seconds to the first step."""
+    """A table as cells: peak MB of three training steps in a fresh process, beyond its imports; on the CPU what
+    `tools.estimate_memory` computes; seconds to the first step."""
     lines = [("", "MB", "computed", "seconds to the first step")]
     for name in NAMES:
         command = [sys.executable, "-m", "experiments.bench", "--memory-of", name, "--device", device]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)  # what goes wrong there, it says itself
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)  # it prints its own errors
         if done.returncode:
             raise SystemExit(f"{' '.join(command)} ended with code {done.returncode}")
         peak, first = done.stdout.split()
@@ -253,32 +262,31 @@ COMPUTED = {
 
 
 def computed_memory(name: str) -> float:
-    """MB that `memory.training_memory` computes for a contestant."""
+    """MB that `training_memory` computes for a contestant."""
     with tempfile.TemporaryDirectory() as folder:
         bare("cpu").config.save_pretrained(folder)
         lengths = BASE["length"], OUTPUT
-        found = training_memory(folder, BASE["batch"], lengths, TASKS, rank=BASE["rank"], **COMPUTED[name])
-    return sum(found.values()) / 2**20
+        sizes = training_memory(folder, BASE["batch"], lengths, TASKS, rank=BASE["rank"], **COMPUTED[name])
+    return sum(sizes.values()) / 2**20
 
 
 def peak_memory() -> float:
-    """MB that this process took at most so far (Linux). Not `getrusage`, where a process inherits its parent's."""
+    """The peak memory of this process in MB (Linux). In `getrusage` a process inherits its parent's."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def memory_of(name: str, device: str):
-    """Print this process's peak memory in MB after three training steps, beyond that of its imports, and the seconds
-    to the first."""
+    """Print the peak MB of this process in three training steps, beyond its imports, and the seconds to the first."""
     if name.startswith("PEFT"):
-        import peft  # noqa: F401  the others' imports are not timed either
-    imports, begin = peak_memory(), time.perf_counter()
+        import peft  # noqa: F401  now: imports are not timed
+    imports, start = peak_memory(), time.perf_counter()
     step = training(name, BASE, device, torch.arange(BASE["batch"]).to(device) % TASKS)
-    bare.cache_clear()  # the copy that it was made from
+    bare.cache_clear()  # the original of its copy
     step()
     if device == "cuda":
         torch.cuda.synchronize()
-    first = time.perf_counter() - begin
+    first = time.perf_counter() - start
     step()
     step()
     print(torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else peak_memory() - imports, first)
@@ -287,17 +295,17 @@ def memory_of(name: str, device: str):
 # --- The tables -------------------------------------------------------------------------------------------------------
 
 
-def counted(lines, name: str) -> Iterable:
-    """The lines of a table with a progress bar."""
+def with_bar(lines, name: str) -> Iterable:
+    """The lines of a table, with a progress bar."""
     return tqdm(lines, desc=name, unit="line", disable=None, leave=False)
 
 
-def shown(point: dict) -> str:
+def label_of(point: dict) -> str:
     return f"b={point['batch']} l={point['length']} r={point['rank']} h={point['heads']}"
 
 
 def print_table(title: str, lines: dict[str, dict[str, tuple[float, float]]]):
-    """One line a point, one column a contestant: ratio (spread). seconds: of the floor."""
+    """Print a line for each point and a column for each contestant: ratio (spread). seconds: of the floor."""
     names = list(dict.fromkeys(name for line in lines.values() for name in line))
     cells = [["", *names]]
     for label, line in lines.items():
@@ -308,7 +316,7 @@ def print_table(title: str, lines: dict[str, dict[str, tuple[float, float]]]):
 
 
 def about(device: str, rounds: int) -> str:
-    """What a reader must know of the machine."""
+    """The machine and the versions that the times depend on."""
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
     return f"{device}, {where}, {platform.machine()}, {versions}; {rounds} rounds"
@@ -319,7 +327,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=11, help="at least 2")
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="tables to make")
     parser.add_argument("--memory-of", default="", choices=NAMES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rounds < 2:
@@ -334,26 +342,26 @@ def main():
         return
     device, rounds = args.device, args.rounds
     print(about(device, rounds))
-    points = {shown(BASE | change): BASE | change for change in GRID}
+    points = {label_of(BASE | change): BASE | change for change in GRID}
     if "train" in args.only:
-        lines = {label: bench_train(point, device, rounds) for label, point in counted(points.items(), "train")}
+        lines = {label: bench_train(point, device, rounds) for label, point in with_bar(points.items(), "train")}
         print_table("Training step, a batch of mixed tasks", lines)
     if "adapt" in args.only:
-        each = counted(points.items(), "adapt")
+        each = with_bar(points.items(), "adapt")
         lines = {label: bench_train(point, device, rounds, one_task=True) for label, point in each}
         print_table("Training step, one task: adaptation", lines)
     if "generate" in args.only:
         lines = {}
-        for change, one, beams in counted(GENERATIONS, "generate"):
-            label = f"{shown(BASE | change)}, {'one task' if one else 'mixed'}, {'beams' if beams > 1 else 'greedy'}"
+        for change, one, beams in with_bar(GENERATIONS, "generate"):
+            label = f"{label_of(BASE | change)}, {'one task' if one else 'mixed'}, {'beams' if beams > 1 else 'greedy'}"
             lines[label] = bench_generate(BASE | change, device, rounds, one, beams)
         print_table("Generation of 24 tokens", lines)
     if "choices" in args.only:
-        print_table("Scoring of four choices", {shown(BASE): bench_choices(BASE, device, rounds)})
+        print_table("Scoring of four choices", {label_of(BASE): bench_choices(BASE, device, rounds)})
     if "layer" in args.only:
         print_table("One layer, 1024 x 1024, r=16, 32 tasks", {"forward and backward": bench_layer(device, rounds)})
     if "memory" in args.only:
-        print(f"\nPeak memory of a training step, {shown(BASE)}\n\n{aligned(bench_memory(device), left=1)}")
+        print(f"\nPeak memory of a training step, {label_of(BASE)}\n\n{aligned(bench_memory(device), left=1)}")
 
 
 if __name__ == "__main__":

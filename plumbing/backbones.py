@@ -107,7 +107,7 @@ def load_backbone(name: str, device: str, precision: str = "fp32", encoder: bool
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         return model.to(device), tokenizer
     except Exception as error:  # a damaged file makes each loader fail in its own way
-        flag = "--encoder" if encoder else "--backbone"
+        flag = "encoder" if encoder else "--backbone"
         if out_of_memory(error):
             raise RunError(f"there is not enough memory to load {flag} {name}: use one that is smaller") from None
         reason = reason_of(error)

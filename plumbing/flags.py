@@ -19,18 +19,18 @@ from recipes import FIXED_TABLE, LEARNED, METHODS, ROUTED
 # --- Fields of a Config -----------------------------------------------------------------------------------------------
 
 
-def flag(default, help: str, choices: tuple = (), metavar: str = "", group: str = "", required: bool = False):
+def flag(default, help: str, choices=(), metavar="", group="", required=False, positional=False):
     """A field of a script's Config that is also a flag.
 
     help, choices, metavar: as argparse has them. group: the title under which --help shows this flag and those after
-    it. required: only for --help to say so; the script itself refuses a run without it.
+    it. required: --help says so; the script checks it. positional: one or more words without a flag.
     """
-    about = dict(help=help, choices=choices, metavar=metavar, group=group, required=required)
+    about = dict(help=help, choices=choices, metavar=metavar, group=group, required=required, positional=positional)
     return dataclasses.field(default=default, metadata=about)
 
 
 def setting(default, help: str, choices: tuple = ()):
-    """A field without a flag: the recipe of the benchmark sets it."""
+    """A field without a flag: `recipes.py` may set it, else the default holds."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "group": "", "setting": True})
 
 
@@ -42,7 +42,7 @@ def as_flag(name: str) -> str:
 # --- Reading the command line -----------------------------------------------------------------------------------------
 
 
-def explicit_flags(Config: type, recipes: dict, argv: list[str] | None = None, moved: dict = {}) -> dict:  # noqa: B006
+def explicit_flags(Config: type, recipes: dict, argv: list[str] | None = None, moved: dict | None = None) -> dict:
     """The flags on the command line, by field name; a mistake ends the program with one sentence and exit code 2.
 
     recipes: their values are shown as defaults. argv: None for the command line of this process, which from here until
@@ -58,8 +58,8 @@ def explicit_flags(Config: type, recipes: dict, argv: list[str] | None = None, m
         sys.stdout = open(os.devnull, "w")
         sys.stderr.isatty = lambda: False  # errors yes, progress bars no
     parser = _parser(Config, recipes)
-    recipe_only = "is a setting of the recipe, not a flag: change it in recipes.py"
-    gone = moved | {f.name: recipe_only for f in dataclasses.fields(Config) if f.metadata.get("setting")}
+    recipe_only = "is a setting of the recipe, not a flag: set it for the benchmark in recipes.py"
+    gone = (moved or {}) | {f.name: recipe_only for f in dataclasses.fields(Config) if f.metadata.get("setting")}
     for word in sys.argv[1:] if argv is None else argv:
         name = word.removeprefix("--").removeprefix("no-").partition("=")[0].replace("-", "_")
         if word.startswith("--") and name in gone:
@@ -81,24 +81,28 @@ def _parser(Config: type, recipes: dict) -> _Parser:
     about, _, examples = (Config.__doc__ or "").partition("\n")
     module = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m tools.analyze`
     parser = _Parser(
-        prog=f"python -m {module.name}" if module else None, description=about.strip(), epilog=textwrap.dedent(examples).strip(), allow_abbrev=False,
+        prog=f"python -m {module.name}" if module else None, description=about.strip(),
+        epilog=textwrap.dedent(examples).strip(), allow_abbrev=False,
         argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     group = parser
     for field in dataclasses.fields(Config):
         if field.metadata["group"]:
             group = parser.add_argument_group(field.metadata["group"])
-        if not field.metadata.get("setting"):
+        if field.metadata.get("positional"):
+            group.add_argument(field.name, nargs="+", metavar=field.metadata["metavar"], help=field.metadata["help"])
+        elif not field.metadata.get("setting"):
             group.add_argument(as_flag(field.name), **_options(field, recipes))
     return parser
 
 
 def _options(field: dataclasses.Field, recipes: dict) -> dict:
     """What argparse needs to know of one flag."""
-    having = {key: r[field.name] for key, r in recipes.items() if field.name in r}
+    shown = lambda value: " ".join(value) if isinstance(value, tuple) else value  # noqa: E731
+    having = {key: shown(r[field.name]) for key, r in recipes.items() if field.name in r}
     by_dataset = [f"{value} ({key})" for key, value in having.items() if isinstance(key, str)]
     by_dataset += ["some methods have their own"] if len(by_dataset) < len(having) else []
-    default = ", ".join(by_dataset) or (field.default if field.default not in ("", ()) else "none")
+    default = ", ".join(by_dataset) or (shown(field.default) if field.default not in ("", ()) else "none")
     note = "[required]" if field.metadata["required"] else f"[default: {default}]"
     options = dict(help=f"{field.metadata['help']} {note}".replace("%", "%%"))
     if field.type is bool:
@@ -122,17 +126,19 @@ NOT_NEGATIVE = "keep_every steps epochs micro_batch weight_decay warmup eval_exa
 
 def check_ranges(cfg):
     """Raise UserError for a number outside its range (or not a number), naming its flag."""
-    for name, value in dataclasses.asdict(cfg).items():
+    for field in dataclasses.fields(cfg):
+        name, value = field.name, getattr(cfg, field.name)
+        shown = name if field.metadata.get("setting") else as_flag(name)
         if name == "skills" and cfg.method in FIXED_TABLE:
             continue  # 0, until the tasks say how many
         if name in ABOVE_ZERO and not 0 < value < math.inf:
-            raise UserError(f"{as_flag(name)} must be above 0, not {value}")
+            raise UserError(f"{shown} must be above 0, not {value}")
         if name in NOT_NEGATIVE and not 0 <= value < 2**63:
-            raise UserError(f"{as_flag(name)} must not be negative or huge, not {value}")
+            raise UserError(f"{shown} must not be negative or huge, not {value}")
         if type(value) is int and name != "seed" and value >= 2**31:
-            raise UserError(f"{as_flag(name)} must be below 2^31, not {value}")
+            raise UserError(f"{shown} must be below 2^31, not {value}")
         if name == "warmup" and value > 1:
-            raise UserError(f"{as_flag(name)} is a share of the steps and must not be above 1, not {value}")
+            raise UserError(f"{shown} is a share of the steps and must not be above 1, not {value}")
         if name == "save_every" and not re.fullmatch(INTERVAL, value):
             raise UserError(f"--save-every {value} is neither a number of steps, as 200, nor of minutes, as 10m")
 
@@ -150,7 +156,7 @@ def fit_to_method(cfg, flags: dict):
             raise UserError(f"--skills does not fit --method {cfg.method}, whose tasks say how many: leave it out")
         cfg.skills = 0
     if cfg.method == "task-moe" and not 2 <= cfg.top_k <= cfg.skills:
-        raise UserError(f"--method task-moe uses {cfg.top_k} skills a task: give --skills {cfg.top_k} or more")
+        raise UserError(f"--method task-moe: top_k {cfg.top_k} must be at least 2 and at most --skills {cfg.skills}")
     if cfg.adapter == "ia3" and "layers" not in flags:
         cfg.layers = ""  # the recipes' layers are LoRA's
 

@@ -169,11 +169,13 @@ def write_config(folder: Path, cfg):
 def read_config(Config: type, path: Path):
     """Rebuild a script's Config from a run's config.json, also from that of an earlier version.
 
-    A field that the file lacks gets its default; a field of a command is ignored at its default. Raises UserError for
-    any other field, type or value that the Config cannot have; `check_ranges` is for numbers.
+    A field that the file lacks gets its default. `resume`, `plot` and `figure`, which earlier versions saved, are
+    ignored at their defaults. Raises UserError for any other field, type or value that the Config cannot have;
+    `check_ranges` is for numbers.
     """
     fields = {field.name: field for field in dataclasses.fields(Config)}
-    content = {RENAMED.get(name, name): value for name, value in read_json(path).items()}
+    now = lambda name: RENAMED[name] if RENAMED.get(name) in fields else name  # noqa: E731
+    content = {now(name): value for name, value in read_json(path).items()}
     if (script := _script(content)) != (wanted := _script(fields)):
         made = f"a run of {script}, not of {wanted}" if script else "the config of no run"
         raise UserError(f"{path}: it is {made}")
@@ -234,13 +236,13 @@ def continued_config(Config: type, flags: dict):
     if method != base.method and not (method == "mu" and base.method in ROUTED):
         what = f"--method {method} cannot continue a run of method {base.method}"
         raise UserError(f"{what}: mu continues a routed method")
-    here = {"output_dir": "", "device": "auto", "epochs": 0, "resume": False}  # not those of the other run
-    return dataclasses.replace(base, **here | flags | {"method": method})
+    here = {"output_dir": "", "device": "auto", "resume": False}  # not those of the other run
+    return dataclasses.replace(base, **here | flags | {"method": method, "epochs": 0})
 
 
 # --- What may be done in a folder -------------------------------------------------------------------------------------
 
-BEFORE_A_RUN = {".lock", "tasks.json", "tasks.json.tmp", "config.json.tmp"}  # may be there before its config.json
+BEFORE_A_RUN = {LOCK, "tasks.json", "tasks.json.tmp", "config.json.tmp"}  # may be there before its config.json
 
 
 def refuse_used(path: str):
@@ -265,7 +267,7 @@ def new_run_folder(path: str) -> Path:
 
 @contextmanager
 def locked_folder(folder: Path, command: str):
-    """Make a run's folder and lock it within this context, or until the process ends in whatever way.
+    """Make a run's folder and lock it within this context, or until the process ends, however it ends.
 
     Of several processes the first one locks it. A folder without a run is removed again; a run that a signal stops
     says how to resume it, by the same command ("python train.py"). Raises UserError if another process holds the lock

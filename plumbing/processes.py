@@ -8,8 +8,8 @@ compute on the same batch, up to rounding: every process holds the whole model, 
 every n-th task. Only the first process prints and writes; all must see the disk of the run folder. On CUDA each process
 takes the GPU of its LOCAL_RANK. Without these variables every function here does nothing.
 
-Each process draws its own routing noise, as in any data-parallel training, where their random states diverge: with a
-backbone that has dropout, after a batch with fewer examples than processes, and under random routing by example.
+In three cases the random states diverge, and each process draws its own noise, as in any data-parallel training: with a
+backbone that has dropout, after a batch with fewer examples than processes, under random routing by example.
 
 Nothing here loads torch before the processes meet.
 """
@@ -41,7 +41,8 @@ def join(device: str):
                 raise UserError(f"process {local} of this machine has no GPU: start {gpus} processes, or --device cpu")
             torch.cuda.set_device(local)
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)  # else threads of gloo may abort a process that has finished
+        if device == "cpu":  # otherwise threads of gloo may abort a process that has finished
+            atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
 
 
 def _dist():

@@ -5,7 +5,7 @@
             ...                                  # the loop does what the paper says
             run.record(loss, norm)               # and the run does the rest
 
-`Log` is the part of it that a loop over tasks needs (`adapt.py`).
+`Log` is the part that a loop over tasks shares (`tasks.py`, for `adapt.py`).
 """
 
 import json
@@ -51,7 +51,7 @@ def run_in_folder(work: Callable, cfg, script: str, advice: str) -> dict:
 class Log:
     """log.jsonl of a run folder, open within this context.
 
-    stays(line): whether a line that an interrupted run has left stays; the others will be written again.
+    stays(line): whether to keep a line of an interrupted run; the run writes the others again.
     everyone: all processes append their lines, not the first one alone.
     """
 
@@ -128,8 +128,8 @@ class Signals:
 class Run(Log):
     """A training run within this context: `Log`, and checkpoints, the bar, signals, the sum over processes.
 
-    tensors: all that the loop changes, by name. made_with: {"backbone": hash, ...}, what the run must find unchanged on
-    --resume. unit: what a step is called in the log. Raises UserError if the run cannot be resumed.
+    tensors: all that the loop changes, by name. made_with: {"backbone": hash, ...}; --resume refuses a run
+    if one of these has changed. unit: what a step is called in the log. Raises UserError if the run cannot be resumed.
     """
 
     def __init__(
@@ -146,16 +146,16 @@ class Run(Log):
         super().__init__(folder, lambda line: line[unit] <= self.now.step)
 
     def __enter__(self):
+        super().__enter__()
         self.signals.__enter__()
-        return super().__enter__()
+        return self
 
     def __exit__(self, *error):
-        super().__exit__()
         self.signals.__exit__()
+        super().__exit__()
 
     def steps(self, total: int, title: str, counts: str = "step", each: int = 1) -> Iterator[int]:
-        """The numbers, from 1, of the steps still to do, with a bar. counts, each: what the bar counts, how many a
-        step."""
+        """The numbers, from 1, of the steps left to do, with a bar. counts: the bar's unit; each: units per step."""
         begin, self.total = self.now.step, total
         self.start = time.monotonic() - self.now.seconds
         options = dict(unit=counts, unit_scale=each > 1, disable=None)
@@ -165,18 +165,18 @@ class Run(Log):
                 self.bar.update(each)
 
     def sum_over_processes(self, loss: float) -> float:
-        """Sum the gradients over all processes, and the loss, which is returned. Nothing to do for one process."""
+        """Sum gradients and loss over all processes; returns the loss. With one process nothing changes."""
         loss, self.stop = processes.sum_gradients(self.parameters, loss, self.signals.caught)
         return loss
 
     def record(self, loss: float, norm: float, shown: str = "", **more):
         """End a step: note its loss, log every log_every steps, save when due, stop if a signal asked for it.
 
-        shown: for people, in place of the loss. more: entries of the log line. Raises SystemExit to stop, RunError or
-        OSError as `save_checkpoint`.
+        shown: text for people, instead of the loss. more: further entries of the log line. Raises SystemExit to stop,
+        RunError or OSError as `save_checkpoint`.
         """
         step = self.now.step + 1
-        stop = self.stop if processes.several() else self.signals.caught
+        stop = self.stop if processes.several() else self.signals.caught  # in one process the signal itself, newer
         self.now = self.now.after(step, loss, time.monotonic() - self.start)
         if step % self.log_every == 0 or step == self.total:
             self._log(norm, shown, more)
@@ -189,7 +189,7 @@ class Run(Log):
             sys.exit(128 + (self.signals.caught or signal.SIGTERM))
 
     def _log(self, norm: float, shown: str, more: dict):
-        """A line of log.jsonl, and for people: beside the bar, or without a terminal some ten plain lines a run."""
+        """Write a line of log.jsonl and show progress: at the bar, or without a terminal in about ten lines a run."""
         self.now = now = self.now.logged()
         rate, seconds = self.optimizer.param_groups[0]["lr"], round(now.seconds, 1)
         self.write({self.unit: now.step, "loss": now.loss, "norm": norm, "lr": rate, "seconds": seconds, **more})

@@ -221,7 +221,7 @@ GROUPS = {  # of --help: the title of each, and the flag that it begins with
         "what to learn, and on what": "method", "adapter and routing": "adapter", "optimisation": "steps",
         "the run": "seed",
     },
-    "adapt": {"task": "checkpoint", "optimisation": "steps", "the run": "test-examples"},
+    "adapt": {"what to learn": "checkpoint", "optimisation": "steps", "the run": "test-examples"},
     "evaluate": {"what to score": "checkpoint", "how": "test-examples"},
 }  # fmt: skip
 
@@ -249,7 +249,8 @@ def test_help_is_fast_and_complete(script):
         (entry,) = shown
         assert " ".join(field.metadata["help"].split()) in entry
         defaults = {d: r[field.name] for d, r in table.items() if field.name in r}
-        says = [f"{value} ({d})" for d, value in defaults.items() if isinstance(d, str)]
+        words = {d: " ".join(v) if isinstance(v, tuple) else v for d, v in defaults.items()}
+        says = [f"{words[d]} ({d})" for d in defaults if isinstance(d, str)]
         says += ["some methods have their own"] if len(says) < len(defaults) else []
         says = says or ["none" if field.default == "" else str(field.default)]
         assert entry.endswith("[required]" if field.name == "checkpoint" else f"[default: {', '.join(says)}]")
@@ -288,7 +289,11 @@ def test_a_mistaken_flag_is_refused_at_once(script, argv, named):
 @pytest.mark.parametrize(
     "script, argv, says",
     [
-        ("train", "--warmup 0.1", "--warmup is a setting of the recipe, not a flag: change it in recipes.py"),
+        (
+            "train",
+            "--warmup 0.1",
+            "--warmup is a setting of the recipe, not a flag: set it for the benchmark in recipes.py",
+        ),
         ("train", "--optimizer adamw", "--optimizer is a setting of the recipe"),
         ("train", "--top-k=3", "--top-k is a setting of the recipe"),
         ("train", "--epochs 2", "--epochs is a setting of the recipe"),
@@ -1408,7 +1413,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
         (TRAIN + "--method expert --skills 4", "--skills does not fit --method expert"),
         (TRAIN + "--method lora --adapter sft", "--adapter sft does not fit --method lora"),
         (TRAIN + "--adapter sft --method mhr --heads 7", r"layer encoder\.block\.0\.layer\.0\..*\.q: 7 heads .*16"),
-        (TRAIN + "--method task-moe --skills 1", "--method task-moe uses 2 skills a task: give --skills 2 or more"),
+        (TRAIN + "--method task-moe --skills 1", "--method task-moe: top_k 2 must be at least 2 and at most --skills"),
         (TRAIN + "--method random --random-by layer", "--random-by.*layer"),
         (TRAIN + "--warmup 0.1", "--warmup is a setting of the recipe"),
         (TRAIN + "--granularity head", "--granularity.*head"),
@@ -1446,15 +1451,15 @@ def test_train_tells_mistakes(places, tmp_path, capsys, argv, named):
 @pytest.mark.parametrize(
     "settings, says",
     [
-        (dict(weight_decay=-1.0), "--weight-decay must not be negative"),
-        (dict(warmup=1.5), "--warmup is a share of the steps and must not be above 1, not 1.5"),
+        (dict(weight_decay=-1.0), "weight_decay must not be negative"),
+        (dict(warmup=1.5), "warmup is a share of the steps and must not be above 1, not 1.5"),
         (dict(method="poly", adapter="sft", density=1.5), "density must be above 0 and at most 1, not 1.5"),
-        (dict(density=0.0), "--density must be above 0"),
-        (dict(top_k=0), "--top-k must be above 0"),
-        (dict(method="task-moe", skills=2, top_k=3), "--method task-moe uses 3 skills a task: give --skills 3 or more"),
-        (dict(method="task-moe", top_k=1), "--method task-moe uses 1 skills a task"),
+        (dict(density=0.0), "density must be above 0"),
+        (dict(top_k=0), "top_k must be above 0"),
+        (dict(method="task-moe", skills=2, top_k=3), "--method task-moe: top_k 3 must be at least 2 and at most --skills 2"),
+        (dict(method="task-moe", top_k=1), "--method task-moe: top_k 1 must be at least 2"),
         (dict(steps=0, epochs=0), "nothing to train: give --steps above 0"),
-        (dict(method="adapter-soup", encoder="no/such"), "--encoder no/such cannot be loaded"),
+        (dict(method="adapter-soup", encoder="no/such"), "encoder no/such cannot be loaded"),
     ],
     ids=str,
 )  # fmt: skip
@@ -1468,9 +1473,9 @@ def test_what_a_recipe_cannot_say_to_train(backbones, tmp_path, settings, says):
 @pytest.mark.parametrize(
     "settings, says",
     [
-        (dict(weight_decay=-1.0), "--weight-decay must not be negative"),
-        (dict(soup=0), "--soup must be above 0"),
-        (dict(patience=0), "--patience must be above 0"),
+        (dict(weight_decay=-1.0), "weight_decay must not be negative"),
+        (dict(soup=0), "soup must be above 0"),
+        (dict(patience=0), "patience must be above 0"),
     ],
     ids=str,
 )
@@ -1630,11 +1635,13 @@ def test_rows_of_other_tasks_are_not_used(runs, tmp_path):
     assert refuse_other_tasks(tmp_path / "0", "lora", []) is None
 
 
-def test_epochs_count_where_no_steps_are_given():
-    by_epochs, by_steps = train.make_config(steps=0, epochs=2), train.make_config(dataset="crossfit", steps=7)
+def test_epochs_and_steps_replace_each_other():
+    by_epochs, by_steps = train.make_config(epochs=2), train.make_config(dataset="crossfit", steps=7)
     tasks = strings.strings().train
     assert train.steps_to_take(by_epochs, tasks) == 2 * 64 * 500 // 64
-    assert by_steps.epochs == 30 and train.steps_to_take(by_steps, tasks) == 7
+    assert by_epochs.steps == 0 and by_steps.epochs == 0 and train.steps_to_take(by_steps, tasks) == 7
+    with pytest.raises(UserError, match="steps 7 and epochs 2: give one of them"):
+        train.make_config(steps=7, epochs=2)
 
 
 def test_a_run_of_another_script_is_named(runs, adapted):

@@ -31,6 +31,7 @@ from lora import LoRA
 from mhr import MHRLinear, MHRRouter
 from plumbing.backbones import advice_on_memory
 from plumbing.errors import RunError, UserError
+from plumbing.flags import explicit_flags
 from recipes import FEW_SHOT
 from scoring import all_scores, by_group, constant_scores, evaluate_tasks, main_scores, mean, predict
 from tools import compare as compare_command
@@ -761,16 +762,15 @@ def test_compare_of_a_run_that_continues_itself(tmp_path):
         compare((folder,))
 
 
-def test_the_command_prints_the_table(tmp_path, monkeypatch, capsys):
-    """`python -m tools.compare RUN`; a flag is refused."""
+def test_the_command_prints_the_table(tmp_path, capsys):
+    """`python -m tools.compare RUN`; a flag is refused, and no run at all."""
     folder = run_folder(tmp_path / "r", TRAIN, mean=10.0)
-    monkeypatch.setattr("sys.argv", ["compare", folder])
-    compare_command.main()
+    compare_command.main(explicit_flags(compare_command.Config, {}, [folder]))
     assert capsys.readouterr().out == f"{compare((folder,))}\n"
-    monkeypatch.setattr("sys.argv", ["compare", folder, "--save", "x.json"])
-    with pytest.raises(SystemExit) as end:
-        compare_command.main()
-    assert end.value.code == 2 and "--save" in capsys.readouterr().err
+    for argv, named in (([folder, "--save", "x.json"], "--save"), ([], "RUN")):
+        with pytest.raises(SystemExit) as end:
+            explicit_flags(compare_command.Config, {}, argv)
+        assert end.value.code == 2 and named in capsys.readouterr().err
 
 
 # --- The command line -------------------------------------------------------------------------------------------------

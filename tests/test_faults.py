@@ -313,7 +313,7 @@ def test_an_operation_that_cannot_be_deterministic(deterministic, monkeypatch, c
 # --- Kills ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wanted", [2, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("wanted", [2, pytest.param(25, marks=pytest.mark.slow)])
 def test_a_few_kills(wanted):
     """Runs of adapt.py and train.py, killed and resumed to their end, equal uninterrupted ones."""
     head, train_line, adapt_line, last = kills.kills(wanted, 0).splitlines()
@@ -367,7 +367,7 @@ def test_files_left_half_written_are_counted(tmp_path):
 # --- Many mutated files -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wanted", [120, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("wanted", [120, pytest.param(600, marks=pytest.mark.slow)])
 def test_some_mutated_inputs(monkeypatch, tmp_path, wanted):
     """Files of all benchmarks and of runs, the authors' files, command lines: each is accepted, or refused in one
     sentence. What `datasets` makes of them stays out of the user's cache."""

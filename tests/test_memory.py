@@ -9,6 +9,7 @@ import torch
 import train
 from inject import task_ids
 from methods import add_adapters, use_checkpointing
+from plumbing.backbones import TINY
 from plumbing.errors import UserError
 from tests.helpers import small_config
 from tests.stress.kills import small_backbone
@@ -69,13 +70,13 @@ def test_a_fake_step_takes_what_a_real_one_takes(tmp_path, kind, settings, check
     assert sizes["AdamW"] == 8 * sum(p.numel() for p in real.parameters() if p.requires_grad)
 
 
-def test_checkpointing_saves_memory(tmp_path):
-    small_config("t5").save_pretrained(tmp_path)
+def test_checkpointing_saves_memory():
+    """With three layers of each kind."""
     plain, saving = (
-        estimate_memory.training_memory(str(tmp_path), 8, (64, 64), 8, checkpointing, method="lora")["step"]
+        estimate_memory.training_memory(str(TINY), 8, (64, 64), 8, checkpointing, method="lora")["step"]
         for checkpointing in (False, True)
     )
-    assert saving < plain / 1.5
+    assert saving < plain / 2
 
 
 def test_the_command(monkeypatch, capsys, small):

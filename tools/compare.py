@@ -5,7 +5,29 @@
 Runs that differ in their seed or split only share a line.
 """
 
-import argparse
+from dataclasses import dataclass
+
+from plumbing.errors import UserError, exit_on_user_error
+from plumbing.flags import explicit_flags, flag
+from plumbing.folders import check_numbers, read_config, read_json, script_of
+from plumbing.tables import aligned, mean_std_text
+from recipes import FEW_SHOT, FIXED_TABLE, PRETRAINING, recipe
+
+
+@dataclass
+class Config:
+    """Compare runs in one table: a line for each group of runs that differ in seed and split only.
+
+    example:
+      python -m tools.compare runs/strings-*
+    """
+
+    runs: tuple = flag((), "run folder of train.py or adapt.py", metavar="RUN", positional=True)
+
+
+if __name__ == "__main__":  # read the flags before the slow imports: --help and mistakes answer at once
+    FLAGS = explicit_flags(Config, {})
+
 import statistics
 from collections import defaultdict
 from dataclasses import asdict
@@ -13,14 +35,10 @@ from pathlib import Path
 
 import adapt
 import train
-from plumbing.errors import UserError, exit_on_user_error
-from plumbing.folders import check_numbers, read_config, read_json, script_of
-from plumbing.tables import aligned, mean_std_text
-from recipes import FEW_SHOT, FIXED_TABLE, PRETRAINING, recipe
 from scoring import mean
 
-# What may differ in a group of runs.
-SAME_RUN = (
+# Settings that may differ in a group of runs.
+MAY_DIFFER = (
     "seed", "split", "checkpoint", "output_dir", "data_dir", "device", "precision", "log_every", "save_every",
     "keep_every", "deterministic",
 )  # fmt: skip
@@ -86,7 +104,8 @@ def name_of_run(folder: Path) -> tuple[str, str]:
     words += [f"h={base['heads']}"] if method == "mhr" else []
     words += [f"r={base['rank']}"] if method != "full" and base["adapter"] == "lora" else []
     words += [f"-> {config['variant']}"] if adapted else []
-    shown = {"method", "dataset", "heads", "rank", "variant", *SAME_RUN, *(["skills"] if method in FIXED_TABLE else [])}
+    skills = ["skills"] if method in FIXED_TABLE else []
+    shown = {"method", "dataset", "heads", "rank", "variant", *MAY_DIFFER, *skills}
     adapter = dict(adapter=base["adapter"]) if method == "ia3" else {}
     if not base["from_run"]:  # otherwise the label of that run says it
         words += _changed(base, asdict(train.Config(**adapter)) | recipe(PRETRAINING, dataset, method), shown)
@@ -100,11 +119,9 @@ def _changed(config: dict, recipe: dict, shown: set[str]) -> list[str]:
     return [f"{k}={v}" for k, v in config.items() if k not in shown and v not in ("", recipe[k])]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder of train.py or adapt.py")
-    print(compare(tuple(parser.parse_args().runs)))
+def main(flags: dict):
+    print(compare(tuple(flags["runs"])))
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    exit_on_user_error(main, FLAGS)
