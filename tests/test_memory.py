@@ -114,9 +114,9 @@ def test_a_backbone_that_takes_no_step(tmp_path):
 
 @pytest.mark.slow
 def test_the_table_of_the_benchmarks_page(monkeypatch):
-    """Its head and its two cheapest lines, for T5-XL."""
-    monkeypatch.setattr(estimate_memory, "SHOWN", ("full", "LoRA"))
-    head, full, lora = estimate_memory.table("t5-xl", 16, (256, 256), 313)
+    """Its head and its line for LoRA, one of the fastest to compute."""
+    monkeypatch.setattr(estimate_memory, "SHOWN", ("LoRA",))
+    head, line = estimate_memory.table("t5-xl", 16, (256, 256), 313)
     page = (Path(__file__).parents[1] / "benchmarks" / "README.md").read_text()
     assert f"| {' | '.join(head[:6])} | step with `--checkpointing` | {head[7]} |" in page
-    assert f"| full (fp32) | {' | '.join(full[1:])} |" in page and f"| {' | '.join(lora)} |" in page
+    assert f"| {' | '.join(line)} |" in page
