@@ -1456,7 +1456,7 @@ def test_train_tells_mistakes(places, tmp_path, capsys, argv, named):
         (dict(method="poly", adapter="sft", density=1.5), "density must be above 0 and at most 1, not 1.5"),
         (dict(density=0.0), "density must be above 0"),
         (dict(top_k=0), "top_k must be above 0"),
-        (dict(method="task-moe", skills=2, top_k=3), "--method task-moe: top_k 3 must be at least 2 and at most --skills 2"),
+        (dict(method="task-moe", skills=2, top_k=3), "top_k 3 must be at least 2 and at most --skills 2"),
         (dict(method="task-moe", top_k=1), "--method task-moe: top_k 1 must be at least 2"),
         (dict(steps=0, epochs=0), "nothing to train: give --steps above 0"),
         (dict(method="adapter-soup", encoder="no/such"), "encoder no/such cannot be loaded"),

@@ -29,7 +29,8 @@ FILES = re.findall(
 )  # first cells
 CONFIGS = {  # scripts whose flags are a Config, and its recipes
     "train.py": (train.Config, PRETRAINING), "adapt.py": (adapt.Config, FEW_SHOT), "evaluate.py": (evaluate.Config, {}),
-    "-m tools.export": (export.Config, {}), "-m tools.compare": (compare.Config, {}), "-m tools.analyze": (analyze.Config, {}),
+    "-m tools.export": (export.Config, {}), "-m tools.compare": (compare.Config, {}),
+    "-m tools.analyze": (analyze.Config, {}),
     "-m tools.count_parameters": (count_parameters.Config, {}),
     "-m tools.estimate_memory": (estimate_memory.Config, {}), "-m experiments.babyai": (babyai.Config, {}),
 }  # fmt: skip
