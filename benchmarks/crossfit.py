@@ -210,7 +210,7 @@ def example_of(line: bytes, task: str, where: str) -> Example:
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 at byte {error.start} of the line: save the file as UTF-8") from None
     if not outputs:
-        raise UserError(f"{where}: expected an input, a tab and an output, found one column: correct or delete the line")
+        raise UserError(f"{where}: expected an input, a tab and an output, found one column: fix or delete it")
     if not all(output.strip() for output in outputs):
         raise UserError(f"{where}: an output is empty: fill or delete it")
     return Example(f" [{task}] {source}", tuple(f" {output}" for output in outputs))

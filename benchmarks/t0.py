@@ -332,7 +332,7 @@ def _read_jsonl(path: Path) -> Iterator[dict]:
             example = as_example(row, HAS_CHOICES[path.parent.name])
             "".join([example.input, *example.outputs, *example.choices]).encode()
         except UnicodeEncodeError:
-            raise UserError(f"{place}: a text holds half a character (\\ud800 to \\udfff): correct or delete it") from None
+            raise UserError(f"{place}: a text holds half a character (\\ud800 to \\udfff): fix or delete it") from None
         except ValueError as error:
             raise UserError(f"{place}: {error}") from None
         if "idx" in row and (type(row["idx"]) is not int or not 0 <= row["idx"] < 2**63):
