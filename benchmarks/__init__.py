@@ -69,6 +69,7 @@ def few_shot(tasks: list[Task], split: str, shots: int, seed: int) -> list[Task]
     if len(lacking) == len(tasks):
         raise UserError(f"--tasks: none of {', '.join(lacking):.200} has train, dev and test examples")
     whole = [task for task in tasks if task.name not in lacking]
+    # drawn, not the first ones: official files are sorted by label
     sizes = [min(shots or len(task.train), len(task.train)) for task in whole]
     drawn = [random.Random(seed).sample(task.train, n) for task, n in zip(whole, sizes, strict=True)]
-    return [replace(task, train=few) for task, few in zip(whole, drawn, strict=True)]  # official files are sorted
+    return [replace(task, train=few) for task, few in zip(whole, drawn, strict=True)]

@@ -97,7 +97,9 @@ def loss_of_choices(model, tokenizer, items: list[Item], max_input: int, max_out
     """`t_few_loss` of a batch: a scalar. Raises UserError for an example without choices."""
     examples = [item.example for item in items]
     if not all(e.choices for e in examples):
-        raise UserError("T-Few's losses, of this benchmark's recipe, need examples with answer choices")
+        raise UserError(
+            "T-Few's losses, of this benchmark's recipe, need answer choices: leave such tasks out of --tasks"
+        )
     labels = torch.tensor([e.label for e in examples], device=model.device)
     return t_few_loss(*choice_log_probs(model, tokenizer, examples, max_input, max_output), labels)
 

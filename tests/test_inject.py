@@ -45,8 +45,12 @@ routed = sweep("method, adapter", ROUTED, lambda *kind: quick("t5", *kind))
 everywhere = sweep("name, method, adapter", grid(SINGLE + ROUTED), quick)
 routed_everywhere = sweep("name, method, adapter", grid(ROUTED), quick)
 learned_everywhere = sweep("name, method, adapter", grid(LEARNED), quick)
-noisy = lambda method, routing="gumbel": method == "random" or (method in ("poly", "mhr") and routing != "sigmoid")  # noqa: E731
 tasks_differ = lambda method: method != "random"  # noqa: E731  in evaluation it mixes all skills alike, for any task
+
+
+def noisy(method: str, routing: str = "gumbel") -> bool:
+    """Whether training draws noise."""
+    return method == "random" or (method in ("poly", "mhr") and routing != "sigmoid")
 
 
 class Two(nn.Module):

@@ -2,8 +2,8 @@
 
     python -m tools.count_parameters --backbone t5-xl
 
-The backbone is built from its config on torch's meta device. Its adapters come from the code that `train.py` uses, what
-a new task trains from `adapt.prepare`, so the table cannot differ from what runs.
+The backbone is built from its config on torch's meta device. `train.py`'s own code puts the adapters in, and
+`adapt.prepare` decides what a new task trains: the table always agrees with real runs.
 """
 
 from dataclasses import dataclass
