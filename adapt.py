@@ -71,9 +71,9 @@ if __name__ == "__main__":  # read the flags before the slow imports: --help and
     FLAGS = explicit_flags(Config, FEW_SHOT, moved={"keep": "is best_by now, a setting of the recipe in recipes.py"})
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -84,12 +84,13 @@ import data
 import train
 from baselines.adapter_soup import find_soups
 from baselines.fixed import FixedRouter, RandomRouter, given_table
-from benchmarks.choices import loss_of_choices
+from benchmarks.choices import labelled_tensors, loss_of_choices
 from inject import adapted_layers, add_tasks, routers, task_ids
 from methods import (
     SINGLE, add_adapters, average_skills, collapse, count_parameters, load_run, save_trained, use_checkpointing,
 )  # fmt: skip
 from plumbing import processes
+from plumbing.ahead import ahead
 from plumbing.backbones import warn_if_too_large
 from plumbing.checkpoint import marks_of_model
 from plumbing.run import Log, run_in_folder
@@ -197,19 +198,22 @@ def adapt_task(model, tokenizer, task: data.Task, lengths, cfg, log: Log, split:
     optimizer = train.make_optimizer(model, cfg)
     rates = [group["lr"] for group in optimizer.param_groups]
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    loss_of = loss_of_choices if cfg.choice_losses else train.batch_loss
-    loss_of = functools.partial(loss_of, model, tokenizer, max_input=lengths[0], max_output=lengths[1])
+    of_choices, of_tokens = (labelled_tensors, loss_of_choices), (train.tensors_of, train.token_loss)
+    prepare, loss_of = of_choices if cfg.choice_losses else of_tokens
+    prepare = partial(prepare, model, tokenizer, max_input=lengths[0], max_output=lengths[1])
     # T-Few's three losses average over three different counts: its parts are weighted by examples, nearly the same
-    tokens = functools.partial(train.output_tokens, model, tokenizer, max_output=lengths[1])
-    weight = len if cfg.choice_losses else tokens
+    weight = len if cfg.choice_losses else partial(train.output_tokens, model, tokenizer, max_output=lengths[1])
     key, sign = ("dev_loss", 1) if cfg.best_by == "loss" else ("dev_score", -1)
     best_value, best_step = dev_value(model, tokenizer, task, lengths, cfg), 0
-    best, batches = [p.detach().clone() for p in trained], data.batches([task], cfg.batch_size, cfg.seed)
+    best = [p.detach().clone() for p in trained]
+    batches = data.batches([task], cfg.batch_size, cfg.seed)
+    batches = ahead(batches, partial(train.parts_of, micro_batch=cfg.micro_batch, prepare=prepare, weight=weight))
     for step in range(1, cfg.steps + 1):
-        batch = next(batches)  # 1 take a batch of this task
+        _, parts = next(batches)  # 1 take a batch of this task
         train.set_rates(optimizer, rates, train.warmup_then_decay(step - 1, cfg.steps, cfg.warmup))  # 2 set the rates
-        loss = train.backward_in_parts(loss_of, batch, cfg.micro_batch, weight)  # 3 forward, backward
-        norm = nn.utils.clip_grad_norm_(trained, cfg.clip).item()  # 4 clip
+        loss = train.backward_in_parts(partial(loss_of, model), parts, model.device)  # 3 forward, backward
+        norm = nn.utils.clip_grad_norm_(trained, cfg.clip)  # 4 clip
+        loss, norm = torch.stack([loss, norm]).tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             print(f"{task.name}: loss or gradients are not finite in step {step}: the best values before are kept")
             break

@@ -18,9 +18,13 @@ its hooks before backward, and then gradient checkpointing fails), and nothing i
 
 import hashlib
 import json
+import math
 import os
 import re
+import threading
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -118,14 +122,20 @@ def sharing_key(name: str, granularity: str) -> str:
 # --- Task ids ---------------------------------------------------------------------------------------------------------
 
 
-class _Context(NamedTuple):
+NO_IDS = "a routed layer was called without task ids: wrap the call in `with task_ids(ids):`"
+
+
+class _Ids(NamedTuple):
+    """What a `task_ids` context says."""
+
     tasks: Tensor  # (u,) distinct ids
     rows: Tensor  # (n,) which of them each example has
     largest: int
-    kept: dict | None  # layer -> its mixed adapters, if they are kept
+    batch: int  # how many ids there were, among which these are
+    kept: dict | None  # layer -> its mixture, if mixtures are kept; model -> its pass, once all its layers are there
 
 
-_contexts: list[_Context] = []  # innermost last
+_ids: ContextVar[_Ids | None] = ContextVar("ids", default=None)  # each thread and each asyncio task has its own
 
 
 @contextmanager
@@ -147,11 +157,14 @@ def task_ids(ids, among=None, keep=False):
             raise ValueError(f"task ids {ids.tolist()} are not all among {tasks.tolist()}")
     if keep and torch.is_grad_enabled():
         raise RuntimeError("task_ids(keep=True) is for torch.no_grad() alone: kept adapters would not learn")
-    _contexts.append(_Context(tasks, rows, int(tasks[-1]), {} if keep else None))
+    now = _Ids(tasks, rows, int(tasks[-1]), len(ids if among is None else among), {} if keep else None)
+    token = _ids.set(now)
     try:
         yield
     finally:
-        _contexts.pop()
+        _ids.reset(token)
+        if _thread.now is not None and _thread.now.ids is now:  # Ctrl-C in a forward pass
+            _thread.now = None
 
 
 def _checked(ids) -> Tensor:
@@ -168,25 +181,246 @@ def _checked(ids) -> Tensor:
     return ids.long()
 
 
-def _give_task_ids(layer: nn.Module, args: tuple, kwargs: dict):
-    """Forward pre-hook of every routed layer: add the innermost context's ids to the call."""
+# --- One mix for all layers -------------------------------------------------------------------------------------------
+# A layer alone needs some 30 small operations to route and mix, and a model has hundreds of layers: a GPU would wait
+# for their launches most of the time. So the outermost call of a model mixes for all its layers at once, and each layer
+# is given its mixture.
+
+
+class _Pass(NamedTuple):
+    """One call of a model: what its layers read in the forward pass, and again if they are computed again."""
+
+    model: nn.Module | None  # whose call began it; None while a part of it is computed again
+    inside: set[nn.Module]  # all modules of that model
+    ids: _Ids
+    mixed: dict[nn.Module, dict[str, Tensor]]  # layer -> its mixture
+
+
+class _Thread(threading.local):
+    """What this thread is computing now. A forward pass stays in one thread; its backward pass may be in another."""
+
+    def __init__(self):
+        self.now: _Pass | None = None
+        self.given: _Ids | None = None  # ids that are inputs of a compiled function
+
+
+_thread = _Thread()
+
+
+def _pass_now() -> _Pass | None:
+    """The pass of this thread, if it is of the innermost context: another one's was interrupted, or is around it."""
+    now = _thread.now
+    if now is None or now.model is None or torch.compiler.is_compiling():
+        return now
+    return now if now.ids is _ids.get() else None
+
+
+def _begin(model: nn.Module, args: tuple, kwargs: dict):
+    """Forward pre-hook of a model and its parts: the outermost call mixes the adapters of all its layers, once."""
+    now = _pass_now()
+    if now is not None and (now.model is None or model in now.inside and model is not now.model):
+        return
+    if torch.compiler.is_compiling() and _thread.given is None:
+        _begin_outside(model)
+    else:
+        _begin_with(model, _thread.given or _ids.get())
+
+
+def _begin_with(model: nn.Module, ids: _Ids | None):
+    """Mix the adapters of all layers of the model for these ids. Without ids: nothing, until a layer is called."""
+    if ids is None:
+        return
+    if ids.kept is not None and model in ids.kept:
+        _thread.now = ids.kept[model]
+        return
+    inside = set(model.modules())
+    layers = [m for m in model.modules() if "router" in m._modules and "inventory" in m._modules]
+    kept = {} if ids.kept is None else ids.kept
+    mixed = kept | mix_all([layer for layer in layers if layer not in kept], ids)
+    _thread.now = _Pass(model, inside, ids, mixed)
+    if ids.kept is not None:
+        kept |= mixed | {model: _thread.now}
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        for module in inside:
+            if "_gradient_checkpointing_func" in vars(module):
+                _remember_in(module)
+
+
+@torch.compiler.disable(reason="torch.compile around a model is made by `inject.compiled`, which gives it task ids")
+def _begin_outside(model: nn.Module):
+    """`_begin` of a model that was given to torch.compile itself: the mix stays outside its graph."""
+    _begin_with(model, _ids.get())
+
+
+def _end(model: nn.Module, args: tuple, output):
+    """Forward hook of the same, also if the call failed: the pass is over."""
+    if _thread.now is not None and _thread.now.model is model:
+        _thread.now = None
+
+
+def mix_all(layers: list[nn.Module], ids) -> dict[nn.Module, dict[str, Tensor]]:
+    """What `adapters` gives for each of these routed layers, in few operations: {layer: {name: (n, ...)}}.
+
+    Routers with the same settings draw and normalise together, layers of the same shapes mix together: what is stacked
+    has an axis of k in front. A mixture is cast to its layer's type here, once.
+    """
+    weights, mixed = {}, {layer: {} for layer in layers}
+    for same in _alike(dict.fromkeys(layer.router for layer in layers), _kind_of_router):
+        first = same[0]
+        if ids.largest >= first.tasks:
+            raise IndexError(f"task id {ids.largest} is out of range: this model knows tasks 0 .. {first.tasks - 1}")
+        tasks = (ids.tasks[ids.rows] if first.per_example else ids.tasks).to(first.Z.device, non_blocking=True)
+        w = first(tasks)[None] if len(same) == 1 else first(tasks, Z=_stack([router.Z for router in same]))
+        weights |= zip(same, w.unbind(), strict=True)
+    for same in _alike(layers, _kind_of_layer):
+        first, weight = same[0], same[0].linear.weight
+        inventory = {name: _stack([layer.inventory[name] for layer in same]) for name in first.inventory}
+        device = next(iter(inventory.values())).device
+        w = torch.stack([weights[layer.router].to(device) for layer in same])  # (k, u, ...)
+        if w.shape[1] > 1 and not first.router.per_example:
+            w = w.index_select(1, ids.rows.to(device, non_blocking=True))
+        for name, p in first.mix(w, inventory).items():  # (k, n, ...)
+            if p.is_floating_point() and weight.is_floating_point():
+                p = p.to(weight.dtype)
+            for layer, own in zip(same, p.unbind(), strict=True):
+                mixed[layer][name] = own
+    return mixed
+
+
+def _stack(parameters: list[Tensor]) -> Tensor:
+    """Parameters of one shape as one tensor, whose gradient is made contiguous once, not once for each of them."""
+    if len(parameters) == 1:
+        return parameters[0][None]
+    stacked = torch.stack(parameters)
+    if stacked.requires_grad and not torch.compiler.is_compiling():
+        stacked.register_hook(Tensor.contiguous)
+    return stacked
+
+
+def _alike(items, kind) -> list[list]:
+    """Items of the same kind(item) side by side, in order."""
+    groups = {}
+    for item in items:
+        groups.setdefault(kind(item), []).append(item)
+    return list(groups.values())
+
+
+def _kind_of_router(router: nn.Module):
+    """What routers have in common that can be one with a stacked Z; a router that is more than its Z stays alone."""
+    if len(list(router.parameters())) > 1:
+        return router
+    settings = tuple((name, value) for name, value in vars(router).items() if name[0] != "_")
+    return type(router), settings, router.Z.shape, router.Z.dtype, router.Z.device, router.Z.requires_grad
+
+
+def _kind_of_layer(layer: nn.Module):
+    """What layers have in common that can mix together. An SFT, as large as its layer, is not worth a second copy."""
+    if not layer.adapter.feature_axis:
+        return layer
+    shapes = tuple((name, p.shape, p.dtype, p.device) for name, p in layer.inventory.items())
+    return type(layer), layer.adapter, shapes, layer.router.per_example, layer.linear.weight.dtype
+
+
+def _give_mixture(layer: nn.Module, args: tuple, kwargs: dict):
+    """Forward pre-hook of every routed layer: add its task ids and its mixture to the call."""
     if len(args) > 1 or "tasks" in kwargs:
         return None  # called directly, with ids of its own
-    if not _contexts:
-        raise RuntimeError("a routed layer was called without task ids: wrap the call in `with task_ids(ids):`")
-    device, context = args[0].device, _contexts[-1]
-    if context.tasks.device != device:  # once a batch: a copy at every layer would let an accelerator wait each time
-        context = context._replace(tasks=context.tasks.to(device), rows=context.rows.to(device))
-        _contexts[-1] = context
-    tasks, rows, largest, kept = context
-    if largest >= layer.router.tasks:
-        raise IndexError(f"task id {largest} is out of range: this model knows tasks 0 .. {layer.router.tasks - 1}")
-    ids = {"tasks": tasks, "rows": rows}
-    if kept is None:
-        return args, kwargs | ids
-    if layer not in kept:
-        kept[layer] = layer.adapters(**ids)
-    return args, kwargs | ids | {"params": kept[layer]}
+    now = _pass_now()
+    if now is not None and layer in now.mixed:
+        return args, kwargs | {"tasks": now.ids.tasks, "rows": now.ids.rows, "params": now.mixed[layer]}
+    ids = now.ids if now is not None else _ids.get()
+    if ids is None:
+        raise RuntimeError(NO_IDS)
+    device = args[0].device
+    own = {"tasks": ids.tasks.to(device, non_blocking=True), "rows": ids.rows.to(device, non_blocking=True)}
+    if not hasattr(layer, "inventory"):  # a layer of another kind, that routes for itself
+        return args, kwargs | own
+    if now is None and torch._C._current_graph_task_id() != -1:  # in a backward pass
+        raise RuntimeError(
+            "a routed layer is computed again in the backward pass, where its model's mixture is unknown: use model."
+            "gradient_checkpointing_enable(), or checkpoint(inject.remember(function), ..., use_reentrant=False)"
+        )
+    kept = {} if ids.kept is None else ids.kept
+    if layer not in kept:  # called outside its model: it mixes alone
+        kept |= mix_all([layer], ids)
+    return args, kwargs | own | {"params": kept[layer]}
+
+
+# --- Passes that are computed again, or compiled ----------------------------------------------------------------------
+
+
+def remember(function):
+    """A function that, whenever it is called, sees the pass of now: for gradient checkpointing.
+
+    The backward pass calls it again, after the model's call has ended, and perhaps in another thread.
+    """
+    if torch.compiler.is_compiling():
+        return function  # the graph knows what it computes again
+    now = _thread.now and _thread.now._replace(model=None)
+
+    def within(*args, **kwargs):
+        before, _thread.now = _thread.now, now
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _thread.now = before
+
+    return within
+
+
+def _remember_in(module: nn.Module):
+    """Make a module of a model remember in its gradient checkpointing. RuntimeError if that is reentrant: it would lose
+    the gradients of the mixtures, which are not among the inputs of what it computes again."""
+    checkpoint = module._gradient_checkpointing_func
+    if isinstance(checkpoint, _Remembering):
+        return
+    if getattr(checkpoint, "keywords", {}).get("use_reentrant", True):
+        fix = "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+        raise RuntimeError(f"reentrant gradient checkpointing cannot be used with routed layers: model.{fix}")
+    module._gradient_checkpointing_func = _Remembering(checkpoint)
+
+
+class _Remembering(NamedTuple):
+    """A checkpointing function whose function remembers."""
+
+    checkpoint: Callable
+
+    def __call__(self, function, *args, **kwargs):
+        return self.checkpoint(remember(function), *args, **kwargs)
+
+
+def compiled(function, model: nn.Module, **options):
+    """torch.compile(function, **options) for a function that calls a model with routed layers, within `task_ids`.
+
+    Mixing becomes a part of the graph, and task ids are inputs of it: other ids do not compile again, nor does another
+    number of distinct ones, for they are repeated up to the length of the batch. (So routing draws more noise than
+    without compiling.) Raises IndexError as a layer would. Make it anew after `add_tasks`.
+    """
+    known = min((router.tasks for router in routers(model)), default=math.inf)
+
+    def with_ids(tasks: Tensor, rows: Tensor, *args, **kwargs):
+        _thread.given = None if tasks is None else _Ids(tasks, rows, -1, len(rows), None)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _thread.given = None
+
+    with_ids.__code__ = with_ids.__code__.replace()  # a copy: torch limits how often one code object is compiled
+    graph = torch.compile(with_ids, **options)
+
+    def call(*args, **kwargs):
+        ids = _ids.get()
+        if ids is None and known < math.inf:
+            raise RuntimeError(NO_IDS)
+        if ids is None:
+            return graph(None, None, *args, **kwargs)
+        if ids.largest >= known:
+            raise IndexError(f"task id {ids.largest} is out of range: this model knows tasks 0 .. {known - 1}")
+        device = next(model.parameters()).device
+        tasks = torch.cat([ids.tasks, ids.tasks[-1:].expand(ids.batch - len(ids.tasks))])
+        return graph(tasks.to(device, non_blocking=True), ids.rows.to(device, non_blocking=True), *args, **kwargs)
+
+    return call
 
 
 # --- Injection --------------------------------------------------------------------------------------------------------
@@ -225,8 +459,15 @@ def inject(model: nn.Module, make_layer, pattern: str) -> list[str]:
             raise ValueError(f"layer {name}: {error}") from None
     for name, layer in made:
         if hasattr(layer, "router"):
-            layer.register_forward_pre_hook(_give_task_ids, with_kwargs=True)
+            if layer.router.Z.device != layer.weight.device:
+                layer.router.to(layer.weight.device)
+            layer.register_forward_pre_hook(_give_mixture, with_kwargs=True)
         _put(model, name, layer)
+    if routers(model):
+        for part in model.modules():  # what may be called by itself: an encoder, a decoder, a model without its head
+            if part is model or hasattr(part, "get_input_embeddings"):
+                part.register_forward_pre_hook(_begin, with_kwargs=True)
+                part.register_forward_hook(_end, always_call=True)
     return [name for name, _ in made]
 
 

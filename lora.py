@@ -40,6 +40,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 
 class AddLowRank(torch.autograd.Function):
@@ -47,24 +48,27 @@ class AddLowRank(torch.autograd.Function):
 
     Autograd finds the same gradients from the expression itself. Written down by hand they need fewer passes over
     tensors as large as y, which are most of what a LoRA of low rank costs; and each product has its thin matrix, of r
-    rows, on the left, the faster order for a batch of matrices on a CPU. Second derivatives are an error: for those
-    write `y + scale * (x @ A @ B)`.
+    rows, on the left, the faster order for a batch of matrices on a CPU. overwrite: y is nobody else's, add to it in
+    place. Second derivatives are an error: for those write `y + scale * (x @ A @ B)`.
     """
 
     @staticmethod
-    def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, overwrite: bool) -> Tensor:
         low = torch.bmm(A.mT, x.mT)  # (b, r, l)
         ctx.save_for_backward(x, A, B, low)
         ctx.scale = scale
-        return torch.baddbmm(y, low.mT, B, alpha=scale)
+        if overwrite:
+            ctx.mark_dirty(y)
+        return (y.baddbmm_ if overwrite else y.baddbmm)(low.mT, B, alpha=scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, A, B, low = ctx.saved_tensors
-        by_low = torch.bmm(B, grad.mT) * ctx.scale
+        scaled = dict(beta=0, alpha=ctx.scale)  # beta 0: the first argument only gives the shape
+        by_low = torch.baddbmm(low, B, grad.mT, **scaled)  # (b, r, l)
         by_x = torch.bmm(by_low.mT, A.mT) if ctx.needs_input_grad[1] else None
-        return grad, by_x, torch.bmm(by_low, x).mT, torch.bmm(low, grad) * ctx.scale, None
+        return grad, by_x, torch.bmm(by_low, x).mT, torch.baddbmm(B, low, grad, **scaled), None, None
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,8 @@ class LoRA:
             y = self.apply(linear, x.reshape(1, -1, x.shape[-1]), A[None], B[None])
             return y.view(*x.shape[:-1], y.shape[-1])
         y = linear(x)
-        return AddLowRank.apply(y, *(p.to(y.dtype) for p in (x, A, B)), self.alpha / self.rank)
+        overwrite = type(linear) is nn.Linear and not (is_compiling() or linear._forward_hooks or y._is_view())
+        return AddLowRank.apply(y, *(p.to(y.dtype) for p in (x, A, B)), self.alpha / self.rank, overwrite)
 
     def merge(self, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor):
         """The weight (o, i), a new tensor, and bias (o,) that do the same: W0 + (alpha / r) (A B)^T."""

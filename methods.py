@@ -26,7 +26,7 @@ from plumbing.errors import UserError
 from plumbing.folders import read_config, refuse_other_tasks
 from poly import PolyLinear, PolyRouter
 from recipes import FIXED_TABLE, ONE_ADAPTER
-from sft import SFT, SFTLinear
+from sft import SFT, SFTLinear, SFTSkills
 
 SINGLE = {"lora": LoRALinear, "ia3": IA3Linear, "sft": SFTLinear}  # a layer with one adapter, by --adapter
 
@@ -57,7 +57,7 @@ def add_adapters(model: nn.Module, cfg, tasks: int, table: Tensor | None = None)
         key = "model" if cfg.method in FIXED_TABLE else sharing_key(name, cfg.granularity)  # one fixed table for all
         if key not in shared:
             shared[key] = make_router(cfg, tasks, table)
-        return (MHRLinear if cfg.method == "mhr" else PolyLinear)(linear, adapter, shared[key])
+        return routed_layer(cfg.method, cfg.adapter)(linear, adapter, shared[key])
 
     try:
         named = cfg.layers in LAYER_SETS or not cfg.layers
@@ -67,6 +67,21 @@ def add_adapters(model: nn.Module, cfg, tasks: int, table: Tensor | None = None)
     except ValueError as error:
         layers = f" --layers {cfg.layers}" if cfg.layers else ""
         raise UserError(f"--method {cfg.method} --backbone {cfg.backbone}{layers}: {error}") from None
+
+
+class SFTPolyLinear(SFTSkills, PolyLinear):
+    """A `PolyLinear` whose skills are SFTs."""
+
+
+class SFTMHRLinear(SFTSkills, MHRLinear):
+    """An `MHRLinear` whose skills are SFTs."""
+
+
+def routed_layer(method: str, adapter: str) -> type:
+    """The class of the routed layers of a method and --adapter."""
+    if adapter == "sft":
+        return SFTMHRLinear if method == "mhr" else SFTPolyLinear
+    return MHRLinear if method == "mhr" else PolyLinear
 
 
 def make_adapter(cfg, name: str):

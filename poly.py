@@ -43,7 +43,6 @@ The dual-speed learning rate ([1] section 2.3) is two parameter groups of the op
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding
 
 EPS = 1e-12  # added to the sum of a row of Z, so that a row of zeros can be normalised
 INIT = 1e-3  # logits start uniform within +-INIT: every skill half on, ties broken at random
@@ -80,16 +79,16 @@ def soft_partition(z: Tensor, routing: str, sample: bool) -> Tensor:
     return on.to(kind)
 
 
-def rows_of(Z: Tensor, tasks: Tensor) -> Tensor:
-    """The rows Z[tasks], (t, ...) and (u,) to (u, ...). Raises IndexError for an id outside 0 .. t-1.
+def rows_of(Z: Tensor, tasks: Tensor, axis: int = 0) -> Tensor:
+    """The rows of the tasks (u,) in Z, whose axis of tasks is `axis`: (t, ...) to (u, ...).
 
-    Indexing would take -1 for the last task; the embedding's own check does not, and stalls no accelerator (there it
-    is an assertion on the device; `inject.task_ids` has checked the ids by then).
+    Raises IndexError for an id outside 0 .. t-1. Z[tasks] would take -1 for the last task; `index_select` does not, and
+    stalls no accelerator (there it is an assertion on the device; `inject.task_ids` has checked the ids by then).
     """
     try:
-        return embedding(tasks, Z.flatten(1)).unflatten(1, Z.shape[1:])
+        return Z.index_select(axis, tasks)
     except IndexError:
-        raise IndexError(f"task ids must be in 0 .. {len(Z) - 1}, got {tasks.tolist()}") from None
+        raise IndexError(f"task ids must be in 0 .. {Z.shape[axis] - 1}, got {tasks.tolist()}") from None
 
 
 class PolyRouter(nn.Module):
@@ -117,12 +116,14 @@ class PolyRouter(nn.Module):
     def tasks(self) -> int:
         return self.Z.shape[0]
 
-    def forward(self, tasks: Tensor, sample: bool | None = None) -> Tensor:
+    def forward(self, tasks: Tensor, sample: bool | None = None, Z: Tensor | None = None) -> Tensor:
         """Task ids (u,) to weights over skills (u, s). sample: draw noise; None: in training mode only.
 
+        Z: the logits (k, t, s) of k routers like this one, stacked, for weights (k, u, s); None: its own.
         Raises IndexError for an id outside 0 .. t-1.
         """
-        return soft_partition(rows_of(self.Z, tasks), self.routing, self.training if sample is None else sample)
+        rows = rows_of(self.Z, tasks) if Z is None else rows_of(Z, tasks, axis=1)
+        return soft_partition(rows, self.routing, self.training if sample is None else sample)
 
     @torch.no_grad()
     def add_tasks(self, count: int, keep: bool = True):
@@ -156,14 +157,16 @@ class PolyLinear(nn.Module):
     in_features = property(lambda self: self.linear.in_features)
     out_features = property(lambda self: self.linear.out_features)
 
-    def mix(self, w: Tensor) -> dict[str, Tensor]:
+    def mix(self, w: Tensor, inventory=None) -> dict[str, Tensor]:
         """Weights (n, s) to n adapters: {name: (n, ...)}, the sum over s of w_s Phi_s.
 
-        An adapter whose parameters cannot be added up name by name (SFT) mixes them itself.
+        inventory: that of k layers like this one, stacked, {name: (k, s, ...)}, for weights (k, n, s) and adapters
+        {name: (k, n, ...)}; None: its own.
         """
-        if hasattr(self.adapter, "mix"):
-            return self.adapter.mix(self.linear, w[:, None], **self.inventory)
-        return {name: torch.einsum("ns,s...->n...", w, p) for name, p in self.inventory.items()}
+        mixed, axis = {}, w.dim() - 1  # the first axis of Phi_s, behind s
+        for name, p in (inventory or self.inventory).items():
+            mixed[name] = torch.einsum("...ns,...sp->...np", w, p.flatten(axis)).unflatten(-1, p.shape[axis:])
+        return mixed
 
     def adapters(self, tasks: Tensor, rows: Tensor | None = None) -> dict[str, Tensor]:
         """Each example's adapter, {name: (n, ...)}; if there is one task in all, its adapter, {name: (1, ...)}.
@@ -190,7 +193,7 @@ class PolyLinear(nn.Module):
             raise ValueError(f"{n} task ids for a batch of {x.shape[0]} rows: expected one per example")
         params = self.adapters(tasks, rows) if params is None else params
         if all(len(p) == 1 for p in params.values()):  # one adapter for all: plain matmuls
-            return self.adapter.apply(self.linear, x, **{name: p[0] for name, p in params.items()})
+            return self.adapter.apply(self.linear, x, **{name: p.squeeze(0) for name, p in params.items()})
         y = self.adapter.apply(self.linear, x.reshape(n, -1, x.shape[-1]), **params)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
@@ -212,7 +215,4 @@ class PolyLinear(nn.Module):
         Routing is dropped: train the result as a `LoRALinear`, `IA3Linear` or `SFTLinear`. The authors' code instead
         continues to train all s skills under uniform weights, s times as many parameters as the papers count.
         """
-        if hasattr(self.adapter, "mix"):
-            even = torch.full_like(self.router.Z[:1], 1 / self.router.skills)
-            return {name: p[0] for name, p in self.mix(even).items()}
         return {name: p.mean(0) for name, p in self.inventory.items()}

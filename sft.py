@@ -12,7 +12,7 @@ inside either pass. (Under Poly and MHR every example has a mixture of its own: 
 
 Under Poly and MHR every skill has places of its own (a mask M (s, o i)), so mixing cannot add up values that stand side
 by side: the skills' values are scaled by their weights and put one after the other, places repeated or not, and D is
-the sum. MHR cuts D along o into heads.
+the sum (`SFTSkills`). MHR cuts D along o into heads.
 
 [1] https://aclanthology.org/2022.acl-long.125   [2] https://arxiv.org/abs/2202.13914
 """
@@ -54,7 +54,7 @@ class SFT:
 
     density: float = 0.1
 
-    feature_axis = {}  # it mixes its parameters itself, see `mix`
+    feature_axis = {}  # no parameter has the layer's features along an axis: see `SFTSkills`
 
     def __post_init__(self):
         if not 0 < self.density <= 1:
@@ -72,23 +72,24 @@ class SFT:
     def apply(self, linear: nn.Linear, x: Tensor, value: Tensor, place: Tensor) -> Tensor:
         """y = x (W0 + D)^T + bias for x (b, l, i) -> (b, l, o).
 
-        Either one adapter for all rows, values and places (k,), or one per example, (b, k).
+        Either one adapter for all rows, values and places (k,), or one per example, (b, k); places may be (1, k).
         """
         size, y = (linear.out_features, linear.in_features), linear(x)
         if value.dim() == 1:
             return y + Times.apply(x.flatten(0, -2), value, place, size).view_as(y)
+        place = place.expand(len(value), -1)
         return y + torch.stack([Times.apply(*one, size) for one in zip(x, value, place, strict=True)])
 
     def mix(self, linear: nn.Linear, w: Tensor, value: Tensor, place: Tensor) -> dict[str, Tensor]:
-        """Skills to one adapter per task: values (s, k), place (s, k), weights w (n, h, s) -> both (n, s k).
+        """Skills to one adapter per task: values and places (s, k), weights w (n, h, s) -> values (n, s k), places
+        (1, s k), the same for all. Any axes may stand before these.
 
         Each value is scaled by the weight that its skill has in the head of its place: the row of D divided into h.
         """
-        heads = w.shape[1]
-        head = place // linear.in_features // (linear.out_features // heads)  # (s, k)
-        skill = torch.arange(len(value), device=w.device)[:, None]
-        scaled = w[:, head, skill] * value  # (n, s, k)
-        return {"value": scaled.flatten(1), "place": place.flatten().expand(len(w), -1)}
+        value, place = value.unsqueeze(-3), place.unsqueeze(-3)  # (1, s, k)
+        head = place // linear.in_features // (linear.out_features // w.shape[-2])
+        scaled = w.mT.gather(-1, head.expand(*w.shape[:-2], *head.shape[-2:])) * value  # (n, s, k)
+        return {"value": scaled.flatten(-2), "place": place.flatten(-2)}
 
     def merge(self, weight: Tensor, bias: Tensor | None, value: Tensor, place: Tensor):
         """The weight (o, i), a new tensor, and bias (o,) that do the same: W0 + D."""
@@ -135,3 +136,18 @@ def _together(value: Tensor, place: Tensor) -> dict[str, Tensor]:
     """The same D with each place once, in ascending order."""
     distinct, back = place.unique(return_inverse=True)
     return {"value": torch.zeros(len(distinct)).to(value).index_add(0, back, value), "place": distinct}
+
+
+class SFTSkills:
+    """The mix of skills that are SFTs, for a layer of Poly or MHR: `class SFTPolyLinear(SFTSkills, PolyLinear)`."""
+
+    def mix(self, w: Tensor, inventory=None) -> dict[str, Tensor]:
+        """Weights (n, s) or (n, h, s) to n adapters, by `SFT.mix`. inventory: as in `PolyLinear.mix`."""
+        w = w if self.router.Z.dim() == 3 else w.unsqueeze(-2)  # Poly has one head
+        return self.adapter.mix(self.linear, w, **(inventory or self.inventory))
+
+    @torch.no_grad()
+    def average_skills(self) -> dict[str, Tensor]:
+        """mu: ONE adapter, with the places of all skills."""
+        even = torch.full_like(self.router.Z[:1], 1 / self.router.skills)
+        return {name: p[0] for name, p in self.mix(even).items()}

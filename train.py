@@ -71,6 +71,7 @@ class Config:
     keep_every: int = flag(0, "also keep the adapters of every N-th step, as adapter-N.safetensors; 0: only the last")
     save_every: str = flag("10m", "checkpoint interval: 200 is 200 steps, 10m is 10 minutes", metavar="STEPS|MINUTESm")
     resume: bool = flag(False, "resume the run in --output-dir, or start it if it is not there")
+    compile: bool = flag(False, "compile the step: a minute or more at the start, then faster (results/bench.md)")
     deterministic: bool = flag(False, "on CUDA: bit-identical runs, slower (on a CPU they always are)")
     device: str = flag("auto", "cpu, cuda, or auto: cuda if there is one", ("auto", "cpu", "cuda"))
 
@@ -81,6 +82,7 @@ if __name__ == "__main__":  # read the flags before the slow imports: --help and
 import dataclasses
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -92,9 +94,11 @@ from baselines.adapter_soup import embed_tasks
 from inject import fingerprint, routers, task_ids, write_tensors
 from methods import count_parameters, names_of_skills, save_run, starting_point, use_checkpointing
 from plumbing import processes
+from plumbing.ahead import ahead, to_device
 from plumbing.backbones import pick_device, warn_if_too_large
 from plumbing.checkpoint import marks_of_tasks, run_tensors
 from plumbing.folders import refuse_other_tasks, remove_checkpoint
+from plumbing.graph import graph_of, same_sizes
 from plumbing.run import Run, refuse_nonfinite, run_in_folder
 from scoring import score_training_tasks, tasks_to_score
 
@@ -116,9 +120,9 @@ def make_optimizer(model: nn.Module, cfg) -> torch.optim.Optimizer:
     ]
     groups = [group for group in groups if group["params"]]
     if cfg.optimizer == "adafactor":  # T-Few's and MHR's setting: no relative steps, no scaling by the parameters' size
-        from transformers import Adafactor  # here: it takes seconds to import, and peft if that is installed
+        from plumbing.adafactor import StackedAdafactor  # here: transformers takes seconds to import
 
-        return Adafactor(groups, scale_parameter=False, relative_step=False, warmup_init=False)
+        return StackedAdafactor(groups)
     return torch.optim.AdamW(groups, fused=True)
 
 
@@ -135,14 +139,19 @@ def set_rates(optimizer: torch.optim.Optimizer, rates: list[float], factor: floa
 
 
 def batch_loss(model, tokenizer, items: list[data.Item], max_input: int, max_output: int) -> torch.Tensor:
-    """Cross-entropy averaged over the output tokens of a batch: a scalar. Texts are cut to max_input, max_output."""
+    """`token_loss` of a batch of texts, which are cut to max_input and max_output tokens."""
+    batch = tensors_of(model, tokenizer, items, max_input, max_output)
+    return token_loss(model, to_device(batch, model.device))
+
+
+def tensors_of(model, tokenizer, items: list[data.Item], max_input: int, max_output: int) -> dict[str, torch.Tensor]:
+    """The tensors of `data.collate` for a batch, on the CPU."""
     examples, outputs = [item.example for item in items], [item.output for item in items]
-    batch = data.collate(examples, outputs, tokenizer, model.config.is_encoder_decoder, max_input, max_output)
-    return token_loss(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
+    return data.collate(examples, outputs, tokenizer, model.config.is_encoder_decoder, max_input, max_output)
 
 
 def token_loss(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """`batch_loss` of the tensors that `data.collate` makes."""
+    """Cross-entropy averaged over the output tokens of a batch: a scalar. batch: of `tensors_of`."""
     if not model.config.is_encoder_decoder:
         return model(**batch, use_cache=False).loss  # the keys and values that generation keeps would be copies
     inputs, labels = {k: v for k, v in batch.items() if k != "labels"}, batch["labels"]
@@ -153,33 +162,67 @@ def token_loss(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def output_tokens(model, tokenizer, items: list[data.Item], max_output: int) -> int:
-    """How many tokens `batch_loss` averages over."""
+    """How many tokens `token_loss` averages over."""
     outputs = [item.output for item in items]
     return sum(map(len, data.encode_outputs(outputs, tokenizer, model.config.is_encoder_decoder, max_output)))
 
 
-def backward_in_parts(loss_of, items: list[data.Item], micro_batch: int, weight=len, batch=None) -> float:
-    """Forward and backward over a batch in parts of micro_batch examples (0: all at once); returns the mean loss.
+class Part(NamedTuple):
+    """What one forward and backward pass takes: a batch, or a part of it."""
 
-    loss_of(items): a scalar, an average over what weight(items) counts, examples or tokens. All parts draw the same
-    routing noise, so a batch in parts has the loss and gradients of the whole (except for dropout in the backbone, and
-    random routing by example, which repeat their draws in each part).
+    tensors: dict[str, torch.Tensor]
+    tasks: list[int]  # of its examples
+    among: list[int]  # of those of the whole batch
+    share: float  # of the batch's loss that is this part's
+
+
+def parts_of(items: list[data.Item], micro_batch: int, prepare, weight=len, batch=None) -> list[Part]:
+    """A batch in parts of micro_batch examples (0: in one).
+
+    prepare(items): the tensors of a part. weight(items): how many examples or tokens its loss averages over.
     batch: the items of all processes, if `items` is one's share.
     """
-    batch, total, size = batch or items, 0.0, micro_batch or max(1, len(items))
+    batch, size = batch or items, micro_batch or max(1, len(items))
     ids, undivided = [item.task for item in batch], len(items) == len(batch) <= size
     whole = 1 if undivided else weight(batch)
+    parts = [items[k : k + size] for k in range(0, len(items), size)]
+    return [Part(prepare(p), [i.task for i in p], ids, 1 if undivided else weight(p) / whole) for p in parts]
+
+
+def backward_in_parts(loss_of, parts: list[Part], device) -> torch.Tensor:
+    """Forward and backward over a batch in parts (`parts_of`); returns its mean loss, a scalar.
+
+    loss_of(tensors): a scalar, the mean over a part. All parts draw the same routing noise, so a batch in parts has the
+    loss and gradients of the whole (except for dropout in the backbone, and random routing by example, which repeat
+    their draws in each part).
+    """
+    total = torch.zeros((), device=device)
     gpu = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    for k in range(0, len(items), size):
-        part, last = items[k : k + size], k + size >= len(items)
-        with torch.random.fork_rng(gpu, enabled=not last), task_ids([item.task for item in part], among=ids):
-            loss = loss_of(part) * (1 if undivided else weight(part) / whole)
+    for part in parts:
+        with torch.random.fork_rng(gpu, enabled=part is not parts[-1]), task_ids(part.tasks, among=part.among):
+            loss = loss_of(to_device(part.tensors, device)) * part.share
             loss.backward()
-        total += loss.item()
+        total = total + loss.detach()
     return total
 
 
 # --- The loop ---------------------------------------------------------------------------------------------------------
+
+
+def loss_and_parts(model, tokenizer, cfg: Config):
+    """What `backward_in_parts` calls, loss_of(tensors), and what makes parts of a batch ahead of it; both for a graph
+    with --compile."""
+    prepare = partial(tensors_of, model, tokenizer, max_input=cfg.max_input, max_output=cfg.max_output)
+    tokens = partial(output_tokens, model, tokenizer, max_output=cfg.max_output)
+    loss_of = partial(token_loss, model)
+
+    def in_parts(batch: list[data.Item]) -> list[Part]:
+        return parts_of(processes.share(batch), cfg.micro_batch, prepare, tokens, batch)
+
+    if not cfg.compile:
+        return loss_of, in_parts
+    longest = cfg.max_input + (0 if model.config.is_encoder_decoder else cfg.max_output)
+    return graph_of(loss_of, model, cfg), same_sizes(in_parts, cfg, longest)
 
 
 def train_steps(model, tokenizer, tasks: list[data.Task], steps: int, cfg: Config, folder: Path) -> Run:
@@ -187,21 +230,21 @@ def train_steps(model, tokenizer, tasks: list[data.Task], steps: int, cfg: Confi
 
     `plumbing/run.py` does the rest: it resumes, sums over processes, logs, saves, and stops on a signal.
     """
-    optimizer, micro = make_optimizer(model, cfg), cfg.micro_batch
+    optimizer, (loss_of, in_parts) = make_optimizer(model, cfg), loss_and_parts(model, tokenizer, cfg)
     rates = [group["lr"] for group in optimizer.param_groups]
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
-    loss_of = partial(batch_loss, model, tokenizer, max_input=cfg.max_input, max_output=cfg.max_output)
-    tokens = partial(output_tokens, model, tokenizer, max_output=cfg.max_output)
     made_with = {"backbone": fingerprint(model), "data set": marks_of_tasks(tasks)}
     options = dict(save_every=cfg.save_every, log_every=cfg.log_every, resume=cfg.resume, made_with=made_with)
     with Run(folder, run_tensors(model), optimizer, **options) as run:
         batches = data.batches(tasks, cfg.batch_size, cfg.seed, start=batches_before(cfg) + run.now.step)
+        batches = ahead(batches, in_parts)
         for step in run.steps(steps, f"train {cfg.method}"):
-            batch = next(batches)  # 1 take a batch of many tasks
+            batch, parts = next(batches)  # 1 take a batch of many tasks
             set_rates(optimizer, rates, warmup_then_decay(step - 1, steps, cfg.warmup))  # 2 set the two learning rates
-            loss = backward_in_parts(loss_of, processes.share(batch), micro, tokens, batch)  # 3 forward, backward
+            loss = backward_in_parts(loss_of, parts, model.device)  # 3 forward, backward
             loss = run.sum_over_processes(loss)
-            norm = nn.utils.clip_grad_norm_(trainable, cfg.clip).item()  # 4 clip
+            norm = nn.utils.clip_grad_norm_(trainable, cfg.clip)  # 4 clip
+            loss, norm = run.values(loss, norm)
             refuse_nonfinite(loss, norm, step, batch, tasks)
             optimizer.step()  # 5 step
             optimizer.zero_grad()

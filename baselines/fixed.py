@@ -27,19 +27,21 @@ class FixedRouter(nn.Module):
 
     def __init__(self, table: Tensor):
         super().__init__()
-        if table.dim() != 2 or bool((table < 0).any()) or not bool((table.sum(-1) > 0).all()):
+        good = table.is_meta or bool((table >= 0).all()) and bool((table.sum(-1) > 0).all())  # meta: has no values
+        if table.dim() != 2 or not good:
             raise ValueError("a table (tasks, skills) needs entries of 0 or more, and in each row one above 0")
         self.skills = table.shape[1]
         self.Z = nn.Parameter(table.detach().float().clone(), requires_grad=False)  # a copy
 
     tasks = property(lambda self: self.Z.shape[0])
 
-    def forward(self, tasks: Tensor, sample: bool | None = None) -> Tensor:
+    def forward(self, tasks: Tensor, sample: bool | None = None, Z: Tensor | None = None) -> Tensor:
         """Task ids (u,) to weights (u, s): the rows of the table divided by their sums. sample: there is no noise.
 
-        Raises IndexError for an id outside 0 .. t-1, as `PolyRouter.forward`.
+        Z: the tables (k, t, s) of k routers, stacked. Raises IndexError for an id outside 0 .. t-1. Both as in
+        `PolyRouter.forward`.
         """
-        rows = rows_of(self.Z, tasks)
+        rows = rows_of(self.Z, tasks) if Z is None else rows_of(Z, tasks, axis=1)
         return rows / rows.sum(-1, keepdim=True)
 
     @torch.no_grad()
@@ -93,9 +95,9 @@ class RandomRouter(FixedRouter):
     def __init__(self, tasks: int, skills: int):
         super().__init__(torch.ones(tasks, skills))
 
-    def forward(self, tasks: Tensor, sample: bool | None = None) -> Tensor:
-        """Task ids (b,), one per example, to weights (b, s). sample: draw; None: in training mode only."""
-        weights = super().forward(tasks)
+    def forward(self, tasks: Tensor, sample: bool | None = None, Z: Tensor | None = None) -> Tensor:
+        """Task ids (b,), one per example, to weights (b, s). sample: draw; None: in training mode only. Z: as above."""
+        weights = super().forward(tasks, Z=Z)
         if not (self.training if sample is None else sample):
             return weights
         on = (torch.rand_like(weights) < 0.5).to(weights.dtype)

@@ -29,14 +29,15 @@ class TaskMoERouter(PolyRouter):
         super().__init__(tasks, skills)
         self.k = k
 
-    def forward(self, tasks: Tensor, sample: bool | None = None) -> Tensor:
+    def forward(self, tasks: Tensor, sample: bool | None = None, Z: Tensor | None = None) -> Tensor:
         """Task ids (u,) to weights (u, s), at most k of them above 0, each row summing to 1. sample: there is no noise.
 
         Only the k best logits get a gradient. Logits of +-inf count as the largest finite number, so k equal ones share
-        evenly. Raises IndexError for an id outside 0 .. t-1.
+        evenly. Z, and the error for an id outside 0 .. t-1: as in `PolyRouter.forward`.
         """
         most = torch.finfo(self.Z.dtype).max
-        logits = rows_of(self.Z, tasks).clamp(-most, most)
+        rows = rows_of(self.Z, tasks) if Z is None else rows_of(Z, tasks, axis=1)
+        logits = rows.clamp(-most, most)
         best = logits.topk(self.k, dim=-1).indices
         kept = torch.full_like(logits, -torch.inf).scatter(-1, best, logits.gather(-1, best))
         return kept.softmax(-1)  # the same as a softmax over all, cut to the k best and divided by its sum

@@ -10,29 +10,36 @@ from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import BaseModelOutput
 
 from data import Example, Item, encode_inputs, encode_outputs, pad, pad_rows
+from plumbing.ahead import to_device
 from plumbing.errors import UserError
 
 UNLIKELIHOOD_EPS = 1e-2  # of T-Few's code: -log(1 - p + eps) stays finite at p = 1
 
 
-def choice_log_probs(
+def choice_tensors(
     model: nn.Module, tokenizer, examples: list[Example], max_input: int, max_output: int
-) -> tuple[Tensor, Tensor]:
-    """(log p (b, c, l), mask (b, c, l)): the log-probability of each token of each choice given the input.
-
-    mask is True at tokens, False at padding and at choices that an example does not have; log p is 0 there. The
-    end-of-text token is a token of the choice. Call it inside `task_ids` of the b examples: the layers infer from the
-    shapes that each example has c rows.
-    """
+) -> dict[str, Tensor]:
+    """The tensors of these examples and their choices, on the CPU: inputs, tokens (b, c, l), exists (b, c)."""
     encoder_decoder, c = model.config.is_encoder_decoder, max(len(e.choices) for e in examples)
     flat = [choice for e in examples for choice in (*e.choices, *[""] * (c - len(e.choices)))]
-    exists = torch.tensor([k < len(e.choices) for e in examples for k in range(c)], device=model.device)
-    tokens = pad(encode_outputs(flat, tokenizer, encoder_decoder, max_output), -100).to(model.device)  # (b*c, l)
-    source = encode_inputs(examples, tokenizer, max_input)
-    source = {k: v.to(model.device) for k, v in pad_rows(source, tokenizer, left=not encoder_decoder).items()}
-    score = _encoder_decoder_logits if encoder_decoder else _decoder_only_logits
+    tokens = pad(encode_outputs(flat, tokenizer, encoder_decoder, max_output), -100).unflatten(0, (-1, c))
+    exists = torch.tensor([[k < len(e.choices) for k in range(c)] for e in examples])
+    source = pad_rows(encode_inputs(examples, tokenizer, max_input), tokenizer, left=not encoder_decoder)
+    return source | {"tokens": tokens, "exists": exists}
+
+
+def choice_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(log p (b, c, l), mask (b, c, l)): the log-probability of each token of each choice given the input.
+
+    batch: of `choice_tensors`. mask is True at tokens, False at padding and at choices that an example does not have;
+    log p is 0 there. The end-of-text token is a token of the choice. Call it inside `task_ids` of the b examples: the
+    layers infer from the shapes that each example has c rows.
+    """
+    source = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    tokens, c = batch["tokens"].flatten(0, 1), batch["tokens"].shape[1]  # (b*c, l)
+    score = _encoder_decoder_logits if model.config.is_encoder_decoder else _decoder_only_logits
     logits = score(model, source, tokens, c).float()
-    mask = (tokens != -100) & exists[:, None]
+    mask = (tokens != -100) & batch["exists"].flatten()[:, None]
     log_p = -cross_entropy(logits.transpose(1, 2), tokens.masked_fill(~mask, -100), reduction="none")
     return log_p.unflatten(0, (-1, c)), mask.unflatten(0, (-1, c))
 
@@ -84,27 +91,32 @@ def t_few_loss(log_p: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
     L_LN  cross-entropy over the choices' length-normalised log-probabilities, averaged over examples
     L_UL  unlikelihood, -log(1 - p + 1e-2), averaged over the tokens of all wrong choices
     """
-    right = torch.zeros_like(mask)
-    right[torch.arange(len(labels)), labels] = True
-    lm = -log_p[mask & right].mean()
+    chosen = torch.arange(log_p.shape[1], device=labels.device) == labels[:, None]  # (b, c)
+    right, wrong = mask & chosen[..., None], mask & ~chosen[..., None]  # sums over them: selecting waits for the device
+    lm = -(log_p * right).sum() / right.sum()
     ln = cross_entropy(choice_scores(log_p, mask), labels)
-    wrong = log_p[mask & ~right]
-    ul = -torch.log(1 - wrong.exp() + UNLIKELIHOOD_EPS).sum() / max(1, len(wrong))
+    ul = -(torch.log(1 - log_p.exp() + UNLIKELIHOOD_EPS) * wrong).sum() / wrong.sum().clamp(min=1)
     return lm + ln + ul
 
 
-def loss_of_choices(model, tokenizer, items: list[Item], max_input: int, max_output: int) -> torch.Tensor:
-    """`t_few_loss` of a batch: a scalar. Raises UserError for an example without choices."""
+def labelled_tensors(model, tokenizer, items: list[Item], max_input: int, max_output: int) -> dict[str, Tensor]:
+    """`choice_tensors` of a batch, and labels (b,). Raises UserError for an example without choices."""
     examples = [item.example for item in items]
     if not all(e.choices for e in examples):
         raise UserError(
             "T-Few's losses, of this benchmark's recipe, need answer choices: leave such tasks out of --tasks"
         )
-    labels = torch.tensor([e.label for e in examples], device=model.device)
-    return t_few_loss(*choice_log_probs(model, tokenizer, examples, max_input, max_output), labels)
+    labels = torch.tensor([e.label for e in examples])
+    return choice_tensors(model, tokenizer, examples, max_input, max_output) | {"labels": labels}
+
+
+def loss_of_choices(model, batch: dict[str, Tensor]) -> Tensor:
+    """`t_few_loss` of the tensors of `labelled_tensors`: a scalar."""
+    return t_few_loss(*choice_log_probs(model, batch), batch["labels"])
 
 
 @torch.no_grad()
 def choose(model: nn.Module, tokenizer, examples: list[Example], max_input: int, max_output: int) -> list[int]:
     """Rank classification: for each example the number of the choice with the highest length-normalised score."""
-    return choice_scores(*choice_log_probs(model, tokenizer, examples, max_input, max_output)).argmax(-1).tolist()
+    batch = to_device(choice_tensors(model, tokenizer, examples, max_input, max_output), model.device)
+    return choice_scores(*choice_log_probs(model, batch)).argmax(-1).tolist()

@@ -367,7 +367,7 @@ class RoutedAgent(nn.Module):
             else:
                 phi = self.sft.mix(linear, w if w.dim() == 3 else w[:, None], value, place)
                 size = (linear.out_features, linear.in_features)
-                D = [dense(v, p, size) for v, p in zip(*phi.values(), strict=True)]
+                D = [dense(v, phi["place"][0], size) for v in phi["value"]]
             for level, d in zip(levels, D, strict=True):
                 level[part][rest] = theta + d.view_as(theta)
         return levels

@@ -64,6 +64,10 @@ def first() -> bool:
     return rank() == 0
 
 
+def count() -> int:
+    return dist.get_world_size() if (dist := _dist()) else 1
+
+
 def share(items: list) -> list:
     """This process's part of a list: every n-th item of n processes. May be empty."""
     return items[dist.get_rank() :: dist.get_world_size()] if (dist := _dist()) else items
@@ -84,18 +88,19 @@ def together(results: dict) -> dict:
     return {key: value for one in every for key, value in one.items()}
 
 
-def sum_gradients(parameters: list, loss: float, stop: int) -> tuple[float, bool]:
+def sum_gradients(parameters: list, loss, stop: int) -> tuple:
     """Replace each gradient by its sum over all processes; a missing one counts as zero.
 
-    Returns the sum of the losses, and whether any process wants to stop, so that all stop after the same step.
-    Gradients travel as one vector: a message has a fixed cost, however small it is.
+    loss: a scalar. Returns the sum of the losses and that of `stop`, two scalars on the device: if any
+    process wants to stop, all stop after the same step. Gradients travel as one vector: a message has a fixed cost,
+    however small it is.
     """
-    if not (dist := _dist()):
-        return loss, bool(stop)
     import torch
     from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-    total = torch.tensor([loss, stop], dtype=torch.float64, device=parameters[0].device)
+    total = torch.stack([loss, torch.full_like(loss, stop)])
+    if not (dist := _dist()):
+        return total.unbind()
     with torch.no_grad():
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -104,4 +109,4 @@ def sum_gradients(parameters: list, loss: float, stop: int) -> tuple[float, bool
         dist.all_reduce(total)
         dist.all_reduce(vector)
         vector_to_parameters(vector, gradients)
-    return total[0].item(), bool(total[1].item())
+    return total.unbind()

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -164,10 +165,15 @@ class Run(Log):
                 yield step
                 self.bar.update(each)
 
-    def sum_over_processes(self, loss: float) -> float:
+    def sum_over_processes(self, loss: Tensor) -> Tensor:
         """Sum gradients and loss over all processes; returns the loss. With one process nothing changes."""
         loss, self.stop = processes.sum_gradients(self.parameters, loss, self.signals.caught)
         return loss
+
+    def values(self, *scalars: Tensor) -> list[float]:
+        """Scalars as numbers: the one place in a step that waits for the device."""
+        *numbers, self.stop = torch.stack([x.to(scalars[0].dtype) for x in (*scalars, self.stop)]).tolist()
+        return numbers
 
     def record(self, loss: float, norm: float, shown: str = "", **more):
         """End a step: note its loss, log every log_every steps, save when due, stop if a signal asked for it.

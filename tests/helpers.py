@@ -21,10 +21,8 @@ import train
 from benchmarks.metrics import METRICS
 from inject import adapter_parameters, freeze, inject, named_layers, task_ids
 from methods import SINGLE as ONE_LAYER
-from methods import make_adapter, make_router
-from mhr import MHRLinear
+from methods import make_adapter, make_router, routed_layer
 from plumbing.backbones import tiny_from_scratch
-from poly import PolyLinear
 from recipes import ONE_ADAPTER
 
 NAMES = ("t5", "bart", "llama", "gpt2")
@@ -135,7 +133,7 @@ def layer_maker(method, adapter, tasks=TASKS, router=None, **settings):
         if method in ONE_ADAPTER:
             return ONE_LAYER[adapter](linear, spec)
         own = router or make_router(cfg, tasks, table if tasks == TASKS else None)
-        return (MHRLinear if method == "mhr" else PolyLinear)(linear, spec, own)
+        return routed_layer(method, adapter)(linear, spec, own)
 
     return make_layer
 
@@ -184,11 +182,15 @@ def logits(model: nn.Module, batch: dict[str, torch.Tensor], ids) -> torch.Tenso
         return model(**batch).logits
 
 
-def gradients(model: nn.Module, batch: dict[str, torch.Tensor], ids) -> dict[str, torch.Tensor]:
-    """The gradient of the loss for every trainable parameter."""
+def gradients(model: nn.Module, batch: dict[str, torch.Tensor], ids, inside: bool = True) -> dict[str, torch.Tensor]:
+    """The gradient of the loss for every trainable parameter. inside: take it within the context, not after it."""
     model.zero_grad()
     with task_ids(ids):
-        model(**batch, use_cache=False).loss.backward()
+        loss = model(**batch, use_cache=False).loss
+        if inside:
+            loss.backward()
+    if not inside:
+        loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -4,6 +4,8 @@ import math
 import string
 from functools import cache
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks import choices
-from benchmarks.choices import choice_log_probs, choice_scores, choose, t_few_loss
+from benchmarks.choices import choice_log_probs, choice_scores, choice_tensors, choose, t_few_loss
 from data import Example
 from inject import adapter_parameters, task_ids
 from tests.helpers import IDS, NAMES, TASKS, adapted, difference
@@ -95,7 +97,7 @@ def padded(log_ps: list[list]) -> tuple[Tensor, Tensor]:
 
 def together(model, tokenizer, examples=EXAMPLES, ids=IDS, limits=LIMITS) -> tuple[Tensor, Tensor]:
     with task_ids(ids):
-        return choice_log_probs(model, tokenizer, examples, *limits)
+        return choice_log_probs(model, choice_tensors(model, tokenizer, examples, *limits))
 
 
 def assert_close(x: Tensor, y: Tensor):
@@ -330,16 +332,18 @@ def test_choose_takes_the_best_score_of_pairs_alone(name):
 )
 def test_choose_by_hand(monkeypatch, of_choices, best):
     four = [[-1.0]] * 4  # beside it, so that an example with fewer choices has absent ones
+    monkeypatch.setattr(choices, "choice_tensors", lambda *args: {})
     monkeypatch.setattr(choices, "choice_log_probs", lambda *args: padded([of_choices, four]))
-    assert choose(None, None, [], *LIMITS) == [best, 0]
+    assert choose(SimpleNamespace(device="cpu"), None, [], *LIMITS) == [best, 0]
 
 
 def test_choose_takes_no_gradient(monkeypatch):
     seen = []
+    monkeypatch.setattr(choices, "choice_tensors", lambda *args: {})
     monkeypatch.setattr(
         choices, "choice_log_probs", lambda *args: seen.append(torch.is_grad_enabled()) or padded([[[0.0]]])
     )
-    choose(None, None, [], *LIMITS)
+    choose(SimpleNamespace(device="cpu"), None, [], *LIMITS)
     assert seen == [False] and torch.is_grad_enabled()
 
 

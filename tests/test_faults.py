@@ -305,7 +305,7 @@ def test_deterministic_algorithms(deterministic, flags, reference, tmp_path):
 def test_an_operation_that_cannot_be_deterministic(deterministic, monkeypatch, capsys, flags, tmp_path):
     """put_ is one on a CPU too: one sentence that names it."""
     monkeypatch.setattr(
-        train, "batch_loss", lambda *args, **options: torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+        train, "token_loss", lambda *args, **options: torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
     )
     flags = flags | dict(output_dir=str(tmp_path / "run"), deterministic=True)
     code, said = failed(capsys, train.main, flags)

@@ -8,7 +8,10 @@ ROOT = Path(__file__).resolve().parents[1]
 CONCEPTS = "lora ia3 sft poly mhr inject".split()
 FLOORS = [  # from the ground up; a file imports only from floors below, or from files before it on its own floor
     [*CONCEPTS, "recipes"],
-    [f"plumbing.{x}" for x in "errors flags processes folders tables checkpoint backbones run tasks".split()],
+    [
+        f"plumbing.{x}"
+        for x in "errors flags processes folders tables checkpoint adafactor ahead graph backbones run tasks".split()
+    ],
     ["data"],
     [f"benchmarks.{x}" for x in "tables strings t0 superni crossfit metrics choices".split()] + ["benchmarks"],
     [f"baselines.{x}" for x in "fixed task_moe hyperformer adapter_soup".split()],
@@ -18,7 +21,7 @@ FLOORS = [  # from the ground up; a file imports only from floors below, or from
     ["adapt"],
     ["evaluate"],
     [f"tools.{x}" for x in "measures figures compare count_parameters estimate_memory export analyze".split()],
-    [f"experiments.{x}" for x in "methods claims reproduce babyai bench".split()],
+    [f"experiments.{x}" for x in "methods claims reproduce babyai bench gpu".split()],
     [f"tests.stress.{x}" for x in "kills targets faults longrun scale".split()],
 ]
 PLACES = {name: (floor, place) for floor, names in enumerate(FLOORS) for place, name in enumerate(names)}

@@ -15,10 +15,10 @@ import train
 from ia3 import IA3, IA3Linear
 from inject import adapter_parameters, task_ids
 from lora import LoRA, LoRALinear
-from methods import add_adapters
-from mhr import MHRLinear, MHRRouter
+from methods import add_adapters, routed_layer
+from mhr import MHRRouter
 from plumbing.backbones import tiny_from_scratch
-from poly import PolyLinear, PolyRouter
+from poly import PolyRouter
 from sft import SFT, SFTLinear, dense
 from tests.test_poly_mhr import batch, each_file, each_routing, gradients, naive, trained
 
@@ -37,9 +37,9 @@ def half_layer(kind: str, adapter, dtype) -> nn.Module:
     if kind == "one":
         layer = {LoRA: LoRALinear, IA3: IA3Linear, SFT: SFTLinear}[type(adapter)](linear, adapter)
     elif kind == "poly":
-        layer = PolyLinear(linear, adapter, PolyRouter(5, 3))
+        layer = routed_layer(kind, "sft" if type(adapter) is SFT else "")(linear, adapter, PolyRouter(5, 3))
     else:
-        layer = MHRLinear(linear, adapter, MHRRouter(5, 3, heads=4))
+        layer = routed_layer(kind, "sft" if type(adapter) is SFT else "")(linear, adapter, MHRRouter(5, 3, heads=4))
     for name, p in layer.named_parameters():
         if not name.startswith("linear.") and p.is_floating_point():
             nn.init.normal_(p)
@@ -56,8 +56,9 @@ def error_bound(layer, x, params: dict, u: float):
     x, W, adapter = x.double(), layer.linear.weight.double(), layer.adapter
     y0 = torch.nn.functional.linear(x, W, layer.linear.bias.double())
     if isinstance(adapter, SFT):
-        pairs = zip(torch.atleast_2d(params["value"]).double(), torch.atleast_2d(params["place"]), strict=True)
-        D = torch.stack([dense(value, place, W.shape) for value, place in pairs])
+        values = torch.atleast_2d(params["value"]).double()
+        places = torch.atleast_2d(params["place"]).expand_as(values)  # in a mixture the same for all
+        D = torch.stack([dense(value, place, W.shape) for value, place in zip(values, places, strict=True)])
         return u * (2 * y0.abs() + 3 * x.abs() @ D.abs().mT)
     params = {name: p.double() for name, p in params.items()}
     if isinstance(adapter, LoRA):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from inject import _contexts, task_ids
+from inject import _ids, task_ids
 from plumbing import processes
 from plumbing.errors import UserError, exit_on_user_error
 from plumbing.flags import explicit_flags
@@ -63,7 +63,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 def test_alone_nothing_happens():
     p = torch.nn.Parameter(torch.ones(2))
-    assert processes.sum_gradients([p], 3.5, 0) == (3.5, False) and p.grad is None
+    assert processes.sum_gradients([p], torch.tensor(3.5), 0) == (3.5, 0) and p.grad is None
     assert processes.share([1, 2, 3]) == [1, 2, 3] and processes.first() and processes.together({"a": 1}) == {"a": 1}
     processes.join("cpu")
     processes.wait()
@@ -73,8 +73,9 @@ def test_alone_nothing_happens():
 def test_a_part_draws_the_noise_of_the_whole():
     whole, part = [5, 2, 2, 9], [9, 2]
     with task_ids(part, among=whole):
-        tasks, rows, largest, _ = _contexts[-1]
+        tasks, rows, largest, batch, kept = _ids.get()
     assert tasks.tolist() == [2, 5, 9] and tasks[rows].tolist() == part and largest == 9
+    assert batch == len(whole) and kept is None
     for wrong in ([3], [10], [2, 3]):
         with pytest.raises(ValueError, match="not all among"), task_ids(wrong, among=whole):
             pass
@@ -238,10 +239,10 @@ from plumbing import processes
 processes.join("cpu")
 rank, p = processes.rank(), torch.nn.Parameter(torch.zeros(2))
 p.grad = torch.ones(2) if processes.first() else None
-loss, stop = processes.sum_gradients([p], 1.5, rank)
+loss, stop = processes.sum_gradients([p], torch.tensor(1.5), rank)
 together = processes.together({rank: "here"})
 with open(f"{sys.argv[1]}/{rank}", "w") as file:
-    print(processes.share([5, 6, 7]), p.grad.tolist(), loss, stop, together, file=file)
+    print(processes.share([5, 6, 7]), p.grad.tolist(), loss.item(), bool(stop), together, file=file)
 """
 
 

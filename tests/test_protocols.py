@@ -15,6 +15,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,7 +39,7 @@ import evaluate
 import scoring
 import train
 from benchmarks import metrics
-from benchmarks.choices import loss_of_choices
+from benchmarks.choices import labelled_tensors, loss_of_choices
 from benchmarks.tables import Rows
 from data import Benchmark, Example, Item, Task
 from inject import GRANULARITIES, adapter_parameters, inject, named_layers, routers
@@ -771,14 +772,15 @@ def test_gradients_of_parts_add_up(loss):
     model, tokenizer = build_model(cfg, tasks=3)
     helpers.randomise(model)
     model.double().train()
-    function = train.batch_loss if loss == "batch" else loss_of_choices
+    prepare, function = (train.tensors_of, train.token_loss) if loss == "batch" else (labelled_tensors, loss_of_choices)
     items = [Item(t, e, e.outputs[0]) for t, task in enumerate(even_tasks()) for e in task.train]
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def gradients(size: int):
         model.zero_grad()
-        value = train.backward_in_parts(lambda part: function(model, tokenizer, part, 40, 8), items, size)
-        return value, [p.grad.clone() for p in trained]
+        parts = train.parts_of(items, size, lambda part: prepare(model, tokenizer, part, 40, 8))
+        value = train.backward_in_parts(partial(function, model), parts, "cpu")
+        return value.item(), [p.grad.clone() for p in trained]
 
     whole, expected = gradients(0)
     assert all(g.abs().max() > 0 for g in expected)

@@ -666,14 +666,14 @@ def test_nonfinite_gradients_stop_the_run(monkeypatch, cut_run, reference):
 
 def test_nonfinite_gradients_end_one_task_not_all(monkeypatch, capsys, reference, tmp_path):
     """In the second step of one of two tasks: that one keeps its best values, which are finite; the other is done."""
-    real, calls = train.batch_loss, []
+    real, calls = train.token_loss, []
 
-    def broken(model, tokenizer, items, *args, **kwargs):
-        loss = real(model, tokenizer, items, *args, **kwargs)
+    def broken(model, batch):
+        loss = real(model, batch)
         calls.append(loss.requires_grad)
         return Steep.apply(loss) if sum(calls) == 2 else loss
 
-    monkeypatch.setattr(train, "batch_loss", broken)
+    monkeypatch.setattr(train, "token_loss", broken)
     few = FEW | dict(checkpoint=str(reference), tasks="drop+swap,double+upper", output_dir=str(tmp_path / "few"))
     stops = adapt.main(few)["splits"]["0"]["stops"]
     assert "drop+swap: loss or gradients are not finite in step 2" in capsys.readouterr().out
@@ -684,15 +684,21 @@ def test_nonfinite_gradients_end_one_task_not_all(monkeypatch, capsys, reference
 
 def test_nonfinite_loss_ends_one_task_not_all(monkeypatch, capsys, reference, tmp_path):
     """Of three tasks the second one breaks: it keeps its best values, here those before training."""
-    real = train.backward_in_parts
+    real, tensors_of, of_second = train.backward_in_parts, train.tensors_of, []
 
-    def broken(loss_of, items, *args):
-        loss = real(loss_of, items, *args)
-        return math.nan if items[0].example.input == second else loss
+    def noted(model, tokenizer, items, *args, **lengths):
+        tensors = tensors_of(model, tokenizer, items, *args, **lengths)
+        of_second.extend([tensors["input_ids"]] if items[0].example.input == second else [])
+        return tensors
+
+    def broken(loss_of, parts, device):
+        loss = real(loss_of, parts, device)
+        return loss * math.nan if any(parts[0].tensors["input_ids"] is x for x in of_second) else loss
 
     few = FEW | dict(checkpoint=str(reference), shots=1, batch_size=1)
     tasks = adapt.tasks_to_adapt(train.run_config(str(reference)), "0", adapt.make_config(**few))
     second = next(task for task in tasks if task.name == "drop+swap").train[0].input
+    monkeypatch.setattr(train, "tensors_of", noted)
     monkeypatch.setattr(train, "backward_in_parts", broken)
     stops = adapt.main(few | dict(output_dir=str(tmp_path / "few")))["splits"]["0"]["stops"]
     assert "drop+swap: loss or gradients are not finite in step 1" in capsys.readouterr().out
@@ -705,13 +711,13 @@ def test_nonfinite_loss_ends_one_task_not_all(monkeypatch, capsys, reference, tm
 @pytest.mark.parametrize("best_by", ["loss", "score"])
 def test_training_steps_are_in_training_mode(monkeypatch, reference, tmp_path, best_by):
     """Also after a look at the dev examples, which are scored in evaluation mode, without noise."""
-    real, modes = train.batch_loss, []
+    real, modes = train.token_loss, []
 
     def watched(model, *args, **kwargs):
         modes.append((torch.is_grad_enabled(), model.training))
         return real(model, *args, **kwargs)
 
-    monkeypatch.setattr(train, "batch_loss", watched)
+    monkeypatch.setattr(train, "token_loss", watched)
     adapt.main(FEW | dict(checkpoint=str(reference), best_by=best_by, eval_every=1, output_dir=str(tmp_path / "few")))
     assert {mode for grad, mode in modes if grad} == {True} and {mode for grad, mode in modes if not grad} <= {False}
 
@@ -723,7 +729,7 @@ def test_out_of_memory_is_one_sentence_with_advice(monkeypatch, flags, reference
     def full(*args, **kwargs):
         raise error
 
-    for module, name in ((train, "batch_loss"), (torch.optim.AdamW, "step"), (scoring, "predict")):
+    for module, name in ((train, "token_loss"), (torch.optim.AdamW, "step"), (scoring, "predict")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, full)
             with pytest.raises(RunError, match="not enough memory: try a smaller --micro-batch .*--checkpointing"):

@@ -19,7 +19,8 @@ from baselines.task_moe import TaskMoERouter
 from data import Task
 from inject import GRANULARITIES, LORA_LAYERS, sharing_key
 from lora import LoRA, LoRALinear
-from mhr import MHRLinear, MHRRouter
+from methods import SFTMHRLinear, SFTPolyLinear
+from mhr import MHRRouter
 from poly import PolyLinear, PolyRouter
 from sft import SFT, SFTLinear
 
@@ -40,7 +41,8 @@ routers = pytest.mark.parametrize("name", ROUTERS)
 def layer_of(name: str, adapter=None) -> PolyLinear:
     """A layer with random values in its skills, so that tasks differ, and random logits or embeddings."""
     torch.manual_seed(0)
-    layer = PolyLinear(nn.Linear(8, 12), adapter or LoRA(4), ROUTERS[name]())
+    kind = SFTPolyLinear if isinstance(adapter, SFT) else PolyLinear
+    layer = kind(nn.Linear(8, 12), adapter or LoRA(4), ROUTERS[name]())
     for p in layer.inventory.values():
         if p.is_floating_point():
             p.data.normal_()
@@ -281,7 +283,7 @@ def test_sft_under_mhr_by_a_loop(heads):
     """Each block of rows of D is mixed with the weights of its head; one head is Poly."""
     torch.manual_seed(0)
     linear, x = nn.Linear(8, 12), torch.randn(4, 2, 8)
-    layer = MHRLinear(linear, SFT(0.25), MHRRouter(TASKS, SKILLS, heads)).eval()
+    layer = SFTMHRLinear(linear, SFT(0.25), MHRRouter(TASKS, SKILLS, heads)).eval()
     layer.inventory["value"].data.normal_()
     layer.router.Z.data.normal_()
     y = layer(x, DISTINCT, ROWS)
@@ -291,14 +293,14 @@ def test_sft_under_mhr_by_a_loop(heads):
         D = torch.cat([sum(w[h, s] * Ds[s].chunk(heads)[h] for s in range(SKILLS)) for h in range(heads)])
         torch.testing.assert_close(y[k], linear(x[k]) + x[k] @ D.T, rtol=1e-5, atol=1e-5)
     if heads == 1:
-        poly = PolyLinear(linear, layer.adapter, PolyRouter(TASKS, SKILLS)).eval()
+        poly = SFTPolyLinear(linear, layer.adapter, PolyRouter(TASKS, SKILLS)).eval()
         poly.router.Z.data, poly.inventory = layer.router.Z.data[:, 0], layer.inventory
         assert torch.equal(poly(x, DISTINCT, ROWS), y)
     mean = SFTLinear(linear, layer.adapter, layer.average_skills())
     torch.testing.assert_close(mean(x), linear(x) + x @ (sum(Ds) / SKILLS).T, rtol=1e-5, atol=1e-5)
     assert len(mean.params["place"].unique()) == len(mean.params["place"]) <= SKILLS * 24
     with pytest.raises(ValueError, match="5 heads do not divide 12"):
-        MHRLinear(linear, SFT(), MHRRouter(TASKS, SKILLS, 5))
+        SFTMHRLinear(linear, SFT(), MHRRouter(TASKS, SKILLS, 5))
 
 
 def test_sft_learns_with_adam():

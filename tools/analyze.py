@@ -83,19 +83,16 @@ USES = {  # the companion flags of each job
 def recorded(model: nn.Module):
     """A list to which every routed layer adds its mixture each time it runs in this context."""
     seen, routed = [], [layer for layer in adapted_layers(model).values() if hasattr(layer, "router")]
-    for layer in routed:
 
-        def adapters(*args, own=layer.adapters):
-            params = own(*args)
-            seen.extend(p for p in params.values() if p.requires_grad)
-            return params
+    def record(layer: nn.Module, args: tuple, kwargs: dict):
+        seen.extend(p for p in kwargs["params"].values() if p.requires_grad)
 
-        layer.adapters = adapters
+    hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in routed]
     try:
         yield seen
     finally:
-        for layer in routed:
-            del layer.adapters
+        for hook in hooks:
+            hook.remove()
 
 
 def gradient_alignment(model, tokenizer, tasks: list[data.Task], ids: list[int], examples: int, lengths):
