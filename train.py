@@ -82,7 +82,6 @@ if __name__ == "__main__":  # read the flags before the slow imports: --help and
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -94,7 +93,7 @@ from baselines.adapter_soup import embed_tasks
 from inject import fingerprint, routers, task_ids, write_tensors
 from methods import count_parameters, names_of_skills, save_run, starting_point, use_checkpointing
 from plumbing import processes
-from plumbing.ahead import ahead, to_device
+from plumbing.ahead import Part, ahead, parts_of, to_device
 from plumbing.backbones import pick_device, warn_if_too_large
 from plumbing.checkpoint import marks_of_tasks, run_tensors
 from plumbing.folders import refuse_other_tasks, remove_checkpoint
@@ -165,28 +164,6 @@ def output_tokens(model, tokenizer, items: list[data.Item], max_output: int) -> 
     """How many tokens `token_loss` averages over."""
     outputs = [item.output for item in items]
     return sum(map(len, data.encode_outputs(outputs, tokenizer, model.config.is_encoder_decoder, max_output)))
-
-
-class Part(NamedTuple):
-    """What one forward and backward pass takes: a batch, or a part of it."""
-
-    tensors: dict[str, torch.Tensor]
-    tasks: list[int]  # of its examples
-    among: list[int]  # of those of the whole batch
-    share: float  # of the batch's loss that is this part's
-
-
-def parts_of(items: list[data.Item], micro_batch: int, prepare, weight=len, batch=None) -> list[Part]:
-    """A batch in parts of micro_batch examples (0: in one).
-
-    prepare(items): the tensors of a part. weight(items): how many examples or tokens its loss averages over.
-    batch: the items of all processes, if `items` is one's share.
-    """
-    batch, size = batch or items, micro_batch or max(1, len(items))
-    ids, undivided = [item.task for item in batch], len(items) == len(batch) <= size
-    whole = 1 if undivided else weight(batch)
-    parts = [items[k : k + size] for k in range(0, len(items), size)]
-    return [Part(prepare(p), [i.task for i in p], ids, 1 if undivided else weight(p) / whole) for p in parts]
 
 
 def backward_in_parts(loss_of, parts: list[Part], device) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,16 +11,38 @@ from torch import Tensor
 DEPTH = 2  # how many batches wait while the model trains on one
 
 
-def ahead(batches: Iterator[list], parts_of: Callable[[list], list]) -> Iterator[tuple[list, list]]:
-    """Pairs (batch, parts_of(batch)) of endless batches: read, tokenised and padded in a thread.
+class Part(NamedTuple):
+    """What one forward and backward pass takes: a batch, or a part of it."""
 
-    Each part has `tensors`, a dictionary; they come in page-locked memory if there is a GPU, which can then copy them
-    while it computes. An error is raised where its batch is due.
+    tensors: dict[str, Tensor]
+    tasks: list[int]  # of its examples
+    among: list[int]  # of those of the whole batch
+    share: float  # of the batch's loss that is this part's
+
+
+def parts_of(items: list, micro_batch: int, prepare, weight=len, batch=None) -> list[Part]:
+    """A batch, a list of `data.Item`s, in parts of micro_batch examples (0: in one).
+
+    prepare(items): the tensors of a part. weight(items): how many examples or tokens its loss averages over.
+    batch: the items of all processes, if `items` is one's share.
+    """
+    batch, size = batch or items, micro_batch or max(1, len(items))
+    ids, undivided = [item.task for item in batch], len(items) == len(batch) <= size
+    whole = 1 if undivided else weight(batch)
+    parts = [items[k : k + size] for k in range(0, len(items), size)]
+    return [Part(prepare(p), [i.task for i in p], ids, 1 if undivided else weight(p) / whole) for p in parts]
+
+
+def ahead(batches: Iterator[list], in_parts: Callable[[list], list[Part]]) -> Iterator[tuple[list, list[Part]]]:
+    """Pairs (batch, in_parts(batch)) of endless batches: read, tokenised and padded in a thread.
+
+    Tensors come in page-locked memory if there is a GPU, which can then copy them while it computes. An error is raised
+    where its batch is due.
     """
 
     def one():
         batch = next(batches)
-        return batch, [part._replace(tensors=pinned(part.tensors)) for part in parts_of(batch)]
+        return batch, [part._replace(tensors=pinned(part.tensors)) for part in in_parts(batch)]
 
     with ThreadPoolExecutor(max_workers=1) as thread:
         waiting = deque(thread.submit(one) for _ in range(DEPTH))

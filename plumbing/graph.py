@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from inject import compiled
 from plumbing import processes
+from plumbing.ahead import Part
 from plumbing.errors import UserError
 
 
@@ -47,17 +48,17 @@ def refuse_without_compiler(device: str):
         raise UserError("--compile: torch.compile needs a C++ compiler (g++): install one, or leave the flag out")
 
 
-def same_sizes(parts_of: Callable[[list], list], cfg, longest: int) -> Callable[[list], list]:
-    """parts_of, whose parts (`train.Part`) are padded: to the same number of rows, and lengths to `rounded_up`."""
+def same_sizes(in_parts: Callable[[list], list[Part]], cfg, longest: int) -> Callable[[list], list[Part]]:
+    """in_parts, whose parts are padded: to the same number of rows, and lengths to `rounded_up`."""
     rows = cfg.micro_batch or -(-cfg.batch_size // processes.count())
 
-    def padded(batch: list) -> list:
+    def padded(batch: list) -> list[Part]:
         return [
             part._replace(
                 tensors={name: widened(name, x, rows, longest) for name, x in part.tensors.items()},
                 tasks=repeated(part.tasks, rows), among=repeated(part.among, cfg.batch_size),
             )
-            for part in parts_of(batch)
+            for part in in_parts(batch)
         ]  # fmt: skip
 
     return padded
