@@ -194,6 +194,7 @@ class _Pass(NamedTuple):
     inside: set[nn.Module]  # all modules of that model
     ids: _Ids
     mixed: dict[nn.Module, dict[str, Tensor]]  # layer -> its mixture
+    around: object  # the pass of another model, in which this one was called; or None
 
 
 class _Thread(threading.local):
@@ -220,24 +221,25 @@ def _begin(model: nn.Module, args: tuple, kwargs: dict):
     now = _pass_now()
     if now is not None and (now.model is None or model in now.inside and model is not now.model):
         return
+    around = None if now is None or now.model is model else now  # the same model: its last call was interrupted
     if torch.compiler.is_compiling() and _thread.given is None:
-        _begin_outside(model)
+        _begin_outside(model, around)
     else:
-        _begin_with(model, _thread.given or _ids.get())
+        _begin_with(model, _thread.given or _ids.get(), around)
 
 
-def _begin_with(model: nn.Module, ids: _Ids | None):
+def _begin_with(model: nn.Module, ids: _Ids | None, around: _Pass | None):
     """Mix the adapters of all layers of the model for these ids. Without ids: nothing, until a layer is called."""
     if ids is None:
         return
     if ids.kept is not None and model in ids.kept:
-        _thread.now = ids.kept[model]
+        _thread.now = ids.kept[model]._replace(around=around)
         return
     inside = set(model.modules())
     layers = [m for m in model.modules() if "router" in m._modules and "inventory" in m._modules]
     kept = {} if ids.kept is None else ids.kept
     mixed = kept | mix_all([layer for layer in layers if layer not in kept], ids)
-    _thread.now = _Pass(model, inside, ids, mixed)
+    _thread.now = _Pass(model, inside, ids, mixed, around)
     if ids.kept is not None:
         kept |= mixed | {model: _thread.now}
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -247,15 +249,15 @@ def _begin_with(model: nn.Module, ids: _Ids | None):
 
 
 @torch.compiler.disable(reason="torch.compile around a model is made by `inject.compiled`, which gives it task ids")
-def _begin_outside(model: nn.Module):
+def _begin_outside(model: nn.Module, around: _Pass | None):
     """`_begin` of a model that was given to torch.compile itself: the mix stays outside its graph."""
-    _begin_with(model, _ids.get())
+    _begin_with(model, _ids.get(), around)
 
 
 def _end(model: nn.Module, args: tuple, output):
     """Forward hook of the same, also if the call failed: the pass is over."""
     if _thread.now is not None and _thread.now.model is model:
-        _thread.now = None
+        _thread.now = _thread.now.around
 
 
 def mix_all(layers: list[nn.Module], ids) -> dict[nn.Module, dict[str, Tensor]]:

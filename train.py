@@ -97,7 +97,7 @@ from plumbing.ahead import Part, ahead, parts_of, to_device
 from plumbing.backbones import pick_device, warn_if_too_large
 from plumbing.checkpoint import marks_of_tasks, run_tensors
 from plumbing.folders import refuse_other_tasks, remove_checkpoint
-from plumbing.graph import graph_of, same_sizes
+from plumbing.graph import graph_of, refuse_what_cannot_compile, same_sizes
 from plumbing.run import Run, refuse_nonfinite, run_in_folder
 from scoring import score_training_tasks, tasks_to_score
 
@@ -240,6 +240,8 @@ def train(cfg: Config) -> dict:
 def train_in(folder: Path, cfg: Config) -> dict:
     """`train` in a folder that this process has locked."""
     warn_if_too_large(cfg)
+    if cfg.compile:
+        refuse_what_cannot_compile(cfg)
     tasks = benchmarks.load_for(cfg, cfg.split, ("train",)).train
     steps, scored = steps_to_take(cfg, tasks), tasks_to_score(cfg, tasks)
     torch.manual_seed(cfg.seed)

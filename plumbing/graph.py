@@ -23,11 +23,9 @@ def graph_of(loss_of: Callable, model: nn.Module, cfg) -> Callable:
     """loss_of(tensors), a scalar, compiled; its backward pass too. Call it within `inject.task_ids`.
 
     Where a step calls it more than once and adds up gradients (--micro-batch), CUDA graphs are left out: they write the
-    gradients to the same memory each time. Raises UserError if this machine cannot compile.
+    gradients to the same memory each time.
     """
-    device = next(model.parameters()).device.type
-    refuse_without_compiler(device)
-    recorded = device == "cuda" and not 0 < cfg.micro_batch < cfg.batch_size
+    recorded = cfg.device == "cuda" and not 0 < cfg.micro_batch < cfg.batch_size
     graph = compiled(loss_of, model, fullgraph=True, mode="reduce-overhead" if recorded else None)
 
     def call(tensors: dict[str, Tensor]) -> Tensor:
@@ -40,9 +38,11 @@ def graph_of(loss_of: Callable, model: nn.Module, cfg) -> Callable:
     return call
 
 
-def refuse_without_compiler(device: str):
-    """Raise UserError if what torch.compile calls on this device is missing."""
-    if device == "cuda" and importlib.util.find_spec("triton") is None:
+def refuse_what_cannot_compile(cfg):
+    """Raise UserError if what torch.compile calls on this device is missing, or with --checkpointing."""
+    if cfg.checkpointing:
+        raise UserError("--compile does not go with --checkpointing, whose code in T5 cannot be a graph: leave one out")
+    if cfg.device == "cuda" and importlib.util.find_spec("triton") is None:
         raise UserError("--compile: on a GPU torch.compile needs the package triton: install it, or leave the flag out")
     if not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++", "cl"))):
         raise UserError("--compile: torch.compile needs a C++ compiler (g++): install one, or leave the flag out")

@@ -141,7 +141,12 @@ def test_a_machine_that_cannot_compile_says_so(monkeypatch, device, missing):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(graph.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"^--compile: .*{missing.replace('+', '.')}"):
-        graph.refuse_without_compiler(device)
+        graph.refuse_what_cannot_compile(train.Config(device=device))
+
+
+def test_checkpointing_cannot_be_compiled(tmp_path):
+    with pytest.raises(UserError, match="^--compile does not go with --checkpointing"):
+        train.main(dict(compile=True, checkpointing=True, steps=1, output_dir=str(tmp_path / "run")))
 
 
 @needs_compiler

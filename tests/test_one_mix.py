@@ -416,6 +416,35 @@ def test_the_innermost_context_counts_within_a_call_too():
         assert_close(model(x), expected)
 
 
+class Outer(nn.Module):
+    """A model that calls another one, with routed layers of its own, in the middle of its forward pass."""
+
+    call = staticmethod(lambda block, x: block(x))
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(8, 8), chain("poly"), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.call(self.first, x)
+        return self.call(self.last, x + self.inner(x))
+
+
+def test_a_model_that_calls_another_one():
+    """Each was injected by itself; all layers are given a mixture, under checkpointing too."""
+    torch.manual_seed(3)
+    outer, x = Outer(), torch.randn(4, 3, 8)
+    inner, outer.inner = outer.inner, nn.Identity()  # `inject` refuses a model that has adapters
+    inject(outer, layer_maker("mhr", "lora"), "first|last")
+    outer.inner = inner
+    randomise(outer)
+    seen, plain = watch(draw(outer.eval())), all_gradients(outer, lambda m: m(x).square().sum(), "outside")
+    assert len(seen) == 6
+    outer.call = lambda block, x: checkpoint(remember(block), x, use_reentrant=False)
+    assert_close(all_gradients(outer, lambda m: m(x).square().sum(), "outside"), plain, **GRADIENTS_CLOSE)
+    assert inject_module._thread.now is None
+
+
 # --- Threads, and tasks of asyncio ------------------------------------------------------------------------------------
 
 
