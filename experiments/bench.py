@@ -82,39 +82,42 @@ def make(name: str, device: str, rank: int, heads: int) -> nn.Module:
             module.embed_tokens.register_forward_hook(lambda m, args, y: y.detach().requires_grad_())
     elif name == "full":
         model.requires_grad_(True)
-    elif name.startswith("PEFT"):
-        from peft import LoraConfig, PolyConfig, get_peft_model
-
-        options = dict(r=rank, target_modules=LINEARS, task_type="SEQ_2_SEQ_LM")
-        poly = dict(n_tasks=TASKS, n_skills=SKILLS, n_splits=heads)
-        config = PolyConfig(**options, **poly) if name == "PEFT Poly" else LoraConfig(**options, lora_alpha=1)
-        model = get_peft_model(model, config)
     else:
-        adapter = LoRA(rank)
-        layer = {
-            "LoRA": lambda _, linear: LoRALinear(linear, adapter),
-            "Poly": lambda _, linear: PolyLinear(linear, adapter, PolyRouter(TASKS, SKILLS)),
-            "MHR": lambda _, linear: MHRLinear(linear, adapter, MHRRouter(TASKS, SKILLS, heads)),
-        }[name]
-        inject(model, layer, LORA_LAYERS["t5"])
+        model = adapted(model, name, TASKS, rank, heads)
     return model.to(device)
 
 
-def batch_of(size: int, length: int, device: str) -> dict[str, torch.Tensor]:
-    """A batch of random tokens, with OUTPUT labels an example."""
-    x = torch.randint(3, 32000, (size, length), device=device)
-    labels = torch.randint(3, 32000, (size, OUTPUT), device=device)
+def adapted(model: nn.Module, name: str, tasks: int, rank: int, heads: int) -> nn.Module:
+    """A frozen T5 with the adapters of a contestant."""
+    if name.startswith("PEFT"):
+        from peft import LoraConfig, PolyConfig, get_peft_model
+
+        options = dict(r=rank, target_modules=LINEARS, task_type="SEQ_2_SEQ_LM")
+        poly = dict(n_tasks=tasks, n_skills=SKILLS, n_splits=heads)
+        config = PolyConfig(**options, **poly) if name == "PEFT Poly" else LoraConfig(**options, lora_alpha=1)
+        return get_peft_model(model, config)
+    adapter = LoRA(rank)
+    layer = {
+        "LoRA": lambda _, linear: LoRALinear(linear, adapter),
+        "Poly": lambda _, linear: PolyLinear(linear, adapter, PolyRouter(tasks, SKILLS)),
+        "MHR": lambda _, linear: MHRLinear(linear, adapter, MHRRouter(tasks, SKILLS, heads)),
+    }[name]
+    inject(model, layer, LORA_LAYERS["t5"])
+    return model
+
+
+def batch_of(size: int, length: int, device: str, labels: int = OUTPUT, vocabulary: int = 32000) -> dict:
+    """A batch of random tokens {name: tensor}, with so many labels an example."""
+    x = torch.randint(3, vocabulary, (size, length), device=device)
+    labels = torch.randint(3, vocabulary, (size, labels), device=device)
     return dict(input_ids=x, attention_mask=torch.ones_like(x), labels=labels, use_cache=False)
 
 
 # --- Timing -----------------------------------------------------------------------------------------------------------
 
 
-def ratios(runs: dict, rounds: int, device: str) -> dict[str, tuple[float, float]]:
-    """{name: (median seconds / the first one's median, half the interquartile range of the rounds' ratios)}.
-
-    runs: {name: function to time}. "seconds": the first one's median itself.
-    """
+def timed(runs: dict, rounds: int, device: str) -> dict[str, list[float]]:
+    """{name: its seconds in each round}. runs: {name: function to time}."""
     names, seconds = list(runs), {name: [] for name in runs}
     for k in range(rounds + 1):
         for name in names[k % len(names) :] + names[: k % len(names)]:
@@ -124,6 +127,15 @@ def ratios(runs: dict, rounds: int, device: str) -> dict[str, tuple[float, float
                 torch.cuda.synchronize()
             if k:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratios(runs: dict, rounds: int, device: str) -> dict[str, tuple[float, float]]:
+    """{name: (median seconds / the first one's median, half the interquartile range of the rounds' ratios)}.
+
+    runs: {name: function to time}. "seconds": the first one's median itself.
+    """
+    seconds = timed(runs, rounds, device)
     floor = next(iter(seconds.values()))
     result = {}
     for name, values in seconds.items():
@@ -315,11 +327,11 @@ def print_table(title: str, lines: dict[str, dict[str, tuple[float, float]]]):
     print(f"\n{title}\n\n{aligned(cells, left=1)}", flush=True)
 
 
-def about(device: str, rounds: int) -> str:
+def machine(device: str) -> str:
     """The machine and the versions that the times depend on."""
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
-    return f"{device}, {where}, {platform.machine()}, {versions}; {rounds} rounds"
+    packages = [name for name in ("torch", "transformers", "peft") if importlib.util.find_spec(name)]
+    return f"{device}, {where}, {platform.machine()}, {', '.join(f'{name} {version(name)}' for name in packages)}"
 
 
 def main():
@@ -341,7 +353,7 @@ def main():
         memory_of(args.memory_of, args.device)
         return
     device, rounds = args.device, args.rounds
-    print(about(device, rounds))
+    print(f"{machine(device)}; {rounds} rounds")
     points = {label_of(BASE | change): BASE | change for change in GRID}
     if "train" in args.only:
         lines = {label: bench_train(point, device, rounds) for label, point in with_bar(points.items(), "train")}
