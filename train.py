@@ -97,7 +97,7 @@ from plumbing.ahead import Part, ahead, parts_of, to_device
 from plumbing.backbones import pick_device, warn_if_too_large
 from plumbing.checkpoint import marks_of_tasks, run_tensors
 from plumbing.folders import refuse_other_tasks, remove_checkpoint
-from plumbing.graph import graph_of, refuse_what_cannot_compile, same_sizes
+from plumbing.graph import WORTH_COMPILING, graph_of, refuse_what_cannot_compile, same_sizes
 from plumbing.run import Run, refuse_nonfinite, run_in_folder
 from scoring import score_training_tasks, tasks_to_score
 
@@ -259,6 +259,8 @@ def train_in(folder: Path, cfg: Config) -> dict:
     counts, sizes = count_parameters(model), [len(task.train) for task in tasks if len(task.train)]
     print(f"{len(sizes)} training tasks, {sum(sizes):,} examples, {steps:,} steps,", end=" ")
     print(f"{len(routers(model))} routers; trainable:", *(f"{name} {count:,}" for name, count in counts.items()))
+    if steps >= WORTH_COMPILING and not cfg.compile:
+        print("--compile would save about a fifth of each step on two CPU cores (results/bench.md), after a minute")
     done = train_steps(model.train(), tokenizer, tasks, steps, cfg, folder).now
     save_run(model, tokenizer, folder)
     if processes.first() and embeddings is not None:

@@ -39,9 +39,11 @@ from tqdm import tqdm
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.utils import logging
 
+import train
 from benchmarks.choices import _encoder_decoder_logits
 from inject import LORA_LAYERS, freeze, inject, merge, task_ids, unmerge
 from lora import LoRA, LoRALinear
+from methods import build_model
 from mhr import MHRLinear, MHRRouter
 from plumbing.errors import exit_on_user_error
 from plumbing.tables import aligned
@@ -249,6 +251,38 @@ def _peft_layer(linear: nn.Linear, heads: int) -> nn.Module:
     return Linear(linear, "a", PolyConfig(r=16, n_tasks=LAYER[0], n_skills=SKILLS, n_splits=heads))
 
 
+def bench_compile(device: str, rounds: int) -> dict:
+    """The `ratios` of a training step of the bundled model as `train.py --compile` takes it, beside the eager one.
+
+    64 examples of 64 tasks, 32 + 16 tokens, rank 4, 4 skills, 8 heads. "X first": a first step, compiling included.
+    """
+    runs, first = {}, {}
+    for method in ("lora", "mhr"):
+        for compiled in (False, True):
+            name = f"{method}{', compiled' * compiled}"
+            runs[name], start = bundled_step(method, device, compiled), time.perf_counter()
+            runs[name]()
+            first[f"{name}, seconds of the first"] = time.perf_counter() - start, 0.0
+    return ratios(runs, rounds, device) | first
+
+
+def bundled_step(method: str, device: str, compiled: bool):
+    """A function that takes one training step of the bundled model: forward, backward, AdamW."""
+    cfg = train.Config(method=method, rank=4, skills=4, heads=8, device=device, batch_size=64, compile=compiled)
+    model, tokenizer = build_model(cfg, 64)
+    loss_of, _ = train.loss_and_parts(model.train(), tokenizer, cfg)
+    optimizer, batch = train.make_optimizer(model, cfg), batch_of(64, 32, device, labels=16, vocabulary=300)
+    del batch["use_cache"]
+
+    def step():
+        with task_ids(range(64)):
+            loss_of(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 # --- Memory and start-up ----------------------------------------------------------------------------------------------
 
 
@@ -321,7 +355,7 @@ def print_table(title: str, lines: dict[str, dict[str, tuple[float, float]]]):
     names = list(dict.fromkeys(name for line in lines.values() for name in line))
     cells = [["", *names]]
     for label, line in lines.items():
-        texts = [f"{line[n][0]:.3f}" if n == "seconds" else f"{line[n][0]:.2f} ({line[n][1]:.2f})" if n in line else ""
+        texts = [f"{line[n][0]:.3f}" if "seconds" in n else f"{line[n][0]:.2f} ({line[n][1]:.2f})" if n in line else ""
                  for n in names]  # fmt: skip
         cells.append([label, *texts])
     print(f"\n{title}\n\n{aligned(cells, left=1)}", flush=True)
@@ -335,7 +369,7 @@ def machine(device: str) -> str:
 
 
 def main():
-    parts = ("train", "adapt", "generate", "choices", "layer", "memory")
+    parts = ("train", "adapt", "generate", "choices", "layer", "compile", "memory")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=11, help="at least 2")
@@ -372,6 +406,9 @@ def main():
         print_table("Scoring of four choices", {label_of(BASE): bench_choices(BASE, device, rounds)})
     if "layer" in args.only:
         print_table("One layer, 1024 x 1024, r=16, 32 tasks", {"forward and backward": bench_layer(device, rounds)})
+    if "compile" in args.only:
+        lines = {"b=64 l=32 r=4 h=8": bench_compile(device, rounds)}
+        print_table("Training step of the bundled model, with --compile", lines)
     if "memory" in args.only:
         print(f"\nPeak memory of a training step, {label_of(BASE)}\n\n{aligned(bench_memory(device), left=1)}")
 

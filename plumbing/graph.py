@@ -19,13 +19,17 @@ from plumbing.ahead import Part
 from plumbing.errors import UserError
 
 
+WORTH_COMPILING = 5000  # steps of the bundled model that save more than the minute of compiling
+
+
 def graph_of(loss_of: Callable, model: nn.Module, cfg) -> Callable:
     """loss_of(tensors), a scalar, compiled; its backward pass too. Call it within `inject.task_ids`.
 
     Where a step calls it more than once and adds up gradients (--micro-batch), CUDA graphs are left out: they write the
     gradients to the same memory each time.
     """
-    recorded = cfg.device == "cuda" and not 0 < cfg.micro_batch < cfg.batch_size
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    recorded = on_gpu and not 0 < cfg.micro_batch < cfg.batch_size
     graph = compiled(loss_of, model, fullgraph=True, mode="reduce-overhead" if recorded else None)
 
     def call(tensors: dict[str, Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import T5ForConditionalGeneration
 
+import train
 from experiments import bench
 from inject import freeze
 from tests.helpers import small_config
@@ -69,6 +70,16 @@ def test_the_parts_run(small, monkeypatch, capsys):
     for title in ("mixed tasks", "Generation", "four choices", "One layer"):
         assert title in said
     assert said.count("b=4 l=8 r=2 h=2") == 1 and "merging" in said and "PEFT Poly" in said
+
+
+def test_the_compiled_step_is_that_of_train(monkeypatch, capsys):
+    """All but the compiler: its step gets the loss that `train.py --compile` would compile."""
+    asked = []
+    monkeypatch.setattr(train, "graph_of", lambda loss_of, model, cfg: asked.append(cfg.method) or loss_of)
+    monkeypatch.setattr(sys, "argv", "bench --rounds 2 --only compile".split())
+    bench.main()
+    said = capsys.readouterr().out
+    assert asked == ["lora", "mhr"] and "mhr, compiled" in said and "seconds of the first" in said
 
 
 @pytest.mark.slow

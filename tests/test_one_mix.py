@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -30,6 +31,7 @@ from tests.helpers import (
     HEADS, IDS, NAMES, ROUTED, SKILLS, TASKS, adapted, backbone, difference, gradients, inputs, layer_maker, layers_of,
     logits, randomise,
 )  # fmt: skip
+from train import make_optimizer
 
 OTHER = [2, 2, 1, 0]
 CLOSE, GRADIENTS_CLOSE = dict(rtol=1e-5, atol=1e-5), dict(rtol=1e-4, atol=1e-4)
@@ -117,8 +119,11 @@ class Operations(TorchDispatchMode):
         return f(*args, **(kwargs or {}))
 
 
-def operations(make_layer, ids, layers=6, dtype=torch.float32) -> tuple[Counter, int]:
-    """Those of a training step of a T5 beyond the frozen backbone's, and the number of its adapted layers."""
+def operations(make_layer, ids, layers=6, dtype=torch.float32, after=lambda model: None) -> tuple[Counter, int]:
+    """Those of a forward and backward pass of a T5 beyond the frozen backbone's, and the number of its adapted layers.
+
+    after(model): counted too, behind the backward pass, where there are adapters.
+    """
     counts = []
     for make in (None, make_layer):
         config = T5Config(
@@ -135,6 +140,8 @@ def operations(make_layer, ids, layers=6, dtype=torch.float32) -> tuple[Counter,
         batch = dict(input_ids=torch.randint(3, 128, (16, 8)), labels=torch.randint(3, 128, (16, 4)), use_cache=False)
         with task_ids(ids), Operations() as seen:
             model(**batch).loss.backward()
+            if make:
+                after(model)
         counts.append(seen.names)
     counts[1].subtract(counts[0])
     return counts[1], len(adapted_layers(model))
@@ -155,6 +162,23 @@ def test_a_routed_layer_costs_two_operations_more_than_lora(ids):
         cost[name] = names.total() / layers
     assert layers == 6 * 7 + 6 * 11 and 5 < cost["lora"] <= 7
     assert all(value <= cost["lora"] + 2 for value in cost.values()), cost
+
+
+@pytest.mark.parametrize("name", ["poly", 1, 8, 64])
+def test_a_step_of_the_t0_recipe_costs_few_operations(name):
+    """All of it, as `train.py` takes it: forward, backward, clipping, Adafactor. The state is there before."""
+
+    def clip_and_step(model):
+        cfg = SimpleNamespace(lr=1e-3, lr_z=1e-1, weight_decay=0.0, optimizer="adafactor")
+        optimizer, grads = make_optimizer(model, cfg), [p.grad for p in trained(model)]
+        with _disable_current_modes():  # not counted: an earlier step
+            optimizer.step()
+        assert all(g is p.grad for g, p in zip(grads, trained(model), strict=True))
+        nn.utils.clip_grad_norm_(trained(model), 1.0)
+        optimizer.step()
+
+    names, layers = operations(MAKE[name], list(range(16)), after=clip_and_step)
+    assert 7 < names.total() / layers <= 12, names.total() / layers
 
 
 @pytest.mark.parametrize("name", ["poly", 8])
