@@ -260,7 +260,9 @@ def train_in(folder: Path, cfg: Config) -> dict:
     print(f"{len(sizes)} training tasks, {sum(sizes):,} examples, {steps:,} steps,", end=" ")
     print(f"{len(routers(model))} routers; trainable:", *(f"{name} {count:,}" for name, count in counts.items()))
     if steps >= WORTH_COMPILING and not cfg.compile:
-        print("--compile would save about a fifth of each step on two CPU cores (results/bench.md), after a minute")
+        print(
+            "--compile would save about a quarter of each step on two CPU cores, after half a minute (results/bench.md)"
+        )
     done = train_steps(model.train(), tokenizer, tasks, steps, cfg, folder).now
     save_run(model, tokenizer, folder)
     if processes.first() and embeddings is not None:
