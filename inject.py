@@ -282,7 +282,7 @@ def mix_all(layers: list[nn.Module], ids) -> dict[nn.Module, dict[str, Tensor]]:
         if w.shape[1] > 1 and not first.router.per_example:
             w = w.index_select(1, ids.rows.to(device, non_blocking=True))
         for name, p in first.mix(w, inventory).items():  # (k, n, ...)
-            if p.is_floating_point() and weight.is_floating_point():
+            if first.adapter.feature_axis and weight.is_floating_point():  # SFT adds values up before it casts
                 p = p.to(weight.dtype)
             for layer, own in zip(same, p.unbind(), strict=True):
                 mixed[layer][name] = own
