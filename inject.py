@@ -411,6 +411,7 @@ def compiled(function, model: nn.Module, **options):
     graph = torch.compile(with_ids, **options)
 
     def call(*args, **kwargs):
+        """The graph's output for the ids of this context."""
         ids = _ids.get()
         if ids is None and known < math.inf:
             raise RuntimeError(NO_IDS)
