@@ -8,12 +8,13 @@ one has a `.router` and wants task ids.
     inject(model, lambda name, linear: PolyLinear(linear, LoRA(rank=1), PolyRouter(64, 8)), LORA_LAYERS["t5"])
     with task_ids([3, 3, 0, 7]):                   # the task of each example in the batch
         loss = model(**batch).loss
-        loss.backward()                            # inside: gradient checkpointing runs the layers again
+    loss.backward()                                # inside or outside, in whatever thread
     save_adapters(model, "adapter.safetensors")
 
-Task ids travel through one context instead of the model's arguments, for no Hugging Face model would pass them on.
-A hook on each routed layer reads the innermost context at every call. The hook stays for good (PEFT's Poly removes
-its hooks before backward, and then gradient checkpointing fails), and nothing is written to the layer.
+Task ids travel through a context instead of the model's arguments, for no Hugging Face model would pass them on. A hook
+on the model reads the innermost context at every call and mixes the adapters of all layers; a hook on each layer gives
+it its own. The hooks stay for good (PEFT's Poly removes its hooks before backward, and then gradient checkpointing
+fails), and nothing is written to a layer.
 """
 
 import hashlib

@@ -71,7 +71,7 @@ class Config:
     keep_every: int = flag(0, "also keep the adapters of every N-th step, as adapter-N.safetensors; 0: only the last")
     save_every: str = flag("10m", "checkpoint interval: 200 is 200 steps, 10m is 10 minutes", metavar="STEPS|MINUTESm")
     resume: bool = flag(False, "resume the run in --output-dir, or start it if it is not there")
-    compile: bool = flag(False, "compile the step: a minute or more at the start, then faster (results/bench.md)")
+    compile: bool = flag(False, "compile the step: half a minute or more at the start, then faster (results/bench.md)")
     deterministic: bool = flag(False, "on CUDA: bit-identical runs, slower (on a CPU they always are)")
     device: str = flag("auto", "cpu, cuda, or auto: cuda if there is one", ("auto", "cpu", "cuda"))
 
