@@ -93,8 +93,9 @@ from plumbing import processes
 from plumbing.ahead import ahead
 from plumbing.backbones import warn_if_too_large
 from plumbing.checkpoint import marks_of_model
+from plumbing.large import is_sharded
 from plumbing.run import Log, run_in_folder
-from plumbing.tasks import TaskRun
+from plumbing.tasks import InStep, TaskRun
 from scoring import all_scores, evaluate_tasks, of_split, over_splits, summary
 
 # --- The starting point -----------------------------------------------------------------------------------------------
@@ -204,14 +205,16 @@ def adapt_task(model, tokenizer, task: data.Task, lengths, cfg, log: Log, split:
     # T-Few's three losses average over three different counts: its parts are weighted by examples, nearly the same
     weight = len if cfg.choice_losses else partial(train.output_tokens, model, tokenizer, max_output=lengths[1])
     key, sign = ("dev_loss", 1) if cfg.best_by == "loss" else ("dev_score", -1)
-    best_value, best_step = dev_value(model, tokenizer, task, lengths, cfg), 0
+    together = InStep(is_sharded(model))
+    best_value, best_step = together.agreed(dev_value(model, tokenizer, task, lengths, cfg)), 0
     best = [p.detach().clone() for p in trained]
     batches = data.batches([task], cfg.batch_size, cfg.seed)
-    batches = ahead(batches, partial(train.parts_of, micro_batch=cfg.micro_batch, prepare=prepare, weight=weight))
+    batches = ahead(batches, partial(together.parts_of, micro_batch=cfg.micro_batch, prepare=prepare, weight=weight))
     for step in range(1, cfg.steps + 1):
         _, parts = next(batches)  # 1 take a batch of this task
         train.set_rates(optimizer, rates, train.warmup_then_decay(step - 1, cfg.steps, cfg.warmup))  # 2 set the rates
         loss = train.backward_in_parts(partial(loss_of, model), parts, model.device)  # 3 forward, backward
+        loss = together.sum(trained, loss)
         norm = nn.utils.clip_grad_norm_(trained, cfg.clip)  # 4 clip
         loss, norm = torch.stack([loss, norm]).tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -220,7 +223,7 @@ def adapt_task(model, tokenizer, task: data.Task, lengths, cfg, log: Log, split:
         optimizer.step()  # 5 step
         optimizer.zero_grad()
         if step % cfg.eval_every == 0 or step == cfg.steps:  # 6 record: look at the dev examples
-            value = dev_value(model, tokenizer, task, lengths, cfg)
+            value = together.agreed(dev_value(model, tokenizer, task, lengths, cfg))
             log.write({"split": split, "task": task.name, "step": step, "loss": loss, key: sign * value})
             if value < best_value:
                 best_value, best_step, best = value, step, [p.detach().clone() for p in trained]
@@ -270,7 +273,7 @@ def adapt_in(folder: Path, cfg: Config) -> dict:
     print(f"{number} tasks in {len(splits)} splits; trainable for each:", *(f"{k} {n:,}" for k, n in counts.items()))
     lengths, results = (base.max_input, base.max_output), {}
     scoring = dict(lengths=lengths, limit=cfg.test_examples, batch_size=cfg.eval_batch)
-    with TaskRun(folder, made_with) as run:
+    with TaskRun(folder, made_with, is_sharded(model)) as run:
         for split, tasks in splits.items():
             for task in run.tasks(tasks, split, f"adapt {cfg.variant}, split {split}"):
                 begin(task)
@@ -278,7 +281,8 @@ def adapt_in(folder: Path, cfg: Config) -> dict:
                 torch.manual_seed(cfg.seed)  # a task's result does not depend on the tasks before it
                 stops = adapt_task(model, tokenizer, task, lengths, cfg, run, split)
                 metrics = all_scores(model, tokenizer, [task], [0], **scoring)[task.name]
-                save_trained(model, tokenizer, folder / split / task.name)
+                if run.writes:
+                    save_trained(model, tokenizer, folder / split / task.name)
                 run.record(before=before, stops=stops, metrics=metrics)
             results[split] = of_split(run.results(), tasks)
     metrics = {task.name: task.metric for tasks in splits.values() for task in tasks}

@@ -35,7 +35,8 @@ class Example(NamedTuple):
 
 @dataclass
 class Task:
-    """name: unique in its benchmark. metric: a key of `benchmarks.metrics.METRICS`. train, dev, test: its examples.
+    """name: unique in its benchmark. metric: a key of `benchmarks.metrics.METRICS`, or XLINGUAL there. train, dev,
+    test: its examples.
 
     also: further metrics to report. skills: what the task is truly made of, if known (strings). group: the kind of
     task, if the benchmark names one (SuperNI's category, T0's data set, CrossFit's task type).
@@ -151,18 +152,41 @@ def encode_inputs(examples: list[Example], tokenizer, limit: int) -> list[list[i
 def encode_outputs(outputs: list[str], tokenizer, encoder_decoder: bool, limit: int) -> list[list[int]]:
     """Token ids of outputs, at most `limit` each, with the end-of-text token that the model must learn to produce.
 
-    After the input of a decoder-only model an output starts with a space, which such models expect before a word.
+    After the input of a decoder-only model an output starts with a space, as a word does in running text.
     """
     if encoder_decoder:
         return [tokens(tokenizer, text_target=output, truncation=True, max_length=limit) for output in outputs]
-    outputs = [output if output[:1].isspace() else f" {output}" for output in outputs]
-    options = dict(truncation=True, max_length=limit - 1, add_special_tokens=False)
-    return [tokens(tokenizer, text=output, **options) + [tokenizer.eos_token_id] for output in outputs]
+    return [continuation(tokenizer, output)[: limit - 1] + [tokenizer.eos_token_id] for output in outputs]
+
+
+BEFORE = "a"  # some text that an output may follow
+
+
+def continuation(tokenizer, text: str) -> list[int]:
+    """Token ids of a text that goes on from another one, after a space.
+
+    They are cut from a longer text: tokenizers of the Llama 2 kind put a space before whatever they are given, and
+    would find two before " yes".
+    """
+    text = text if text[:1].isspace() else f" {text}"
+    before = tokens(tokenizer, text=BEFORE, add_special_tokens=False)
+    whole = tokens(tokenizer, text=BEFORE + text, add_special_tokens=False)
+    alone = whole[: len(before)] != before  # it does not begin with the tokens of what is before
+    return tokens(tokenizer, text=text, add_special_tokens=False) if alone else whole[len(before) :]
+
+
+def tokens(tokenizer, **options) -> list[int]:
+    """Token ids of one text, cached (do not change the list): the examples of a few-shot task are read many times.
+
+    A text that is too long keeps its beginning, whatever side the tokenizer would cut.
+    """
+    return _tokens(tokenizer, len(tokenizer) if hasattr(tokenizer, "__len__") else 0, **options)
 
 
 @functools.lru_cache(maxsize=4096)
-def tokens(tokenizer, **options) -> list[int]:
-    """Token ids of one text, cached (do not change the list): the examples of a few-shot task are read many times."""
+def _tokens(tokenizer, size: int, **options) -> list[int]:
+    """`tokens` of a tokenizer with so many tokens: when some are added, a text may have others."""
+    tokenizer.truncation_side = "right"
     return tokenizer(**options).input_ids
 
 

@@ -63,7 +63,8 @@ import adapt
 import benchmarks
 import train
 from methods import build_model, load_adapter_file, load_run
-from plumbing.backbones import advice_on_memory
+from plumbing import processes
+from plumbing.backbones import advice_on_memory, pick_device
 from scoring import all_scores, by_group, constant_scores, main_scores, mean
 
 OF_RUN, OF_MODEL = ("save", "data_dir", "test_examples"), ("batch_size", "beams", "device")
@@ -76,7 +77,8 @@ USES = {  # the companion flags of each job
 def evaluate(cfg: Config) -> dict[str, float]:
     """Score a run folder of train.py or adapt.py and print one line a task; returns {task name: main score}."""
     check_ranges(cfg)
-    if cfg.save:
+    processes.join(pick_device(cfg.device))  # each then scores all, for a run of --shard together
+    if cfg.save and processes.first():
         refuse_save(Path(cfg.save))  # now, not after hours of scoring
     folder = Path(cfg.checkpoint)
     adapted = script_of(folder) == "adapt.py"
@@ -87,7 +89,7 @@ def evaluate(cfg: Config) -> dict[str, float]:
     with advice_on_memory("a smaller --batch-size", then=""):
         scores, tasks = score_run(cfg, folder)
     print_scores(scores, by_group(main_scores(scores), tasks))
-    if cfg.save:
+    if cfg.save and processes.first():
         write_json(Path(cfg.save), {"mean": mean(main_scores(scores)), "tasks": scores})
     return main_scores(scores)
 

@@ -80,7 +80,7 @@ class IA3Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear, adapter: IA3 = IA3(), params: dict[str, Tensor] | None = None):
         super().__init__()
-        self.linear = linear
+        self.linear = linear.requires_grad_(False)
         self.adapter = adapter
         self.params = nn.ParameterDict(adapter.init(linear) if params is None else params)
 

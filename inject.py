@@ -11,10 +11,10 @@ one has a `.router` and wants task ids.
     loss.backward()                                # inside or outside, in whatever thread
     save_adapters(model, "adapter.safetensors")
 
-Task ids travel through a context instead of the model's arguments, for no Hugging Face model would pass them on. A hook
-on the model reads the innermost context at every call and mixes the adapters of all layers; a hook on each layer gives
-it its own. The hooks stay for good (PEFT's Poly removes its hooks before backward, and then gradient checkpointing
-fails), and nothing is written to a layer.
+A pattern or a list says which layers (`layers.py` has patterns). Task ids travel through a context instead of the
+model's arguments, for no Hugging Face model would pass them on. A hook on the model reads the innermost context at
+every call and mixes the adapters of all layers; a hook on each layer gives it its own. The hooks stay for good (PEFT's
+Poly removes its hooks before backward, and then gradient checkpointing fails), and nothing is written to a layer.
 """
 
 import hashlib
@@ -32,93 +32,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-
-# Which linear layers LoRA adapts by default, by `model.config.model_type`. T5: all linears of attention and
-# feed-forward: MHR's 2.2M parameters are those of all seven, though its text says q, k, v, o of self-attention.
-# BART: self-attention (Polytropon section 2.4, appendix A.2). The others: T5's choice.
-LORA_LAYERS = {
-    "t5": r".*\.(SelfAttention|EncDecAttention|DenseReluDense)\.(q|k|v|o|wi|wi_0|wi_1|wo)",
-    "bart": r".*\.self_attn\.(q|k|v|out)_proj",
-    "llama": r".*\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
-    "gpt2": r".*\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)",
-}
-# Which layers (IA)^3 scales: keys and values at their output, the second feed-forward layer at its input. GPT-2 has
-# one layer for queries, keys and values, which is scaled whole, as PEFT does.
-IA3_LAYERS = {
-    "t5": r".*\.(SelfAttention|EncDecAttention)\.(k|v)|.*\.DenseReluDense\.wo",
-    "bart": r".*_attn\.(k|v)_proj|.*\.fc2",
-    "llama": r".*\.self_attn\.(k|v)_proj|.*\.mlp\.down_proj",
-    "gpt2": r".*\.attn\.c_attn|.*\.mlp\.c_proj",
-}
-IA3_INPUT_SIDE = ("wo", "fc2", "down_proj", "mlp.c_proj")  # layers whose input, not output, is scaled
-# Other sets that the papers use, by name. "light": keys, values and one linear of the feed-forward layer (MHR table 6,
-# "k|v|wi_1" in the authors' files). "attention": q, k, v and o of all attention. "self-attention": the same without
-# cross-attention.
-LIGHT_LAYERS = {
-    "t5": r".*\.(SelfAttention|EncDecAttention)\.(k|v)|.*\.DenseReluDense\.(wi|wi_1)",
-    "bart": r".*_attn\.(k|v)_proj|.*\.fc1",
-    "llama": r".*\.self_attn\.(k|v)_proj|.*\.mlp\.up_proj",
-    "gpt2": r".*\.attn\.c_attn|.*\.mlp\.c_fc",
-}
-ATTENTION_LAYERS = {
-    "t5": r".*\.(SelfAttention|EncDecAttention)\.(q|k|v|o)",
-    "bart": r".*_attn\.(q|k|v|out)_proj",
-    "llama": r".*\.self_attn\.(q|k|v|o)_proj",
-    "gpt2": r".*\.attn\.(c_attn|c_proj)",
-}
-SELF_ATTENTION_LAYERS = ATTENTION_LAYERS | {
-    "t5": r".*\.SelfAttention\.(q|k|v|o)",
-    "bart": r".*\.self_attn\.(q|k|v|out)_proj",
-}
-LAYER_SETS = {
-    "lora": LORA_LAYERS,
-    "ia3": IA3_LAYERS,
-    "light": LIGHT_LAYERS,
-    "attention": ATTENTION_LAYERS,
-    "self-attention": SELF_ATTENTION_LAYERS,
-}
-LIKE_T5 = ("mt5", "umt5")  # the same module names
-LIKE_LLAMA = ("mistral", "qwen2", "qwen3", "gemma", "gemma2", "smollm3", "olmo", "olmo2")
-
-
-def named_layers(name: str, model_type: str) -> str:
-    """The pattern of a named set of layers (a key of LAYER_SETS) in a model of `model_type` (config.model_type).
-
-    "lora" and "ia3" are what these adapters change by default. Raises ValueError for an unknown model type.
-    """
-    family = "t5" if model_type in LIKE_T5 else "llama" if model_type in LIKE_LLAMA else model_type
-    if family not in LAYER_SETS[name]:
-        raise ValueError(f"no default layers for model type {model_type!r}: give a pattern of layer names")
-    return LAYER_SETS[name][family]
-
-
-GRANULARITIES = ("linear", "layer", "block", "coder", "model")
-
-
-def sharing_key(name: str, granularity: str) -> str:
-    """Layers of the same key share one router (MHR section 3, "Routing Granularity", and appendix A.2.1).
-
-    linear: every linear layer its own. layer: an attention or feed-forward sub-layer. block: a Transformer block.
-    coder: encoder or decoder (a decoder-only model has one). model: all. By module structure: a block is what is
-    numbered first in the name, a sub-layer the module that the linear is in (BART's fc1 and fc2, which are in the block
-    itself, are one). MHR's "for every block of layers", several Transformer blocks, is not supported.
-    Raises ValueError for an unknown granularity, or a layer outside all blocks.
-    """
-    if granularity not in GRANULARITIES:
-        raise ValueError(f"unknown granularity {granularity!r}: choose {', '.join(GRANULARITIES)}")
-    parts = name.split(".")
-    depth = next((k for k, part in enumerate(parts) if part.isdecimal()), None)
-    if depth is None and granularity != "linear":
-        raise ValueError(f"layer {name} is in no numbered block: use --granularity linear")
-    if granularity == "linear":
-        return name
-    if granularity == "model":
-        return "model"
-    if granularity == "coder":
-        return next((part for part in parts[:depth] if part in ("encoder", "decoder")), "model")
-    block, around = ".".join(parts[: depth + 1]), ".".join(parts[:-1])
-    return block if granularity == "block" else f"{block}.ff" if around == block else around
-
 
 # --- Task ids ---------------------------------------------------------------------------------------------------------
 
@@ -188,12 +101,36 @@ def _checked(ids) -> Tensor:
 # is given its mixture.
 
 
+class _Batch(NamedTuple):
+    """What a model was called with: the first two axes of its input, from which follows what each row of a layer is."""
+
+    rows: int
+    length: int
+
+
+INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")  # or whatever tensor comes first
+
+
+def _batch_of(args: tuple, kwargs: dict, ids: _Ids) -> _Batch:
+    """The batch of a model's call. Raises ValueError unless its number of rows is a multiple of that of the ids.
+
+    Beam search, several returned sequences and the scoring of several choices repeat each example in a row.
+    """
+    given = (*args, *(kwargs.get(name) for name in INPUTS), *kwargs.values())
+    x = next((x for x in given if isinstance(x, Tensor) and x.dim() > 0), ids.rows)
+    batch = _Batch(x.shape[0], x.shape[1] if x.dim() > 1 else 1)
+    if batch.rows == 0 or batch.rows % len(ids.rows):
+        raise ValueError(f"{len(ids.rows)} task ids for a batch of {batch.rows} rows: expected one per example")
+    return batch
+
+
 class _Pass(NamedTuple):
     """One call of a model: what its layers read in the forward pass, and again if they are computed again."""
 
     model: nn.Module | None  # whose call began it; None while a part of it is computed again
     inside: set[nn.Module]  # all modules of that model
     ids: _Ids
+    batch: "_Batch"
     mixed: dict[nn.Module, dict[str, Tensor]]  # layer -> its mixture
     around: object  # the pass of another model, in which this one was called; or None
 
@@ -224,23 +161,24 @@ def _begin(model: nn.Module, args: tuple, kwargs: dict):
         return
     around = None if now is None or now.model is model else now  # the same model: its last call was interrupted
     if torch.compiler.is_compiling() and _thread.given is None:
-        _begin_outside(model, around)
+        _begin_outside(model, around, args, kwargs)
     else:
-        _begin_with(model, _thread.given or _ids.get(), around)
+        _begin_with(model, _thread.given or _ids.get(), around, args, kwargs)
 
 
-def _begin_with(model: nn.Module, ids: _Ids | None, around: _Pass | None):
+def _begin_with(model: nn.Module, ids: _Ids | None, around: _Pass | None, args: tuple, kwargs: dict):
     """Mix the adapters of all layers of the model for these ids. Without ids: nothing, until a layer is called."""
     if ids is None:
         return
+    batch = _batch_of(args, kwargs, ids)
     if ids.kept is not None and model in ids.kept:
-        _thread.now = ids.kept[model]._replace(around=around)
+        _thread.now = ids.kept[model]._replace(around=around, batch=batch)
         return
     inside = set(model.modules())
     layers = [m for m in model.modules() if "router" in m._modules and "inventory" in m._modules]
     kept = {} if ids.kept is None else ids.kept
     mixed = kept | mix_all([layer for layer in layers if layer not in kept], ids)
-    _thread.now = _Pass(model, inside, ids, mixed, around)
+    _thread.now = _Pass(model, inside, ids, batch, mixed, around)
     if ids.kept is not None:
         kept |= mixed | {model: _thread.now}
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -250,9 +188,9 @@ def _begin_with(model: nn.Module, ids: _Ids | None, around: _Pass | None):
 
 
 @torch.compiler.disable(reason="torch.compile around a model is made by `inject.compiled`, which gives it task ids")
-def _begin_outside(model: nn.Module, around: _Pass | None):
+def _begin_outside(model: nn.Module, around: _Pass | None, args: tuple, kwargs: dict):
     """`_begin` of a model that was given to torch.compile itself: the mix stays outside its graph."""
-    _begin_with(model, _ids.get(), around)
+    _begin_with(model, _ids.get(), around, args, kwargs)
 
 
 def _end(model: nn.Module, args: tuple, output):
@@ -330,10 +268,16 @@ def _give_mixture(layer: nn.Module, args: tuple, kwargs: dict):
         return None  # called directly, with ids of its own
     now = _pass_now()
     if now is not None and layer in now.mixed:
-        return args, kwargs | {"tasks": now.ids.tasks, "rows": now.ids.rows, "params": now.mixed[layer]}
+        params = now.mixed[layer]
+        if all(len(p) == 1 for p in params.values()):  # one adapter for all rows, whatever they are
+            return args, kwargs | {"tasks": now.ids.tasks[:1], "params": params}
+        _refuse_rows(layer, args[0], now)
+        return args, kwargs | {"tasks": now.ids.tasks, "rows": now.ids.rows, "params": params}
     ids = now.ids if now is not None else _ids.get()
     if ids is None:
         raise RuntimeError(NO_IDS)
+    if now is not None and len(ids.tasks) > 1:
+        _refuse_rows(layer, args[0], now)
     device = args[0].device
     own = {"tasks": ids.tasks.to(device, non_blocking=True), "rows": ids.rows.to(device, non_blocking=True)}
     if not hasattr(layer, "inventory"):  # a layer of another kind, that routes for itself
@@ -347,6 +291,18 @@ def _give_mixture(layer: nn.Module, args: tuple, kwargs: dict):
     if layer not in kept:  # called outside its model: it mixes alone
         kept |= mix_all([layer], ids)
     return args, kwargs | own | {"params": kept[layer]}
+
+
+def _refuse_rows(layer: nn.Module, x: Tensor, now: _Pass):
+    """Raise ValueError unless a layer's rows are those of the model's input, or (OPT) all its tokens in their order."""
+    rows, length = now.batch
+    if x.shape[0] == rows or x.dim() == 2 and x.shape[0] == rows * length:
+        return
+    name = next((name for name, m in now.model.named_modules() if m is layer), "") if now.model else ""
+    raise ValueError(
+        f"layer {name} was called with {x.shape[0]} rows, its model with {rows}: which task each row belongs to is not "
+        "known. Leave the layer out, or take batches of one task"
+    )
 
 
 # --- Passes that are computed again, or compiled ----------------------------------------------------------------------
@@ -436,27 +392,26 @@ def freeze(model: nn.Module):
         p.requires_grad_(False)
 
 
-def inject(model: nn.Module, make_layer, pattern: str) -> list[str]:
+def inject(model: nn.Module, make_layer, pattern: str | list[str]) -> list[str]:
     """Replace every linear layer whose full name matches `pattern` (re.fullmatch) by make_layer(name, linear).
 
+    pattern: or a list of names, or of their last parts, as PEFT has it: ["q_proj", "v_proj"].
     GPT-2's Conv1D, a linear layer with its weight stored (i, o), becomes an nn.Linear that shares its memory.
     Returns the names replaced, in model order. Raises ValueError, with the model unchanged, if nothing matches, a
-    match is no linear layer, the model already has adapters, or make_layer refuses a layer (its name is added).
+    match is no linear layer or would not be called (`_refuse_unused`), the model already has adapters, or make_layer
+    refuses a layer (its name is added).
     """
+    model = unwrapped(model)
     if adapted_layers(model):
         raise ValueError("this model already has adapters")
-    try:
-        matches = [(name, module) for name, module in model.named_modules() if re.fullmatch(pattern, name)]
-    except re.error as error:
-        raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from None
-    if not matches:
-        raise ValueError(f"no layer's name matches the pattern {pattern!r}")
     made = []
-    for name, module in matches:
+    for name, module in _matches(model, pattern):
         if type(module).__name__ == "Conv1D":
             module = _as_linear(module)
         if not isinstance(module, nn.Linear):
-            raise ValueError(f"layer {name} is a {type(module).__name__}, only linear layers can be adapted")
+            what = f"layer {name}" if name else "the model itself"
+            raise ValueError(f"{what} is a {type(module).__name__}, only linear layers can be adapted: {pattern!r}")
+        _refuse_unused(model, name)
         try:
             made.append((name, make_layer(name, module)))
         except ValueError as error:
@@ -473,6 +428,49 @@ def inject(model: nn.Module, make_layer, pattern: str) -> list[str]:
                 part.register_forward_pre_hook(_begin, with_kwargs=True)
                 part.register_forward_hook(_end, always_call=True)
     return [name for name, _ in made]
+
+
+def _matches(model: nn.Module, pattern: str | list[str]) -> list[tuple[str, nn.Module]]:
+    """The modules that a pattern names, by their first name. Raises ValueError if there are none."""
+    if not isinstance(pattern, str):
+        pattern = "|".join(rf"(?:.*\.)?{re.escape(name)}" for name in pattern)
+    try:
+        matches = [(name, module) for name, module in model.named_modules() if re.fullmatch(pattern, name)]
+    except re.error as error:
+        raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from None
+    if not matches:
+        raise ValueError(f"no layer's name matches the pattern {pattern!r}")
+    return matches
+
+
+def _refuse_unused(model: nn.Module, name: str):
+    """Raise ValueError for a linear layer whose weight is read, so that an adapter around it would do nothing: the
+    kinds that are known. `check` finds the others."""
+    layer, owner = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    kind, settings = type(owner).__name__, getattr(owner, "config", None) or getattr(model, "config", None)
+    why = ""
+    if isinstance(owner, nn.MultiheadAttention):
+        why = "nn.MultiheadAttention reads its weight"
+    elif isinstance(owner, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        why = "nn.TransformerEncoder reads its weight in evaluation: torch.backends.mha.set_fastpath_enabled(False), or"
+    elif name.endswith("dt_proj") or "mamba" in kind.lower() and name.endswith(("x_proj", "out_proj")):
+        why = f"{kind} reads its weight"
+    elif kind.startswith("Bloom") and getattr(settings, "slow_but_exact", False) and settings.pretraining_tp > 1:
+        why = "BLOOM reads its weight with slow_but_exact: set that to False, or"
+    elif hasattr(layer, "_hf_hook") and layer.weight.device.type == "meta":
+        why = "accelerate has offloaded its weight: load the model whole, or"
+    names = [other for other, m in model.named_modules(remove_duplicate=False) if m is layer]
+    if len(names) > 1:
+        why = f"it is also {names[1]}, where it would stay as it is:"
+    if why:
+        raise ValueError(f"layer {name} cannot be adapted, {why} leave it out of the pattern")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what wraps it whole: torch.compile's, DistributedDataParallel's, or the like."""
+    while list(model._modules) in (["module"], ["_orig_mod"]) and not model._parameters:
+        model = next(iter(model._modules.values()))
+    return model
 
 
 def _put(model: nn.Module, name: str, layer: nn.Module):
@@ -500,7 +498,8 @@ def _as_conv1d(linear: nn.Linear, conv1d: type) -> nn.Module:
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The adapted layers of a model by name: those that `inject` put there."""
-    return {name: m for name, m in model.named_modules() if hasattr(m, "merged") and hasattr(m, "linear")}
+    named = unwrapped(model).named_modules()
+    return {name: m for name, m in named if hasattr(m, "merged") and hasattr(m, "linear")}
 
 
 def routers(model: nn.Module) -> list[nn.Module]:
@@ -516,6 +515,56 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         added |= {f"{layer}.{name}": p for name, p in own.items()}
     first = {id(p): name for name, p in reversed(added.items())}  # a shared router counts once, under its first name
     return {name: p for name, p in added.items() if first[id(p)] == name}
+
+
+@torch.no_grad()
+def check(model: nn.Module, forward: Callable):
+    """Find adapters that would do nothing, or serve rows of unknown tasks, before anything is trained.
+
+    forward(): a call of the model with three examples of seven tokens each. It is called once in training and once in
+    evaluation mode, the latter as models with a faster path there differ; random states are left as they were.
+    Raises ValueError, with the layer's name, for a layer that is never called, that is called with the tokens as its
+    first axis, or with other rows than the model.
+    """
+    model = unwrapped(model)
+    layers, training = adapted_layers(model), {module: module.training for module in model.modules()}
+    try:
+        for mode in ("training", "evaluation"):
+            model.train(mode == "training")
+            seen = _shapes_seen(layers, forward)
+            for name, shapes in seen.items():
+                _refuse_shapes(name, shapes, mode, hasattr(layers[name], "router"))
+    finally:
+        for module, was in training.items():
+            module.training = was
+
+
+def _shapes_seen(layers: dict[str, nn.Module], forward: Callable) -> dict[str, set[tuple]]:
+    """The shapes of the inputs of each layer in a call, without their last axis. All three examples are of task 0."""
+    seen = {name: set() for name in layers}
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, of=name: seen[of].add(tuple(args[0].shape[:-1])))
+        for name, layer in layers.items()
+    ]
+    try:
+        with torch.random.fork_rng(gpus), task_ids([0, 0, 0]):
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _refuse_shapes(name: str, shapes: set[tuple], mode: str, routed: bool):
+    """Raise ValueError for what `check` saw of a layer: the shapes of its inputs without their last axis."""
+    if not shapes:
+        raise ValueError(f"layer {name} is never called in {mode}: its adapter would do nothing, leave it out")
+    for shape in shapes if routed else ():
+        if shape[0] == 7:
+            raise ValueError(f"layer {name} is called with the tokens as its first axis: leave it out")
+        if shape[0] != 3 and shape != (21,):
+            raise ValueError(f"layer {name} is called with {shape[0]} rows for 3 examples: leave it out")
 
 
 def add_tasks(model: nn.Module, count: int, keep: bool = True):
@@ -535,15 +584,21 @@ def merge(model: nn.Module, task: int) -> dict[str, nn.Module]:
 
     The model is then an ordinary Hugging Face model. Returns the adapted layers for `unmerge`: they keep the original
     weights, untouched, so undoing is exact to the bit, at the price of a second copy of those weights meanwhile.
-    Raises ValueError if there are no adapters, IndexError if the task is out of range.
+    Raises ValueError if there are no adapters or a weight is not whole, IndexError if the task is out of range.
     """
+    model = unwrapped(model)
     layers = adapted_layers(model)
     if not layers:
         raise ValueError("nothing to merge: this model has no adapters")
-    for layer in layers.values():
+    for name, layer in layers.items():
         known = layer.router.tasks if hasattr(layer, "router") else None
         if known is not None and not 0 <= task < known:
             raise IndexError(f"task id {task} is out of range: this model knows tasks 0 .. {known - 1}")
+        if not is_whole(layer.linear.weight):
+            raise ValueError(
+                f"layer {name}: nothing can be merged into a weight that is quantised, or split over processes: export "
+                "the LoRA, or load the backbone whole in bfloat16 or float32"
+            )
     plain = {name: layer.merged(task) for name, layer in layers.items()}
     for name, linear in plain.items():
         conv1d = getattr(layers[name].linear, "conv1d", None)
@@ -551,10 +606,15 @@ def merge(model: nn.Module, task: int) -> dict[str, nn.Module]:
     return layers
 
 
+def is_whole(weight: Tensor) -> bool:
+    """Whether a weight holds its numbers: it is neither quantised nor split over processes (a DTensor)."""
+    return weight.is_floating_point() and not hasattr(weight, "full_tensor")
+
+
 def unmerge(model: nn.Module, layers: dict[str, nn.Module]):
     """Undo `merge`: put the layers that it returned back."""
     for name, layer in layers.items():
-        _put(model, name, layer)
+        _put(unwrapped(model), name, layer)
 
 
 @contextmanager
@@ -574,8 +634,13 @@ def fingerprint(model: nn.Module) -> str:
     """A short hash of the backbone: name, shape and up to 64 evenly spaced values of each of its parameters.
 
     Adapters do not enter, so it is the same before and after injection. Values are rounded to bfloat16 first, so a
-    backbone loaded in bfloat16 or float32 is the same backbone.
+    backbone loaded in bfloat16 or float32 is the same backbone. Weights that are quantised or split over processes say
+    little of the checkpoint: whoever loads it so sets `fingerprint_of_checkpoint` on the model, which is then the
+    answer.
     """
+    model = unwrapped(model)
+    if known := getattr(model, "fingerprint_of_checkpoint", None):
+        return known
     sha = hashlib.sha256()
     layers, added = adapted_layers(model), adapter_parameters(model)
     for name, p in model.named_parameters():
@@ -662,9 +727,13 @@ def load_adapters(model: nn.Module, path: str):
     to another backbone or other adapters, naming the first difference.
     """
     saved, metadata = read_tensors(path)
-    backbone = metadata.get("backbone")
-    if backbone != fingerprint(model):
-        raise ValueError(f"{path} was trained on another backbone: load the model that it was trained on")
+    model = unwrapped(model)
+    if metadata.get("backbone") != fingerprint(model):
+        half = any(p.dtype == torch.float16 for p in model.parameters())
+        raise ValueError(
+            f"{path} was trained on another backbone: load the model that it was trained on"
+            + half * " (a float16 one, as here, may not be known again: load in bfloat16 or float32, then .half())"
+        )
     own = adapter_parameters(model)
     for name in sorted(saved.keys() ^ own.keys()):
         where = "file" if name in saved else "model"

@@ -128,7 +128,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, adapter: LoRA = LoRA(), params: dict[str, Tensor] | None = None):
         super().__init__()
-        self.linear = linear
+        self.linear = linear.requires_grad_(False)
         self.adapter = adapter
         self.params = nn.ParameterDict(adapter.init(linear) if params is None else params)
 

@@ -14,16 +14,15 @@ from baselines.fixed import FixedRouter, RandomRouter, given_table, half_of_skil
 from baselines.hyperformer import HyperRouter
 from baselines.task_moe import TaskMoERouter
 from ia3 import IA3, IA3Linear
-from inject import (
-    IA3_INPUT_SIDE, LAYER_SETS, adapted_layers, freeze, inject, load_adapters, named_layers, routers, save_adapters,
-    sharing_key,
-)  # fmt: skip
+from inject import adapted_layers, check, freeze, inject, load_adapters, routers, save_adapters, task_ids
+from layers import IA3_INPUT_SIDE, pattern_of, sharing_key
 from lora import LoRA, LoRALinear
 from mhr import MHRLinear, MHRRouter
 from plumbing import processes
-from plumbing.backbones import load_backbone, save_backbone
+from plumbing.backbones import load_backbone, refuse_unfit, save_backbone
 from plumbing.errors import UserError
 from plumbing.folders import read_config, refuse_other_tasks
+from plumbing.large import refuse_what_does_not_fit, shard
 from poly import PolyLinear, PolyRouter
 from recipes import FIXED_TABLE, ONE_ADAPTER
 from sft import SFT, SFTLinear, SFTSkills
@@ -36,11 +35,17 @@ SINGLE = {"lora": LoRALinear, "ia3": IA3Linear, "sft": SFTLinear}  # a layer wit
 def build_model(cfg, tasks: int, table: Tensor | None = None):
     """Load the backbone and put the method's adapters in: (model, tokenizer). tasks, table: see `make_router`.
 
+    Under --shard the blocks are split over the processes, if there are several. Adapters are then drawn on the CPU.
     Raises UserError if the settings do not fit the backbone; the sentence names the layer.
     """
-    model, tokenizer = load_backbone(cfg.backbone, cfg.device, cfg.precision)
+    refuse_what_does_not_fit(cfg)
+    split = cfg.shard and processes.several()
+    device, precision = ("cpu", "auto") if split else (cfg.device, cfg.precision)
+    model, tokenizer = load_backbone(cfg.backbone, device, precision)
     if cfg.method != "full":
         add_adapters(model, cfg, tasks, table)
+    if split:
+        shard(model, cfg.device, cfg.precision)
     return model.to(cfg.device), tokenizer
 
 
@@ -60,10 +65,8 @@ def add_adapters(model: nn.Module, cfg, tasks: int, table: Tensor | None = None)
         return routed_layer(cfg.method, cfg.adapter)(linear, adapter, shared[key])
 
     try:
-        named = cfg.layers in LAYER_SETS or not cfg.layers
         default = "ia3" if cfg.adapter == "ia3" else "lora"  # an SFT changes the layers that LoRA would
-        layers = named_layers(cfg.layers or default, model.config.model_type) if named else cfg.layers
-        inject(model, make_layer, layers)
+        inject(model, make_layer, pattern_of(cfg.layers or default, model))
     except ValueError as error:
         layers = f" --layers {cfg.layers}" if cfg.layers else ""
         raise UserError(f"--method {cfg.method} --backbone {cfg.backbone}{layers}: {error}") from None
@@ -129,6 +132,41 @@ def starting_point(cfg, tasks: list, skills: list[str]):
     if cfg.method == "mu":
         average_skills(model, cfg.adapter)
     return model, tokenizer
+
+
+@torch.no_grad()
+def probe(model: nn.Module, tokenizer, cfg):
+    """Before anything is trained: `refuse_unfit`, `inject.check` of the adapters, and that a decoder-only model looks
+    back alone. Raises UserError.
+    """
+    refuse_unfit(model, tokenizer, cfg)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    x = (torch.arange(21, device=model.device).view(3, 7) + 3) % vocabulary
+    batch = {"input_ids": x, "attention_mask": torch.ones_like(x)}
+    batch |= {"decoder_input_ids": x} if model.config.is_encoder_decoder else {}
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+
+    def call() -> Tensor:
+        """The logits, with the same noise each time; the run's random state stays as it is."""
+        with torch.random.fork_rng(gpus):
+            torch.manual_seed(0)
+            return model(**batch, use_cache=False).logits
+
+    try:
+        if adapted_layers(model):
+            check(model, call)
+    except ValueError as error:
+        raise UserError(f"--backbone {cfg.backbone}: {error}") from None
+    if not model.config.is_encoder_decoder:
+        training = model.training
+        model.eval()
+        with task_ids([0]):
+            before = call()[:, 0]
+            x[:, 1:] = x[:, 1:].flip(1)
+            seen = not torch.allclose(before, call()[:, 0], rtol=1e-3, atol=1e-3 * before.abs().max().item())
+        model.train(training)
+        if seen:
+            raise UserError(f"--backbone {cfg.backbone} is no language model: a token sees those after it")
 
 
 # --- Load and save ----------------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ class MHRLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, adapter, router: MHRRouter):
         super().__init__()
-        self.linear = linear
+        self.linear = linear.requires_grad_(False)
         self.adapter = adapter
         self.router = router
         skills = [adapter.init(linear) for _ in range(router.skills)]  # independent draws: skills start different

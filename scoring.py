@@ -5,13 +5,15 @@ from collections import defaultdict
 
 import torch
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from benchmarks.choices import choose
 from benchmarks.metrics import score
 from data import Example, Task, collate
-from inject import adapted_layers, merged, task_ids
+from inject import adapted_layers, is_whole, merged, task_ids
 from plumbing import processes
 from plumbing.errors import UserError
+from plumbing.large import is_sharded
 
 # --- Predictions ------------------------------------------------------------------------------------------------------
 
@@ -25,11 +27,13 @@ def predict(
 
     ids: the task id of each example. lengths: (max_input, max_output) in tokens. by_choice: the best of each example's
     choices, by `benchmarks.choices.choose`. The longest inputs go first, so that a batch holds similar lengths. If all
-    examples are of one task, its adapter is merged meanwhile (not into bfloat16 weights, which would round it away).
+    examples are of one task, its adapter is merged meanwhile (not into bfloat16 weights, which would round it away, nor
+    into those that are not whole).
     """
     was_training = model.training
     model.eval()
-    if len(set(ids)) == 1 and model.dtype == torch.float32 and adapted_layers(model):
+    weights = [layer.linear.weight for layer in adapted_layers(model).values()]
+    if len(set(ids)) == 1 and weights and all(w.dtype == torch.float32 and is_whole(w) for w in weights):
         with merged(model, ids[0]):
             outputs = predict(model, tokenizer, examples, ids, lengths, batch_size, beams, by_choice)
         model.train(was_training)
@@ -54,14 +58,25 @@ def predict(
 def generate(model, tokenizer, examples: list[Example], max_input: int, max_output: int, beams: int = 1) -> list[str]:
     """The outputs of one batch, within a `task_ids` context of its examples.
 
-    The backbone's own generation settings are overridden: those of facebook/bart-large, for one, forbid to repeat any
-    three tokens.
+    The backbone's own generation settings are put aside: those of facebook/bart-large, for one, forbid to repeat any
+    three tokens. An output begins and ends with the tokens that training taught.
     """
     encoder_decoder = model.config.is_encoder_decoder
     batch = collate(examples, None, tokenizer, encoder_decoder, max_input, max_output)
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    plain = dict(no_repeat_ngram_size=0, repetition_penalty=1.0, length_penalty=1.0, early_stopping=False, min_length=0)
-    out = model.generate(**batch, max_new_tokens=max_output, num_beams=beams, do_sample=False, **plain)
+    own = model.generation_config
+    begin = getattr(model.config, "decoder_start_token_id", None)
+    model.generation_config = GenerationConfig(  # not as an argument, which the model's own settings would complete
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=own.bos_token_id,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        decoder_start_token_id=own.decoder_start_token_id if begin is None else begin,
+    )  # fmt: skip
+    plain = dict(do_sample=False, length_penalty=1.0, early_stopping=False)
+    plain |= {"synced_gpus": True} if is_sharded(model) else {}  # processes that share a backbone stop together
+    try:
+        out = model.generate(**batch, max_new_tokens=max_output, num_beams=beams, **plain)
+    finally:
+        model.generation_config = own
     out = out if encoder_decoder else out[:, batch["input_ids"].shape[1] :]
     return tokenizer.batch_decode(out, skip_special_tokens=True)
 
@@ -134,7 +149,7 @@ def score_training_tasks(model, tokenizer, tasks: list[Task], numbers: list[int]
     """{"mean", "tasks": {name: main score}} of the training tasks with these numbers; {} if there are none."""
     if not numbers:
         return {}
-    mine, lengths = processes.share(numbers), (cfg.max_input, cfg.max_output)
+    mine, lengths = numbers if cfg.shard else processes.share(numbers), (cfg.max_input, cfg.max_output)
     own = evaluate_tasks(model, tokenizer, [tasks[t] for t in mine], mine, lengths, cfg.eval_examples)
     every = processes.together(own)
     scores = {tasks[t].name: every[tasks[t].name] for t in numbers}

@@ -106,7 +106,7 @@ class SFTLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, adapter: SFT = SFT(), params: dict[str, Tensor] | None = None):
         super().__init__()
-        self.linear = linear
+        self.linear = linear.requires_grad_(False)
         self.adapter = adapter
         params = adapter.init(linear) if params is None else _together(**params)
         self.params = nn.ParameterDict(

@@ -62,7 +62,10 @@ class Config:
     clip: float = flag(1.0, "largest gradient norm")
     max_input: int = flag(512, "tokens of an input")
     max_output: int = flag(64, "tokens of an output")
-    precision: str = flag("fp32", "of the backbone: bf16 (default on a GPU only) or fp32", ("fp32", "bf16"))
+    precision: str = flag(
+        "fp32", "of the backbone: bf16 (default on a GPU only), fp32, or nf4 (4 bits)", ("fp32", "bf16", "nf4")
+    )
+    shard: bool = flag(False, "under torchrun: split the backbone over the processes")
     checkpointing: bool = flag(False, "gradient checkpointing: less memory, more time")
     seed: int = flag(0, "seed of initial values, order and noise", group="the run")
     eval_examples: int = flag(0, "test examples per training task to score at the end; 0: none")
@@ -91,7 +94,7 @@ import benchmarks
 import data
 from baselines.adapter_soup import embed_tasks
 from inject import fingerprint, routers, task_ids, write_tensors
-from methods import count_parameters, names_of_skills, save_run, starting_point, use_checkpointing
+from methods import count_parameters, names_of_skills, probe, save_run, starting_point, use_checkpointing
 from plumbing import processes
 from plumbing.ahead import Part, ahead, parts_of, to_device
 from plumbing.backbones import pick_device, warn_if_too_large
@@ -193,8 +196,10 @@ def loss_and_parts(model, tokenizer, cfg: Config):
     tokens = partial(output_tokens, model, tokenizer, max_output=cfg.max_output)
     loss_of = partial(token_loss, model)
 
+    in_step = processes.count() if cfg.shard else 1
+
     def in_parts(batch: list[data.Item]) -> list[Part]:
-        return parts_of(processes.share(batch), cfg.micro_batch, prepare, tokens, batch)
+        return parts_of(processes.share(batch), cfg.micro_batch, prepare, tokens, batch, in_step)
 
     if not cfg.compile:
         return loss_of, in_parts
@@ -242,6 +247,8 @@ def train_in(folder: Path, cfg: Config) -> dict:
     warn_if_too_large(cfg)
     if cfg.compile:
         refuse_what_cannot_compile(cfg)
+    if cfg.shard and not processes.several():
+        raise UserError("--shard splits the backbone over processes: torchrun --nproc-per-node 2 train.py --shard ...")
     tasks = benchmarks.load_for(cfg, cfg.split, ("train",)).train
     steps, scored = steps_to_take(cfg, tasks), tasks_to_score(cfg, tasks)
     torch.manual_seed(cfg.seed)
@@ -252,6 +259,7 @@ def train_in(folder: Path, cfg: Config) -> dict:
     model, tokenizer = starting_point(cfg, tasks, skills)
     if cfg.checkpointing:
         use_checkpointing(model)
+    probe(model, tokenizer, cfg)
     embeddings = embed_tasks(cfg, tasks) if cfg.method == "adapter-soup" else None  # early, to refuse a wrong encoder
     if processes.first() and not (folder / "config.json").exists():  # config.json comes last: it marks a run
         write_json(folder / "tasks.json", {"tasks": [task.name for task in tasks], "skills": skills})
@@ -333,7 +341,7 @@ def run_config(folder: str, data_dir: str = "", device: str = "auto") -> Config:
     base = read_config(Config, Path(folder) / "config.json")
     check_ranges(base)
     device = pick_device(device)
-    precision = base.precision if device == "cuda" else "fp32"  # as in `make_config`
+    precision = "fp32" if device == "cpu" and base.precision == "bf16" else base.precision  # as in `make_config`
     return dataclasses.replace(base, data_dir=data_dir or base.data_dir, device=device, precision=precision)
 
 

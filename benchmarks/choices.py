@@ -4,9 +4,13 @@ The input is encoded once and every choice is scored against it. Shapes: b examp
 l the longest choice in tokens. Examples may have different numbers of choices: the missing ones are masked out.
 """
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from data import Example, Item, encode_inputs, encode_outputs, pad, pad_rows
@@ -61,21 +65,37 @@ def _decoder_only_logits(model: nn.Module, source: dict, tokens: Tensor, c: int)
     """
     mask = source["attention_mask"]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    prefix = model(**source, position_ids=positions, use_cache=True)
+    takes = inspect.signature(model.forward).parameters  # positions that follow from the mask are no argument
+    at = lambda x: {"position_ids": x} if "position_ids" in takes else {}  # noqa: E731
+    if getattr(model, "_is_stateful", False):  # a state cannot be repeated as keys and values can
+        return _whole_rows_logits(model, source, tokens, c)
+    prefix = model(**source, **at(positions), use_cache=True)
+    cache = getattr(prefix, "past_key_values", None)
+    if not isinstance(cache, DynamicCache):
+        return _whole_rows_logits(model, source, tokens, c)
     first = prefix.logits[:, -1:].repeat_interleave(c, dim=0)
     if tokens.shape[1] == 1:  # --max-output 1 cuts every choice to its end-of-text token
         return first
-    cache = prefix.past_key_values
     cache.batch_repeat_interleave(c)
     ahead = tokens[:, :-1].clamp(min=0)  # the token at place k is predicted from the tokens before it
     last = positions[:, -1:].repeat_interleave(c, dim=0)
     rest = model(
         input_ids=ahead,
         attention_mask=torch.cat([mask.repeat_interleave(c, dim=0), torch.ones_like(ahead)], dim=1),
-        position_ids=last + 1 + torch.arange(ahead.shape[1], device=last.device),
+        **at(last + 1 + torch.arange(ahead.shape[1], device=last.device)),
         past_key_values=cache,
     )
     return torch.cat([first, rest.logits], dim=1)
+
+
+def _whole_rows_logits(model: nn.Module, source: dict, tokens: Tensor, c: int) -> Tensor:
+    """The same without a cache: each choice stands behind its own copy of the input, without padding before it."""
+    inputs = [row[mask.bool()] for row, mask in zip(source["input_ids"], source["attention_mask"], strict=True)]
+    rows = [torch.cat([inputs[k // c], choice.clamp(min=0)]) for k, choice in enumerate(tokens)]
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    logits = model(input_ids=pad_sequence(rows, batch_first=True), attention_mask=mask, use_cache=False).logits
+    starts = [len(inputs[k // c]) - 1 for k in range(len(rows))]  # the token at a place is predicted at the one before
+    return torch.stack([one[k : k + tokens.shape[1]] for one, k in zip(logits, starts, strict=True)])
 
 
 def choice_scores(log_p: Tensor, mask: Tensor) -> Tensor:

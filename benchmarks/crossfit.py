@@ -12,6 +12,7 @@ concatenated, repeats included; a dev or test task is few-shot, with the train a
 MHR's authors differs: it uses the dev files of training tasks for early stopping.
 """
 
+import codecs
 import glob
 import itertools
 from collections.abc import Sequence
@@ -188,8 +189,9 @@ def read_tsv(path: Path, task: str, limit: int | None = None) -> list[Example]:
     """
     try:
         with open(path, "rb") as lines:
-            numbered = enumerate(itertools.islice(lines, limit), 1)
-            examples = [example_of(line, task, f"{path}:{number}") for number, line in numbered]
+            rows = list(itertools.islice(lines, limit))
+        rows[:1] = [row.removeprefix(codecs.BOM_UTF8) for row in rows[:1]]
+        examples = [example_of(row, task, f"{path}:{number}") for number, row in enumerate(rows, 1)]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if not examples:
@@ -213,4 +215,8 @@ def example_of(line: bytes, task: str, where: str) -> Example:
         raise UserError(f"{where}: expected an input, a tab and an output, found one column: fix or delete it")
     if not all(output.strip() for output in outputs):
         raise UserError(f"{where}: an output is empty: fill or delete it")
+    if any("\r" in output for output in outputs):
+        raise UserError(
+            f"{where}: a carriage return in an output may hide the end of a line: end lines with line feeds"
+        )
     return Example(f" [{task}] {source}", tuple(f" {output}" for output in outputs))

@@ -3,8 +3,12 @@
 Each takes predictions (strings) and references (one tuple of strings per example), stripped of surrounding white space,
 and returns a number times 100. Deviation: Rouge-L comes from rouge-score, SuperNI's scorer; CrossFit uses the older
 package "rouge".
+
+Rouge-L knows the letters a-z and digits alone. For tasks in other languages SuperNI's official scorer takes GPT-2's
+tokens instead: XLINGUAL.
 """
 
+import functools
 import math
 import re
 import statistics
@@ -14,8 +18,12 @@ from collections import Counter
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import pearsonr
 from sklearn.metrics import f1_score, matthews_corrcoef
+from transformers import AutoTokenizer
 
+from benchmarks.tables import say_once
 from data import Example
+from plumbing.backbones import reach_hub
+from plumbing.errors import UserError
 
 
 def _plain(text: str) -> list[str]:
@@ -62,7 +70,33 @@ def _pearson(predictions, references) -> float:
     return 100 * float(pearsonr(gold, guess).statistic) if defined else 0.0
 
 
+XLINGUAL = "Rouge-L-xlingual"
 _rouge = RougeScorer(["rougeL"], use_stemmer=True)
+
+
+class _Tokens:
+    """GPT-2's tokens without the mark of a space before them: the official scorer's tokenizer for other languages."""
+
+    def __init__(self):
+        reach_hub()
+        try:
+            self.gpt2 = AutoTokenizer.from_pretrained("gpt2", trust_remote_code=False)
+        except Exception:  # network and cache fail in any way
+            what = "Rouge-L of a task that is not in English needs the tokenizer of gpt2 from the hub"
+            raise UserError(f"{what}, which does not answer: download it once, or leave the task out") from None
+
+    def tokenize(self, text: str) -> list[str]:
+        """The tokens of a text."""
+        return [token.lstrip("Ġ") for token in self.gpt2.tokenize(text)]
+
+
+@functools.cache
+def _xlingual():
+    """The metric "Rouge-L-xlingual", made when it is first needed."""
+    rouge = RougeScorer(["rougeL"], tokenizer=_Tokens())
+    return _best(lambda p, r: rouge.score(r, p)["rougeL"].fmeasure)
+
+
 METRICS = {
     "exact": _best(lambda p, r: float(p == r)),  # strings: there, case is part of the answer
     "Rank-ACC": _best(lambda p, r: float(p == r)),  # t0: the prediction is one of the choices
@@ -77,9 +111,29 @@ METRICS = {
 }
 
 
+def refuse_unread(references: list[str], where: str = ""):
+    """Say how many references have no token for Rouge-L: they score 0 whatever the answer is. Raise UserError, which
+    begins with `where`, if that is all of them and they are texts in another script."""
+    unread = [reference for reference in references if not re.search("[a-z0-9]", reference.lower())]
+    if not unread:
+        return
+    text = next((reference for reference in unread if any(map(str.isalnum, reference))), "")
+    reads = f"{where}Rouge-L reads the letters a-z and digits alone"
+    if text and len(unread) == len(references):
+        fix = 'name the language of its outputs by "Output_language" in its file, or leave the task out'
+        raise UserError(f"{reads}, and there are none in {text[:40]!r}: {fix}")
+    say_once(f"{reads}: {len(unread)} of {len(references)} references, as {unread[0][:40]!r}, score 0 for any answer")
+
+
 def score(metric: str, predictions: list[str], examples: list[Example]) -> float:
-    """Score predictions by a key of METRICS, times 100. Raises ValueError if there are no examples."""
+    """Score predictions by a key of METRICS or XLINGUAL, times 100.
+
+    Raises ValueError if there are no examples, UserError for a reference in another script than Rouge-L reads.
+    """
     if not examples:
         raise ValueError("nothing to score: no examples")
     references = [tuple(output.strip() for output in e.outputs) for e in examples]
-    return METRICS[metric]([p.strip() for p in predictions], references)
+    if metric == "Rouge-L":
+        refuse_unread([reference for several in references for reference in several])
+    measure = _xlingual() if metric == XLINGUAL else METRICS[metric]
+    return measure([p.strip() for p in predictions], references)

@@ -1,5 +1,7 @@
 """Super-NaturalInstructions (Wang et al. 2022; https://github.com/allenai/natural-instructions), English track.
 
+A task whose file names another "Output_language" is scored as in the official cross-lingual track.
+
     <data-dir>/splits/default/{train,test}_tasks.txt      which tasks are for training and test, one name a line
     <data-dir>/tasks/<task>.json                          Definition, Categories, Instances (id, input, outputs), ...
 
@@ -21,6 +23,7 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 
+from benchmarks.metrics import XLINGUAL, refuse_unread
 from benchmarks.tables import Rows, parts_of, say_once, table_of
 from data import Benchmark, Example, Task
 from plumbing.backbones import reach_hub
@@ -36,7 +39,7 @@ TAIL = "\nOutput:"  # inputs that are too long are cut before it
 CAP = 100
 TRAIN_SEED = 42
 FEWEST_HELD_OUT = 25  # of a training task whose file has at most CAP + 25 instances (MHR authors)
-COLUMNS = {"definition": "string", "input": "string", "outputs": ["string"], "group": "string"}
+COLUMNS = {"definition": "string", "input": "string", "outputs": ["string"], "group": "string", "metric": "string"}
 
 
 def load(dataset: str, data_dir: str, split: str, parts) -> Benchmark:
@@ -93,7 +96,7 @@ def _train_task(name: str, table: datasets.Dataset | None) -> Task:
     count = len(table)
     held_out = count - CAP if count > CAP + FEWEST_HELD_OUT else min(FEWEST_HELD_OUT, count // 2)
     train, test = (_some(table, range(a, b)) for a, b in itertools.pairwise((0, count - held_out, count)))
-    return Task(name, "Rouge-L", train, [], test, group=table[0]["group"], also=("SuperNI-EM",))
+    return Task(name, table[0]["metric"], train, [], test, group=table[0]["group"], also=("SuperNI-EM",))
 
 
 def _test_task(name: str, table: datasets.Dataset, split: int) -> Task:
@@ -102,7 +105,8 @@ def _test_task(name: str, table: datasets.Dataset, split: int) -> Task:
     random.Random(split).shuffle(rest)
     shots = min(CAP, -(-len(rest) // 2))
     parts = rest[:shots], rest[shots : shots + CAP], range(min(CAP, len(table)))
-    return Task(name, "Rouge-L", *(_some(table, part) for part in parts), group=table[0]["group"], also=("SuperNI-EM",))
+    parts = (_some(table, part) for part in parts)
+    return Task(name, table[0]["metric"], *parts, group=table[0]["group"], also=("SuperNI-EM",))
 
 
 def _some(table: datasets.Dataset, rows: Sequence[int]) -> Sequence[Example]:
@@ -137,7 +141,7 @@ def _files(part: str, data_dir: str) -> dict[str, Path | None]:
 def _names(listing: Path) -> list[str]:
     """The task names of a list, one per line. Raises UserError for a repeated name, a path, or an empty list."""
     try:
-        lines = listing.read_bytes().decode("utf-8").splitlines()
+        lines = listing.read_bytes().decode("utf-8-sig").splitlines()
     except OSError as error:
         raise UserError(f"{listing} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -218,6 +222,8 @@ def _official_rows(path: Path) -> Iterator[dict]:
             raise UserError(f'{path} has no "{key}": it is no task file of Super-NaturalInstructions')
     # The official code reads the first definition; older files have a string instead of a list.
     definition, group = (_first_text(task[key], f'{path}: "{key}"') for key in ("Definition", "Categories"))
+    languages = task.get("Output_language") or ["English"]
+    english, every = languages in ("English", ["English"]), []
     if not isinstance(task["Instances"], list):
         raise UserError(f'{path}: "Instances" must be a list of objects')
     for k, instance in enumerate(task["Instances"]):
@@ -230,7 +236,11 @@ def _official_rows(path: Path) -> Iterator[dict]:
             raise UserError(f'{place} must have an "input", a string')
         if not isinstance(outputs, list) or not outputs or not all(_is_text(o) and o.strip() for o in outputs):
             raise UserError(f'{place} must have an "output", a list of one or more strings that are not empty')
-        yield {"definition": definition, "input": instance["input"], "outputs": outputs, "group": group}
+        every += outputs
+        row = {"definition": definition, "input": instance["input"], "outputs": outputs, "group": group}
+        yield row | {"metric": "Rouge-L" if english else XLINGUAL}
+    if english and every:
+        refuse_unread(every, f"{path}: ")
 
 
 def _first_text(value, place: str) -> str:
@@ -251,14 +261,15 @@ def _hub_rows(path: Path) -> Iterator[dict]:
     for _, lines in itertools.groupby(_hub_lines(path), key=lambda line: (line["id"], line["inputs"])):
         first, *more = lines
         outputs = [line["targets"] for line in (first, *more)]
-        yield {"definition": first["definition"], "input": first["inputs"], "outputs": outputs, "group": ""}
+        row = {"definition": first["definition"], "input": first["inputs"], "outputs": outputs, "group": ""}
+        yield row | {"metric": "Rouge-L"}
 
 
 def _hub_lines(path: Path) -> Iterator[dict]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8; nested too deep
                 raise UserError(f"{path}:{number} is not valid JSON in UTF-8: {error}") from None
             keys = ("id", "definition", "inputs", "targets")

@@ -348,7 +348,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                row = json.loads(line.decode("utf-8"))
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
                 raise UserError(f"{path}:{number}: not UTF-8 at byte {error.start} of the line") from None
             except (ValueError, RecursionError) as error:  # also a number of too many digits; nested too deep

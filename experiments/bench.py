@@ -41,7 +41,8 @@ from transformers.utils import logging
 
 import train
 from benchmarks.choices import _encoder_decoder_logits
-from inject import LORA_LAYERS, freeze, inject, merge, task_ids, unmerge
+from inject import freeze, inject, merge, task_ids, unmerge
+from layers import LORA_LAYERS
 from lora import LoRA, LoRALinear
 from methods import build_model
 from mhr import MHRLinear, MHRRouter

@@ -20,17 +20,21 @@ class Part(NamedTuple):
     share: float  # of the batch's loss that is this part's
 
 
-def parts_of(items: list, micro_batch: int, prepare, weight=len, batch=None) -> list[Part]:
+def parts_of(items: list, micro_batch: int, prepare, weight=len, batch=None, in_step: int = 1) -> list[Part]:
     """A batch, a list of `data.Item`s, in parts of micro_batch examples (0: in one).
 
     prepare(items): the tensors of a part. weight(items): how many examples or tokens its loss averages over.
-    batch: the items of all processes, if `items` is one's share.
+    batch: the items of all processes, if `items` is one's share. in_step: how many processes share it and must get the
+    same number of parts (--shard); the parts that one lacks are there without weight.
     """
-    batch, size = batch or items, micro_batch or max(1, len(items))
+    batch, most = batch or items, max(1, len(items) if in_step == 1 else -(-len(batch or items) // in_step))
+    size = micro_batch or most
     ids, undivided = [item.task for item in batch], len(items) == len(batch) <= size
     whole = 1 if undivided else weight(batch)
     parts = [items[k : k + size] for k in range(0, len(items), size)]
-    return [Part(prepare(p), [i.task for i in p], ids, 1 if undivided else weight(p) / whole) for p in parts]
+    made = [Part(prepare(p), [i.task for i in p], ids, 1 if undivided else weight(p) / whole) for p in parts]
+    lacking = 0 if in_step == 1 else -(-most // size) - len(made)
+    return made + [Part(prepare(batch[:1]), ids[:1], ids, 0.0) for _ in range(lacking)]
 
 
 def ahead(batches: Iterator[list], in_parts: Callable[[list], list[Part]]) -> Iterator[tuple[list, list[Part]]]:

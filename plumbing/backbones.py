@@ -18,6 +18,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from plumbing.errors import RunError, UserError
 from plumbing.folders import whole_folder
+from plumbing.large import in_four_bits
 
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 
@@ -74,15 +75,16 @@ def advice_on_memory(advice: str, then: str = ", and --resume"):
 def load_backbone(name: str, device: str, precision: str = "fp32", encoder: bool = False):
     """A model and its tokenizer: "tiny", "scratch", a hub name, or a folder with a model or one GGUF file.
 
-    precision: fp32 or bf16, the type of the weights. encoder: any model that computes hidden states is accepted (for
+    precision: fp32 or bf16, the type of the weights; nf4: `large.in_four_bits`; auto: the checkpoint's own type, with
+    its files mapped into memory if they can be. encoder: any model that computes hidden states is accepted (for
     AdapterSoup), even without a language-model head. Raises UserError if there is no such model, if weights are missing
     or not finite, if it wants to run code of its own, or if there is no GPU for cuda; RunError if memory is too small.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA GPU here, use --device cpu")
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision, "auto")
     if name == "scratch":
-        return tiny_from_scratch().to(device, dtype), ByT5Tokenizer()
+        return tiny_from_scratch().to(device, None if dtype == "auto" else dtype), ByT5Tokenizer()
     source = str(TINY) if name == "tiny" else name
     if not Path(source).is_dir():
         reach_hub()
@@ -105,6 +107,8 @@ def load_backbone(name: str, device: str, precision: str = "fp32", encoder: bool
         if getattr(model, "hf_quantizer", None):  # of a GGUF file: its weights are plain now, also when saved again
             model.hf_quantizer.remove_quantization_config(model)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if precision == "nf4":
+            model = in_four_bits(model, loader, source, device, **options)
         return model.to(device), tokenizer
     except Exception as error:  # a damaged file makes each loader fail in its own way
         flag = "encoder" if encoder else "--backbone"
@@ -114,6 +118,32 @@ def load_backbone(name: str, device: str, precision: str = "fp32", encoder: bool
         if "trust_remote_code" in str(error):
             reason = "it asks to run code of its own, which is never allowed here"
         raise UserError(f"{flag} {name} cannot be loaded: {reason} ({flag} tiny is bundled)") from None
+
+
+def refuse_unfit(model: nn.Module, tokenizer, cfg):
+    """Raise UserError for a backbone and tokenizer that cannot do what a `train.Config` asks, or not rightly."""
+    where, encoder_decoder = f"--backbone {cfg.backbone}", model.config.is_encoder_decoder
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{where}: its tokenizer has no end token, so no output would end: use another backbone")
+    for name, positions in tables_of_positions(model).items():
+        both = f"--max-input {cfg.max_input} and --max-output {cfg.max_output}"
+        flags, length = (both, cfg.max_input + cfg.max_output) if not encoder_decoder else (
+            (f"--max-output {cfg.max_output}", cfg.max_output) if "decoder" in name
+            else (f"--max-input {cfg.max_input}", cfg.max_input)
+        )  # fmt: skip
+        if length > positions:
+            raise UserError(f"{where} has {positions:,} positions, fewer than {flags}: give less")
+
+
+def tables_of_positions(model: nn.Module) -> dict[str, int]:
+    """The learned tables of absolute positions in a model: {name: how many positions}."""
+    tables = {}
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and (last == "wpe" or "position" in last) and "relative" not in last:
+            first = getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
+            tables[name] = module.num_embeddings - first
+    return tables
 
 
 def reason_of(error: Exception) -> str:
@@ -148,7 +178,7 @@ LARGE = {  # the recipes' backbones: parameters in billions
 def warn_if_too_large(cfg):
     """Say what a backbone of billions of parameters needs, before minutes of loading it on a CPU."""
     if billions := LARGE.get(cfg.backbone) if cfg.device == "cpu" else None:
-        size = 2 if cfg.precision == "bf16" else 4
+        size = {"fp32": 4, "bf16": 2, "nf4": 0.8}[cfg.precision]  # nf4: of T5, whose wo has 2 bytes
         print(
             f"{cfg.backbone} has {billions} billion parameters, {billions * size:.0f} GB in {cfg.precision}, and is "
             "meant for a GPU with at least twice that; there is none here. To try the program: --backbone tiny"

@@ -1,5 +1,6 @@
 """Errors as one sentence and an exit code, and what signals do to a script outside its training loop."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -16,8 +17,9 @@ class RunError(Exception):
 def exit_on_user_error(main, *args):
     """Run a script's main function; turn its failure into one line on standard error and an exit code.
 
-    2 for what the user can fix (UserError), 1 for a failed run (RunError, or the disk), 130 for Ctrl-C, 143 for
-    SIGTERM, 129 for SIGHUP (unless it is ignored, as under nohup).
+    2 for what the user can fix (UserError), 1 for a failed run (RunError, or the disk), 143 for SIGTERM, 129 for SIGHUP
+    (unless it is ignored, as under nohup). After Ctrl-C the script dies by that signal, which shells show as 130: they
+    end a loop of commands only then.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     for number in hang_ups():
@@ -26,6 +28,12 @@ def exit_on_user_error(main, *args):
         if signal.getsignal(signal.SIGINT) is _exit_at_once:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         main(*args)
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != 128 + signal.SIGINT:
+            raise
+        if getattr(main, "__module__", "") == "__main__":  # not where another program calls a script's function
+            die_of_ctrl_c()
+        sys.exit(128 + signal.SIGINT)
     except UserError as error:
         _fail(str(error), 2)
     except RunError as error:
@@ -33,8 +41,16 @@ def exit_on_user_error(main, *args):
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error} (what was saved before is whole)", 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+
+
+def die_of_ctrl_c():
+    """End the process by SIGINT itself, so that its shell knows; where there are no such signals, do nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    if os.name == "posix":
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def _fail(text: str, code: int):
@@ -52,6 +68,8 @@ def exit_quietly_on_signals():
 
 def _exit_at_once(number: int, frame):
     """Exit without an exception: the imports in progress would swallow it or wrap it."""
+    if number == signal.SIGINT:
+        die_of_ctrl_c()
     os._exit(128 + number)
 
 

@@ -109,7 +109,7 @@ def read_json(path: Path, **kinds: type) -> dict:
     Raises UserError if the file is missing, damaged, or lacks such an entry.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

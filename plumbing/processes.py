@@ -5,7 +5,8 @@
 Started like this (or in any way that sets RANK, WORLD_SIZE and MASTER_ADDR), `train.py` computes what one process would
 compute on the same batch, up to rounding: every process holds the whole model, draws the same routing noise
 (`inject.task_ids` is told all tasks of the batch), and weights its loss by its share. `adapt.py` gives each process
-every n-th task. Only the first process prints and writes; all must see the disk of the run folder. On CUDA each process
+every n-th task. (Under --shard, `large.py`, a process holds a part of the backbone, and all adapt and score the same
+tasks.) Only the first process prints and writes; all must see the disk of the run folder. On CUDA each process
 takes the GPU of its LOCAL_RANK. Without these variables every function here does nothing.
 
 In three cases the random states diverge, and each process draws its own noise, as in any data-parallel training: with a
@@ -86,6 +87,15 @@ def together(results: dict) -> dict:
     every = [None] * dist.get_world_size()
     dist.all_gather_object(every, results)
     return {key: value for one in every for key, value in one.items()}
+
+
+def as_first(value: float) -> float:
+    """The first process's value, for all."""
+    if not (dist := _dist()):
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
 
 
 def sum_gradients(parameters: list, loss, stop: int) -> tuple:

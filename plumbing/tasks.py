@@ -13,35 +13,63 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from torch import Tensor
 from tqdm import tqdm
 
 from plumbing import processes
+from plumbing.ahead import Part, parts_of
 from plumbing.checkpoint import marks_of_tasks
 from plumbing.folders import check_numbers, read_json, refuse_other, write_json
 from plumbing.run import Log
+
+
+class InStep:
+    """What the processes share that compute one task together, each a share of every batch; or one process alone."""
+
+    def __init__(self, shard: bool):
+        self.count = processes.count() if shard else 1
+
+    def parts_of(self, batch: list, **options) -> list[Part]:
+        """`ahead.parts_of` for this process's examples of a batch."""
+        items = batch if self.count == 1 else processes.share(batch)
+        return parts_of(items, batch=batch, in_step=self.count, **options)
+
+    def sum(self, parameters: list, loss: Tensor) -> Tensor:
+        """Sum gradients and loss over the processes; returns the loss."""
+        return loss if self.count == 1 else processes.sum_gradients(parameters, loss, stop=0)[0]
+
+    def agreed(self, value: float) -> float:
+        """A value that decides what is computed next: the first process's, for all."""
+        return value if self.count == 1 else processes.as_first(value)
 
 
 class TaskRun(Log):
     """Within this context: the log, the bar, and SPLIT/TASK.json for each task that is done.
 
     made_with: {"backbone": hash, ...}; a result that was made with something else is refused (UserError). Of several
-    processes each takes its share of the tasks.
+    processes each takes its share of the tasks; shard: of each batch of every task (`large.py`).
     """
 
-    def __init__(self, folder: Path, made_with: dict[str, str]):
+    def __init__(self, folder: Path, made_with: dict[str, str], shard: bool = False):
         self.folder, self.made_with, self.seconds = folder, made_with, 0.0
-        super().__init__(folder, lambda line: (folder / line["split"] / f"{line['task']}.json").exists(), everyone=True)
+        self.in_step = processes.count() if shard else 1  # how many processes compute a task together
+        self.writes = self.in_step == 1 or processes.first()
+        done = lambda line: (folder / line["split"] / f"{line['task']}.json").exists()  # noqa: E731
+        super().__init__(folder, done, everyone=self.in_step == 1)
 
     def tasks(self, tasks: list, split: str, title: str) -> Iterator:
         """Those of this process's tasks (`data.Task`) that are not done, with a bar that shows the scores of each."""
         self.own = {}
         (self.folder / split).mkdir(parents=True, exist_ok=True)
-        for task in (bar := tqdm(processes.share(tasks), desc=title, unit="task", disable=None)):
+        mine = processes.share(tasks) if self.in_step == 1 else tasks
+        for task in (bar := tqdm(mine, desc=title, unit="task", disable=None)):
             self.file_of_task = path = self.folder / split / f"{task.name}.json"
             self.made = self.made_with | {"data set": marks_of_tasks([task])}
             if not path.exists():
                 self.start = time.monotonic()
                 yield task
+            if self.in_step > 1:
+                processes.wait()  # until the result is written
             one = self.own[task.name] = read_json(
                 path, before=float, stops=dict, metrics=dict, seconds=float, made_with=dict
             )
@@ -55,8 +83,9 @@ class TaskRun(Log):
 
     def record(self, **result):
         """The task is done: write its result file. result: "before", "stops" and "metrics" (the main one first)."""
-        self.flush_to_disk()
-        write_json(self.file_of_task, result | {"seconds": time.monotonic() - self.start, "made_with": self.made})
+        if self.writes:
+            self.flush_to_disk()
+            write_json(self.file_of_task, result | {"seconds": time.monotonic() - self.start, "made_with": self.made})
 
     def results(self) -> dict[str, dict]:
         """{task name: content of its result file} of the tasks of the last split, those of all processes."""

@@ -19,7 +19,8 @@ from transformers import (
 
 import train
 from benchmarks.metrics import METRICS
-from inject import adapter_parameters, freeze, inject, named_layers, task_ids
+from inject import adapter_parameters, freeze, inject, task_ids
+from layers import named_layers
 from methods import SINGLE as ONE_LAYER
 from methods import make_adapter, make_router, routed_layer
 from plumbing.backbones import tiny_from_scratch

@@ -145,9 +145,10 @@ def test_windows_line_ends(tmp_path):
 
 cell = st.text(st.characters(exclude_characters="\t\n", exclude_categories=["Cs"]), min_size=1, max_size=12)
 clean = cell.filter(lambda text: text == text.strip())
+answer = clean.filter(lambda text: "\r" not in text)  # where it would hide the end of a line
 
 
-@given(st.lists(st.tuples(clean, st.lists(clean, min_size=1, max_size=3)), min_size=1, max_size=8))
+@given(st.lists(st.tuples(clean, st.lists(answer, min_size=1, max_size=3)), min_size=1, max_size=8))
 @settings(max_examples=50, deadline=None)
 def test_what_is_written_is_read_back(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("tsv") / "t.tsv"

@@ -23,10 +23,12 @@ import adapt
 import benchmarks
 import evaluate
 import train
-from benchmarks.metrics import METRICS, score
+from benchmarks import metrics
+from benchmarks.metrics import METRICS, XLINGUAL, score
 from data import Benchmark, Example, Task
 from evaluate import print_scores
-from inject import LORA_LAYERS, adapter_parameters, inject, routers, task_ids
+from inject import adapter_parameters, inject, routers, task_ids
+from layers import LORA_LAYERS
 from lora import LoRA
 from mhr import MHRLinear, MHRRouter
 from plumbing.backbones import advice_on_memory
@@ -277,12 +279,39 @@ def test_mean_is_over_tasks():
         ("Rouge-L", "", ("yes", "no"), 0),
         ("Rouge-L", "yes", ("", "Yes."), 100),
         ("Rouge-L", "", ("",), 0),  # rouge-score: no token, no score
-        ("Rouge-L", "\u65e5\u672c", ("\u65e5\u672c",), 0),  # rouge-score reads a-z and 0-9 only
         ("Rouge-L", "die \u00dcbung eins", ("die \u00fcbung eins",), 100),
     ],
 )  # fmt: skip
 def test_superni_metrics_by_hand(metric, prediction, references, expected):
     assert score(metric, [prediction], examples(references)) == pytest.approx(expected)
+
+
+def test_rouge_of_another_script(monkeypatch, capsys):
+    """rouge-score reads a-z and 0-9 alone: a right answer in another script would score 0. It is refused, or scored by
+    the tokens of GPT-2, as in the official cross-lingual track; a mark without letters is said to score 0."""
+    for text in ("\u732b\u5750", "\u043a\u043e\u0448\u043a\u0430", "\u0642\u0637\u0629"):
+        with pytest.raises(UserError, match='^Rouge-L reads the letters a-z .* by "Output_language" in its file'):
+            score("Rouge-L", [text], examples((text,)))
+    assert score("Rouge-L", ["?", "a cat"], examples(("?",), ("a cat",))) == 50
+    assert "1 of 2 references, as '?', score 0 for any answer" in capsys.readouterr().out
+    byte_level = ByteLevelTokenizer()
+    monkeypatch.setattr(metrics.AutoTokenizer, "from_pretrained", lambda name, **options: byte_level)
+    metrics._xlingual.cache_clear()
+    for right, wrong in (("\u732b\u5750 \u57ab", "\u72d7"), ("a cat", "dogs")):
+        assert score(XLINGUAL, [right], examples((right,))) == 100
+        assert score(XLINGUAL, [wrong], examples((right,))) < 50
+    monkeypatch.setattr(metrics.AutoTokenizer, "from_pretrained", lambda name, **options: 1 / 0)
+    metrics._xlingual.cache_clear()
+    with pytest.raises(UserError, match="needs the tokenizer of gpt2 from the hub, which does not answer"):
+        score(XLINGUAL, ["x"], examples(("x",)))
+    metrics._xlingual.cache_clear()
+
+
+class ByteLevelTokenizer:
+    """Stands for GPT-2's tokenizer: characters as tokens, with its mark of a space before a word."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return [f"\u0120{c}" if k and text[k - 1] == " " else c for k, c in enumerate(text) if c != " "]
 
 
 def test_superni_metrics_are_averaged_over_examples_not_references():

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import poly
-from inject import LORA_LAYERS, freeze, inject
+from inject import freeze, inject
+from layers import LORA_LAYERS
 from lora import LoRA, LoRALinear
 from mhr import MHRLinear, MHRRouter
 from poly import PolyLinear, PolyRouter

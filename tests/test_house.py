@@ -7,13 +7,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CONCEPTS = "lora ia3 sft poly mhr inject".split()
 FLOORS = [  # from the ground up; a file imports only from floors below, or from files before it on its own floor
-    [*CONCEPTS, "recipes"],
+    [*CONCEPTS, "layers", "recipes"],
     [
         f"plumbing.{x}"
-        for x in "errors flags processes folders tables checkpoint adafactor ahead graph backbones run tasks".split()
+        for x in "errors flags processes folders tables checkpoint adafactor ahead graph".split()
+        + "large backbones run tasks".split()
     ],
     ["data"],
-    [f"benchmarks.{x}" for x in "tables strings t0 superni crossfit metrics choices".split()] + ["benchmarks"],
+    [f"benchmarks.{x}" for x in "tables metrics choices strings t0 superni crossfit".split()] + ["benchmarks"],
     [f"baselines.{x}" for x in "fixed task_moe hyperformer adapter_soup".split()],
     ["methods"],
     ["scoring"],
@@ -21,7 +22,7 @@ FLOORS = [  # from the ground up; a file imports only from floors below, or from
     ["adapt"],
     ["evaluate"],
     [f"tools.{x}" for x in "measures figures compare count_parameters estimate_memory export analyze".split()],
-    [f"experiments.{x}" for x in "methods claims reproduce babyai bench gpu_items gpu".split()],
+    [f"experiments.{x}" for x in "methods claims reproduce babyai bench larger gpu_items gpu".split()],
     [f"tests.stress.{x}" for x in "kills targets faults longrun scale".split()],
 ]
 PLACES = {name: (floor, place) for floor, names in enumerate(FLOORS) for place, name in enumerate(names)}
@@ -84,7 +85,7 @@ def test_the_root_is_the_table_of_contents():
     cells = re.findall(r"^\| ((?:`[\w./]+`(?:, )?)+) \|", table, re.M)
     named = {name for cell in cells for name in re.findall(r"`([\w./]+)`", cell)}
     here = {path.name for path in ROOT.glob("*.py")}
-    assert {name for name in named if name.endswith(".py")} == here and len(here) == 13
+    assert {name for name in named if name.endswith(".py")} == here and len(here) == 14
     assert {name.strip("/").split("/")[0] for name in named if name.endswith("/")} == {
         path.name for path in ROOT.iterdir() if path.is_dir() and list(path.rglob("*.py")) or path.name == "assets"
     } - {"runs"}  # fmt: skip

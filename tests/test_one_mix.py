@@ -15,15 +15,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 from transformers import T5Config, T5ForConditionalGeneration
 
 import inject as inject_module
-from inject import (
-    LORA_LAYERS, adapted_layers, adapter_parameters, compiled, freeze, inject, mix_all, remember, routers, task_ids,
-)  # fmt: skip
+import train
+from inject import adapted_layers, adapter_parameters, compiled, freeze, inject, mix_all, remember, routers, task_ids
+from layers import LORA_LAYERS
 from lora import LoRA, LoRALinear
 from mhr import MHRLinear, MHRRouter
 from poly import PolyLinear, PolyRouter
@@ -596,3 +597,38 @@ def test_adapters_are_made_on_the_device_of_their_layers(method, adapter, shared
     inject(model, layer_maker(method, adapter, router=own), r"layers\.\d")
     assert {p.device.type for p in adapter_parameters(model).values()} == {"meta"}
     assert len(routers(model)) == (1 if shared else 4)
+
+
+# --- The device is not waited for -------------------------------------------------------------------------------------
+
+
+class Waits(TorchFunctionMode):
+    """Counts what a GPU would be waited for: numbers taken out of tensors, and shapes that depend on values. Task ids,
+    whole numbers that lie on the host, are not counted."""
+
+    TAKEN = ("item", "tolist", "__bool__", "__float__", "__int__", "numpy", "cpu", "nonzero", "masked_select", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if name in self.TAKEN and isinstance(args[0], torch.Tensor) and args[0].is_floating_point():
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", [dict(method="mhr"), dict(method="poly", optimizer="adafactor", micro_batch=4)])
+def test_a_training_step_waits_once(tmp_path, settings):
+    """For its loss and gradient norm, together; five steps more wait five times more."""
+    counts = []
+    for steps in (3, 8):
+        flags = dict(dataset="strings", backbone="scratch", heads=4, batch_size=8, device="cpu", eval_examples=0)
+        cfg = train.make_config(
+            **flags | settings, steps=steps, save_every="1000", output_dir=str(tmp_path / f"{steps}")
+        )
+        with Waits() as waits:
+            train.train(cfg)
+        counts.append(waits.count)
+    assert counts[1] - counts[0] == 5

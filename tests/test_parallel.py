@@ -14,11 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data import Item
 from inject import _ids, task_ids
 from plumbing import processes
+from plumbing.ahead import parts_of
+from plumbing.backbones import load_backbone
 from plumbing.errors import UserError, exit_on_user_error
 from plumbing.flags import explicit_flags
 from plumbing.folders import CHECKPOINT
+from plumbing.large import blocks_of
+from tests import helpers
 from tests.stress.kills import small_backbone
 
 ROOT = Path(__file__).parents[1]
@@ -229,6 +234,139 @@ def same_adaptation(folder: Path, other: Path):
     for name in one["tasks"]:
         tensors, others = (load_file(run / "0" / f"{name}.safetensors") for run in (folder, other))
         assert all(torch.equal(tensors[key], others[key]) for key in tensors)
+
+
+# --- A backbone that is split over the processes ----------------------------------------------------------------------
+
+SPLIT = """
+import json, sys, torch
+import train
+from benchmarks.choices import choose
+from data import Example, Item
+from inject import adapter_parameters, fingerprint, merge, routers, task_ids
+from methods import build_model, use_checkpointing
+from plumbing import processes
+from scoring import generate
+from tests.helpers import randomise
+
+folder, backbone, precision, adapter = sys.argv[1:]
+processes.join("cpu")
+settings = dict(method="mhr", heads=2, skills=2, backbone=backbone, device="cpu", precision=precision, adapter=adapter)
+examples = [Example(text, ("ab",), ("ab", "c", "aba"), 0) for text in ("one two", "three", "four five six")]
+items = [Item(k % 2, example, "ab") for k, example in enumerate(examples)]
+
+
+def work(shard):
+    torch.manual_seed(0)
+    model, tokenizer = build_model(train.Config(**settings, shard=shard), tasks=2)
+    torch.manual_seed(1)
+    randomise(model)
+    model.eval()
+    found = {"fingerprint": fingerprint(model), "gradients": []}
+    with torch.no_grad(), task_ids([0, 1, 0], keep=True):  # the encoder alone comes first
+        found["text"] = [generate(model, tokenizer, examples, 32, 8, beams) for beams in (1, 3)]
+        found["chosen"] = choose(model, tokenizer, examples, 32, 8)
+    for checkpointing in (False, True):
+        if checkpointing:
+            use_checkpointing(model.train())
+            for router in routers(model):
+                router.eval()
+        with task_ids([0, 1, 0]):
+            loss = train.batch_loss(model, tokenizer, items, 32, 8)
+        loss.backward()
+        found["gradients"] += [p.grad.clone() for p in adapter_parameters(model).values() if p.requires_grad]
+        model.zero_grad()
+    added = adapter_parameters(model)
+    held = [getattr(p, "to_local", lambda: p)() for name, p in model.named_parameters() if name not in added]
+    found["bytes"] = sum(p.numel() * p.element_size() for p in held)
+    try:
+        merge(model, 0)
+    except ValueError as error:
+        found["merged"] = str(error)
+    return found
+
+
+def near(x, y):
+    return (x - y).abs().max() <= (1e-5 if precision == "fp32" else 0.05) * y.abs().max()
+
+
+whole, split = work(False), work(True)
+result = {key: split[key] == whole[key] for key in ("text", "chosen", "fingerprint")}
+result["gradients"] = all(map(bool, map(near, split["gradients"], whole["gradients"])))
+with open(f"{folder}/{processes.rank()}.json", "w") as file:
+    json.dump(result | {"share": split["bytes"] / whole["bytes"], "merged": split["merged"]}, file)
+"""
+
+
+@pytest.mark.parametrize(
+    "precision, adapter",
+    [("fp32", "lora"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("bf16", "lora"), ("fp32", "ia3"), ("fp32", "sft"),
+    ))],
+)  # fmt: skip
+def test_a_split_backbone_is_the_whole_one(tmp_path, precision, adapter):
+    """Generation, beams, choices, gradients with and without checkpointing; each process holds half of the blocks."""
+    (tmp_path / "split.py").write_text(SPLIT)
+    backbone = helpers.small_backbone(tmp_path / "backbone", layers=2)
+    launch([*TORCHRUN, tmp_path / "split.py", tmp_path, backbone, precision, adapter])
+    model = load_backbone(backbone, "cpu")[0]
+    blocks = sum(p.numel() for block in blocks_of(model).values() for p in block.parameters())
+    whole = sum(p.numel() for p in model.parameters())
+    for rank in ("0", "1"):
+        found = read(tmp_path / f"{rank}.json")
+        assert found.pop("merged").startswith("layer encoder.block.0.layer.0.SelfAttention.q: nothing can be merged")
+        assert found.pop("share") == pytest.approx(1 - blocks / 2 / whole, rel=0.01)
+        assert all(found.values()), found
+
+
+def test_training_split_is_training_whole(start, runs):
+    """Shares of 7 and 8 examples in parts of 3; scores as well."""
+    flags = FLAGS | dict(backbone=str(runs / "backbone"), eval_examples=2, shard=True)
+    end(start("train", 2, runs / "split", exact=True, **flags))
+    same_training(runs, "split")
+    one, two = (read(runs / name / "result.json")["tasks"] for name in ("one", "split"))
+    assert one == two and list(one) == list(two)
+
+
+def test_a_split_run_resumes(start, runs):
+    folder, flags = runs / "split-cut", FLAGS | dict(backbone=str(runs / "backbone"), eval_examples=0, shard=True)
+    children = start("train", 2, folder, exact=True, pause=0.2, **flags)
+    while children[0].is_alive() and not (folder / CHECKPOINT).exists():
+        time.sleep(0.01)
+    for child in children:
+        child.kill()
+        child.join()
+    assert not (folder / "result.json").exists()
+    end(start("train", 2, folder, exact=True, resume=True, **flags))
+    same_training(runs, "split-cut")
+
+
+def test_parts_in_step(runs):
+    """Every process gets as many parts as the one with most examples; the further ones have no weight."""
+    batch = [Item(k, f"{k}", "") for k in range(3)]
+    shares = [batch[rank::4] for rank in range(4)]
+    each = [parts_of(share, 0, list, batch=batch, in_step=4) for share in shares]
+    assert [[part.share for part in parts] for parts in each] == [[1 / 3], [1 / 3], [1 / 3], [0.0]]
+    shares = [batch[rank::2] for rank in range(2)]
+    each = [parts_of(share, 1, list, batch=batch, in_step=2) for share in shares]
+    assert [[part.share for part in parts] for parts in each] == [[1 / 3, 1 / 3], [1 / 3, 0.0]]
+    assert each[1][1].tensors == batch[:1] and each[1][1] is not each[1][0]
+
+
+def test_a_split_run_is_adapted_and_scored(start, runs):
+    """All processes adapt to the same task together, or one process does with the whole backbone; so with scoring."""
+    base = dict(method="lora", backbone=str(runs / "backbone"), steps=2, batch_size=8, max_input=8, max_output=4)
+    end(start("train", 2, runs / "split-base", eval_examples=0, shard=True, **base))
+    one, two = (start("adapt", n, runs / f"split-{n}", checkpoint=runs / "split-base", **FEW) for n in (1, 2))
+    end(one + two)
+    one, two = (read(runs / f"split-{n}" / "result.json") for n in (1, 2))
+    assert list(one["tasks"]) == list(two["tasks"]) == FEW["tasks"].split(",")
+    assert (runs / "split-2.txt").read_text().count("saved in") == 1
+    for name in one["tasks"]:
+        assert two["splits"]["0"]["before"][name] == one["splits"]["0"]["before"][name]
+        tensors, others = (load_file(runs / f"split-{n}" / "0" / f"{name}.safetensors") for n in (1, 2))
+        for key in tensors:
+            torch.testing.assert_close(others[key], tensors[key], rtol=1e-3, atol=1e-4)
 
 
 # --- The launchers ----------------------------------------------------------------------------------------------------

@@ -42,7 +42,8 @@ from benchmarks import metrics
 from benchmarks.choices import labelled_tensors, loss_of_choices
 from benchmarks.tables import Rows
 from data import Benchmark, Example, Item, Task
-from inject import GRANULARITIES, adapter_parameters, inject, named_layers, routers
+from inject import adapter_parameters, inject, routers
+from layers import GRANULARITIES, named_layers
 from lora import LoRA, LoRALinear
 from methods import add_adapters, build_model, load_run
 from plumbing.backbones import load_backbone

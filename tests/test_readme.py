@@ -35,8 +35,8 @@ CONFIGS = {  # scripts whose flags are a Config, and its recipes
     "-m tools.estimate_memory": (estimate_memory.Config, {}), "-m experiments.babyai": (babyai.Config, {}),
 }  # fmt: skip
 PARSERS = (  # modules whose main() has a parser of its own
-    "experiments.methods", "experiments.reproduce", "experiments.bench", "experiments.gpu", "tests.stress.faults",
-    "tests.stress.longrun", "tests.stress.scale",
+    "experiments.methods", "experiments.reproduce", "experiments.bench", "experiments.gpu", "experiments.larger",
+    "tests.stress.faults", "tests.stress.longrun", "tests.stress.scale",
 )  # fmt: skip
 NO_COMMANDS = ("-m pytest", "-m tools.NAME", "-m experiments.NAME", "-m experiments.gpu_items")
 PLACEHOLDERS = {  # of the documents: what they stand for here

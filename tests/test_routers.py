@@ -17,7 +17,7 @@ from baselines.fixed import FixedRouter, RandomRouter, given_table, half_of_skil
 from baselines.hyperformer import HyperRouter
 from baselines.task_moe import TaskMoERouter
 from data import Task
-from inject import GRANULARITIES, LORA_LAYERS, sharing_key
+from layers import GRANULARITIES, LORA_LAYERS, sharing_key
 from lora import LoRA, LoRALinear
 from methods import SFTMHRLinear, SFTPolyLinear
 from mhr import MHRRouter

@@ -40,7 +40,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import adapt
 import train
-from inject import named_layers
+from layers import named_layers
 from methods import add_adapters, count_parameters
 from plumbing.backbones import reach_hub, reason_of, refuse_endless
 from plumbing.tables import aligned
@@ -103,7 +103,7 @@ def meta_backbone(name: str, device: str = "meta", dtype: torch.dtype = torch.fl
         named_layers("lora", config.model_type)
     except ValueError:
         why = f"the layers of a {config.model_type} model have no names here"
-        raise UserError(f"--backbone {name}: {why}, give one like T5, BART, Llama or GPT-2") from None
+        raise UserError(f"--backbone {name}: {why}, give one of another type") from None
     return model
 
 

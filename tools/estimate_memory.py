@@ -1,6 +1,7 @@
 """How much memory a training step takes, computed without weights and without a GPU.
 
     python -m tools.estimate_memory --backbone t5-xl --batch-size 16        256 + 256 tokens an example
+    python -m tools.estimate_memory --backbone qwen3-8b --batch-size 8      also in 4 bits, and split over processes
 
 The step is the forward and backward pass of `train.py`, on fake tensors, which have a size but no content. The peak of
 live tensors is added up. Not counted: fragmentation in the allocator, buffers of libraries (on a CPU 10 to 15 % more
@@ -21,8 +22,10 @@ class Config:
       python -m tools.estimate_memory --backbone t5-xxl --batch-size 8 --max-input 512
     """
 
-    backbone: str = flag("t5-xl", "t5-xl, t5-xxl, bart-large, or a hub name, folder or config file", group="the step")
-    batch_size: int = flag(16, "examples per step")
+    backbone: str = flag(
+        "t5-xl", "t5-xl, t5-xxl, bart-large, qwen3-8b, or a hub name, folder or config file", group="the step"
+    )
+    batch_size: int = flag(16, "examples per step (of several processes: of each)")
     max_input: int = flag(256, "tokens of each input")
     max_output: int = flag(256, "tokens of each output")
     training_tasks: int = flag(313, "number of training tasks, each with its rows of Z")
@@ -44,11 +47,13 @@ import train
 from inject import adapter_parameters, task_ids
 from methods import add_adapters, use_checkpointing
 from plumbing.backbones import reason_of
+from plumbing.large import blocks_of
 from plumbing.tables import aligned
 from tools.count_parameters import ROWS, meta_backbone
 
 MOST_TOKENS = 10_000_000  # of a batch: a thousand times the papers', and its task ids are real tensors
 SHOWN = ("full", "(IA)^3", "LoRA", "Poly", "MHR, 8 heads", "MHR, 64 heads")
+OTHERWISE, WAYS = "MHR, 8 heads", ("nf4", "2 processes", "4 processes")
 
 
 class Peak(TorchDispatchMode):
@@ -114,6 +119,31 @@ def training_memory(
     return {"backbone": parameters - adapters, "adapters": adapters, "AdamW": averages, "step": step}
 
 
+IN_4_BITS = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes: 64 values share a scale of 8 bits, 256 such scales one of 32
+
+
+def backbone_otherwise(model: nn.Module, way: str) -> tuple[int, int]:
+    """Bytes that one GPU holds of a bfloat16 backbone, and the most that come and go while it computes.
+
+    way: "nf4": a weight is multiplied as bfloat16. "2 processes" (--shard): the block that is computed is there whole,
+    and the one that follows.
+    """
+    whole = sum(p.numel() for p in model.parameters())
+    if way == "nf4":
+        packed = [linear.weight.numel() for linear in linears_in_4_bits(model)]
+        return 2 * (whole - sum(packed)) + round(IN_4_BITS * sum(packed)), 2 * max(packed)
+    blocks = [sum(p.numel() for p in block.parameters()) for block in blocks_of(model).values()]
+    return 2 * (whole - sum(blocks)) + 2 * sum(blocks) // int(way.split()[0]), 2 * 2 * max(blocks)
+
+
+def linears_in_4_bits(model: nn.Module) -> list[nn.Linear]:
+    """The layers that transformers holds in 4 bits: not the head, nor what a model wants precise (T5's wo)."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    kept = model._keep_in_fp32_modules or ()
+    head = model.get_output_embeddings()
+    return [m for name, m in linears.items() if m is not head and not any(part in kept for part in name.split("."))]
+
+
 def fake_batch(encoder_decoder: bool, size: int, max_input: int, max_output: int) -> dict[str, torch.Tensor]:
     """A batch as `data.collate` makes it, every example of full length."""
     length = max_input if encoder_decoder else max_input + max_output
@@ -122,29 +152,47 @@ def fake_batch(encoder_decoder: bool, size: int, max_input: int, max_output: int
     return {"input_ids": x, "attention_mask": torch.ones_like(x), "labels": labels}
 
 
-def table(backbone: str, batch_size: int, lengths: tuple[int, int], tasks: int) -> list[tuple[str, ...]]:
+def table(
+    backbone: str, batch_size: int, lengths: tuple[int, int], tasks: int, shown: tuple[str, ...] = ()
+) -> list[tuple[str, ...]]:
     """A table in GB (10^9 bytes) as cells, header first: the backbone in bfloat16, under method full in float32.
 
+    shown: the methods, names of ROWS; none: SHOWN. The last lines hold the backbone otherwise: in 4 bits, or split over
+    processes, each of which has its own batch.
     A method whose heads do not divide a layer has no numbers. Raises UserError for a batch of more than MOST_TOKENS.
     """
     if (tokens := batch_size * sum(lengths)) > MOST_TOKENS:
         given = f"--batch-size {batch_size} --max-input {lengths[0]} --max-output {lengths[1]}"
         raise UserError(f"{given} is a batch of {tokens:,} tokens, which fits nowhere: {MOST_TOKENS:,} at most")
     head = ("GB", "backbone", "adapters", "AdamW", "step", "in all", "step with --checkpointing", "in all")
-    lines = [head]
-    for name in tqdm(SHOWN, desc="memory", unit="method", disable=None, leave=False):
-        cells, settings = [], ROWS[name] | dict(precision="fp32" if name == "full" else "bf16")
-        for checkpointing in (False, True):
-            try:
-                sizes = training_memory(backbone, batch_size, lengths, tasks, checkpointing, **settings)
-            except UserError:
-                if "heads" not in settings:
-                    raise
-                break
-            numbers = [*sizes.values(), sum(sizes.values())][3 * checkpointing :]
-            cells += [f"{number / 1e9:.1f}" for number in numbers]
-        lines.append((name, *(cells or ["-"] * 7)))
-    return lines
+    every = {}
+    for name in tqdm(shown or SHOWN, desc="memory", unit="method", disable=None, leave=False):
+        settings = ROWS[name] | dict(precision="fp32" if name == "full" else "bf16")
+        try:
+            with_or_without = [
+                training_memory(backbone, batch_size, lengths, tasks, checkpointing, **settings)
+                for checkpointing in (False, True)
+            ]
+        except UserError:
+            if "heads" not in settings:
+                raise
+            with_or_without = []
+        every[name] = with_or_without
+    for way in WAYS if OTHERWISE in every else ():
+        held, passing = backbone_otherwise(meta_backbone(backbone), way)
+        every[f"{OTHERWISE}, {way}"] = [
+            sizes | {"backbone": held, "step": sizes["step"] + passing} for sizes in every[OTHERWISE]
+        ]
+    return [head, *((name, *cells_of(sizes)) for name, sizes in every.items())]
+
+
+def cells_of(with_or_without: list[dict[str, int]]) -> list[str]:
+    """The cells of a line: the sizes without --checkpointing and their sum, the step with it and the sum; or none."""
+    cells = []
+    for checkpointing, sizes in enumerate(with_or_without):
+        numbers = [*sizes.values(), sum(sizes.values())][3 * checkpointing :]
+        cells += [f"{number / 1e9:.1f}" for number in numbers]
+    return cells or ["-"] * 7
 
 
 def main(flags: dict):
