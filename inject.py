@@ -416,8 +416,12 @@ def inject(model: nn.Module, make_layer, pattern: str | list[str]) -> list[str]:
             made.append((name, make_layer(name, module)))
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from None
+    first = set()  # the routers so far
     for name, layer in made:
         if hasattr(layer, "router"):
+            if layer.router in first:  # transformers saves a shared parameter once, if it is told so
+                layer._tied_weights_keys = {f"router.{p}": "" for p, _ in layer.router.named_parameters()}
+            first.add(layer.router)
             if layer.router.Z.device != layer.weight.device:
                 layer.router.to(layer.weight.device)
             layer.register_forward_pre_hook(_give_mixture, with_kwargs=True)
@@ -450,11 +454,11 @@ def _refuse_unused(model: nn.Module, name: str):
     kind, settings = type(owner).__name__, getattr(owner, "config", None) or getattr(model, "config", None)
     why = ""
     if isinstance(owner, nn.MultiheadAttention):
-        why = "nn.MultiheadAttention reads its weight"
+        why = "nn.MultiheadAttention reads its weight:"
     elif isinstance(owner, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         why = "nn.TransformerEncoder reads its weight in evaluation: torch.backends.mha.set_fastpath_enabled(False), or"
     elif name.endswith("dt_proj") or "mamba" in kind.lower() and name.endswith(("x_proj", "out_proj")):
-        why = f"{kind} reads its weight"
+        why = f"{kind} reads its weight:"
     elif kind.startswith("Bloom") and getattr(settings, "slow_but_exact", False) and settings.pretraining_tp > 1:
         why = "BLOOM reads its weight with slow_but_exact: set that to False, or"
     elif hasattr(layer, "_hf_hook") and layer.weight.device.type == "meta":

@@ -157,16 +157,28 @@ def probe(model: nn.Module, tokenizer, cfg):
             check(model, call)
     except ValueError as error:
         raise UserError(f"--backbone {cfg.backbone}: {error}") from None
-    if not model.config.is_encoder_decoder:
-        training = model.training
-        model.eval()
+    if not model.config.is_encoder_decoder and looks_ahead(model, call):
+        raise UserError(f"--backbone {cfg.backbone} is no language model: a token sees those after it")
+
+
+@torch.enable_grad()
+def looks_ahead(model: nn.Module, call) -> bool:
+    """Whether the first token's logits (b, l, vocabulary), which call() computes, depend on the tokens after it: by
+    their gradient, which is exactly zero in a causal model."""
+    read = []
+
+    def note(module: nn.Module, args: tuple, y: Tensor) -> Tensor:
+        read.append(y.detach().requires_grad_())
+        return read[-1]
+
+    hook = model.get_input_embeddings().register_forward_hook(note)
+    try:
         with task_ids([0]):
-            before = call()[:, 0]
-            x[:, 1:] = x[:, 1:].flip(1)
-            seen = not torch.allclose(before, call()[:, 0], rtol=1e-3, atol=1e-3 * before.abs().max().item())
-        model.train(training)
-        if seen:
-            raise UserError(f"--backbone {cfg.backbone} is no language model: a token sees those after it")
+            first = call()[:, 0]
+    finally:
+        hook.remove()
+    (by_input,) = torch.autograd.grad((first * torch.linspace(0, 1, first.shape[-1]).to(first)).sum(), read[:1])
+    return bool((by_input[:, 1:] != 0).any())
 
 
 # --- Load and save ----------------------------------------------------------------------------------------------------

@@ -75,6 +75,7 @@ class SFT:
         Either one adapter for all rows, values and places (k,), or one per example, (b, k); places may be (1, k).
         """
         size, y = (linear.out_features, linear.in_features), linear(x)
+        x = x.to(y.dtype)  # which autocast has lowered
         if value.dim() == 1:
             return y + Times.apply(x.flatten(0, -2), value, place, size).view_as(y)
         place = place.expand(len(value), -1)

@@ -32,7 +32,15 @@ def choice_tensors(
     return source | {"tokens": tokens, "exists": exists}
 
 
-def choice_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def choice_log_probs(
+    model: nn.Module, tokenizer, examples: list[Example], max_input: int, max_output: int
+) -> tuple[Tensor, Tensor]:
+    """`log_probs_of` the choices of these examples."""
+    batch = choice_tensors(model, tokenizer, examples, max_input, max_output)
+    return log_probs_of(model, to_device(batch, model.device))
+
+
+def log_probs_of(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """(log p (b, c, l), mask (b, c, l)): the log-probability of each token of each choice given the input.
 
     batch: of `choice_tensors`. mask is True at tokens, False at padding and at choices that an example does not have;
@@ -132,11 +140,10 @@ def labelled_tensors(model, tokenizer, items: list[Item], max_input: int, max_ou
 
 def loss_of_choices(model, batch: dict[str, Tensor]) -> Tensor:
     """`t_few_loss` of the tensors of `labelled_tensors`: a scalar."""
-    return t_few_loss(*choice_log_probs(model, batch), batch["labels"])
+    return t_few_loss(*log_probs_of(model, batch), batch["labels"])
 
 
 @torch.no_grad()
 def choose(model: nn.Module, tokenizer, examples: list[Example], max_input: int, max_output: int) -> list[int]:
     """Rank classification: for each example the number of the choice with the highest length-normalised score."""
-    batch = to_device(choice_tensors(model, tokenizer, examples, max_input, max_output), model.device)
-    return choice_scores(*choice_log_probs(model, batch)).argmax(-1).tolist()
+    return choice_scores(*choice_log_probs(model, tokenizer, examples, max_input, max_output)).argmax(-1).tolist()

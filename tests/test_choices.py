@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks import choices
-from benchmarks.choices import choice_log_probs, choice_scores, choice_tensors, choose, t_few_loss
+from benchmarks.choices import choice_log_probs, choice_scores, choose, t_few_loss
 from data import Example
 from inject import adapter_parameters, task_ids
 from tests.helpers import IDS, NAMES, TASKS, adapted, difference
@@ -97,7 +97,7 @@ def padded(log_ps: list[list]) -> tuple[Tensor, Tensor]:
 
 def together(model, tokenizer, examples=EXAMPLES, ids=IDS, limits=LIMITS) -> tuple[Tensor, Tensor]:
     with task_ids(ids):
-        return choice_log_probs(model, choice_tensors(model, tokenizer, examples, *limits))
+        return choice_log_probs(model, tokenizer, examples, *limits)
 
 
 def assert_close(x: Tensor, y: Tensor):

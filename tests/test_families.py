@@ -1,4 +1,5 @@
-"""Every family of models with named layers: in a tiny random one, each does what T5, BART, Llama and GPT-2 do."""
+"""Families of models, in tiny random ones. Those with named layers do what T5, BART, Llama and GPT-2 do; in others a
+mixed batch is each example alone, or is refused."""
 
 import re
 
@@ -8,7 +9,7 @@ import transformers
 from torch import nn
 
 import train
-from inject import adapted_layers, adapter_parameters, load_adapters, merged, routers, save_adapters, task_ids
+from inject import adapted_layers, adapter_parameters, check, load_adapters, merged, routers, save_adapters, task_ids
 from layers import FAMILIES, LAYER_SETS, all_linear, named_layers, pattern_of
 from methods import add_adapters, use_checkpointing
 from plumbing.errors import UserError
@@ -169,3 +170,64 @@ def test_all_linear_for_an_unknown_model():
     assert len(adapted_layers(model)) == 2 * 6 and "lm_head" not in adapted_layers(model)
     with pytest.raises(ValueError, match="no linear layer in a numbered block"):
         all_linear(nn.Sequential(nn.Linear(2, 2)))
+
+
+# --- Models whose layers have no names here ---------------------------------------------------------------------------
+
+PLAIN = dict(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+BART = SETTINGS["bart"]
+ELSEWHERE = {  # config.model_type: settings of a tiny model, all of whose linears are adapted
+    "phi": WIDE, "gptj": PLAIN | dict(rotary_dim=4), "codegen": PLAIN | dict(rotary_dim=4), "gpt_bigcode": PLAIN,
+    "openai-gpt": PLAIN, "mpt": dict(vocab_size=64, d_model=32, n_layers=2, n_heads=4), "granite": LIKE_LLAMA,
+    "gpt_neo": dict(
+        vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=64,
+    ),
+    "mixtral": LIKE_LLAMA | dict(num_local_experts=4), "cohere": LIKE_LLAMA | dict(pad_token_id=0),
+    "stablelm": LIKE_LLAMA, "starcoder2": LIKE_LLAMA, "nemotron": LIKE_LLAMA,
+    "xglm": dict(
+        vocab_size=64, d_model=32, ffn_dim=64, num_layers=2, attention_heads=4, max_position_embeddings=64
+    ),
+    "biogpt": WIDE | dict(max_position_embeddings=64), "rwkv": dict(vocab_size=64, hidden_size=32, num_hidden_layers=2),
+    "ctrl": PLAIN | dict(dff=64), "roberta": WIDE | dict(is_decoder=True, max_position_embeddings=66),
+    "marian": BART | dict(decoder_start_token_id=0, pad_token_id=0), "pegasus": BART, "mbart": BART, "m2m_100": BART,
+    "blenderbot": BART, "longt5": T5, "bigbird_pegasus": BART | dict(attention_type="original_full"),
+    "switch_transformers": T5 | dict(num_experts=4, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1),
+    "xlnet": dict(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=64),
+    "led": {name: value for name, value in BART.items() if name != "max_position_embeddings"} | dict(
+        max_encoder_position_embeddings=64, max_decoder_position_embeddings=64, attention_window=4
+    ),
+    "mamba": dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4),
+    "jamba": LIKE_LLAMA | dict(num_experts=2, mamba_d_state=4, use_mamba_kernels=False, pad_token_id=0),
+}  # fmt: skip
+REFUSED = {  # those in which not every row's task is known, or a layer is not called: when, and what is said
+    "led": ("check", "layer .*longformer_self_attn.query is called with 8 rows for 3 examples: leave it out"),
+    "switch_transformers": ("check", "layer .*expert_0.* is (called with .* rows for 3 examples|never called)"),
+    "xlnet": ("check", "layer .*ff.layer_1 is called with the tokens as its first axis: leave it out"),
+    "mamba": ("inject", "layer .*x_proj cannot be adapted, MambaMixer reads its weight: leave it out"),
+    "jamba": ("inject", "layer .*x_proj cannot be adapted, JambaMambaMixer reads its weight: leave it out"),
+}
+
+
+@pytest.mark.parametrize("kind", ELSEWHERE)
+def test_all_linears_of_other_models(kind, monkeypatch):
+    """A mixed batch is each example alone, or one sentence names the layer in which it would not be."""
+    monkeypatch.setitem(SETTINGS, kind, ELSEWHERE[kind])
+    when, says = REFUSED.get(kind, ("", ""))
+    if when == "inject":
+        with pytest.raises(UserError, match=says):
+            adapted(kind, method="poly", layers="all-linear")
+        return
+    model = adapted(kind, method="poly", layers="all-linear")
+    batch = {name: x for name, x in batch_for(model).items() if name != "labels"}
+    batch |= {"decoder_input_ids": batch["input_ids"]} if model.config.is_encoder_decoder else {}
+    if when == "check":
+        with pytest.raises(ValueError, match=says):
+            check(model, lambda: model(**batch, use_cache=False))
+        with pytest.raises(ValueError, match="layer .* was called with .* rows, its model with 3"):
+            logits(model, batch, IDS)
+        return
+    check(model, lambda: model(**batch, use_cache=False))
+    alone = torch.cat([logits(model, row(batch, k), [task]) for k, task in enumerate(IDS)])
+    assert difference(logits(model, batch, IDS), alone) < 1e-5
+    assert difference(logits(model, batch, [0, 0, 3]), alone) > 1e-3
