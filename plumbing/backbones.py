@@ -1,5 +1,6 @@
 """Backbones: load one, or refuse it with a reason; save one; what a machine's device and memory allow."""
 
+import math
 import os
 import re
 import sys
@@ -99,7 +100,7 @@ def load_backbone(name: str, device: str, precision: str = "fp32", encoder: bool
         model, info = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
         if missing := sorted(info["missing_keys"]) if not encoder else []:  # an encoder may lack its head
             raise ValueError(f"its file has no {missing[0]}, which would be random")
-        if broken := [name for name, p in model.named_parameters() if not p.isfinite().all()]:
+        if broken := [name for name, p in model.named_parameters() if p.numel() and not all_finite(p)]:
             raise ValueError(f"its {broken[0]} has values that are not finite")
         refuse_integers(Path(source))
         if unused := sorted(info.get("unexpected_keys", ())) if not encoder else []:
@@ -144,6 +145,12 @@ def tables_of_positions(model: nn.Module) -> dict[str, int]:
             first = getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
             tables[name] = module.num_embeddings - first
     return tables
+
+
+@torch.no_grad()
+def all_finite(p: torch.Tensor) -> bool:
+    """Whether all values are finite; their extremes tell, and take no copy of a large weight."""
+    return all(math.isfinite(extreme) for extreme in p.aminmax())
 
 
 def reason_of(error: Exception) -> str:

@@ -99,18 +99,19 @@ def script(name: str, words: list[str], environment: dict, printed: Path, exact:
     module, scoring = importlib.import_module(name), importlib.import_module("scoring")
     scoring.score = lambda metric, outputs, examples: float(sum(f"{outputs} {examples}".encode()))
     if exact:
-        make_exact(module, pause)
+        make_exact(module, pause, exact != "single")
     exit_on_user_error(module.main, explicit_flags(module.Config, {}, words))
 
 
-def make_exact(train, pause: float):
+def make_exact(train, pause: float, double: bool):
     """Change train.py so that two processes and one differ by 1e-16, and not by parts of a step.
 
     Gradients that are summed over two shares differ from those of the whole batch by rounding, in float32 1e-7 of
     their size. AdamW enlarges that: it divides each gradient by its own size plus 1e-8. A gradient of about 1e-8, like
     that of a logit of Z whose skills are still alike, then moves the logit by a visible part of --lr-z. So the
     optimiser here is linear in the gradient: SGD, with momentum as the state to resume. Unlike AdamW it also shows a
-    wrong factor in the sum. And all is in double precision, also what the loss and T5 compute by `.float()`.
+    wrong factor in the sum. And all is in double precision, also what the loss and T5 compute by `.float()`, unless it
+    is to be seen what that leaves in float32.
 
     Outputs get different lengths, so that shares have different weights.
     """
@@ -118,7 +119,7 @@ def make_exact(train, pause: float):
 
     def starting_point(*args):
         model, tokenizer = start(*args)
-        return model.double(), tokenizer
+        return model.double() if double else model, tokenizer
 
     def make_optimizer(*args):
         groups = [{"params": group["params"], "lr": group["lr"]} for group in optimizer_of(*args).param_groups]
@@ -132,7 +133,8 @@ def make_exact(train, pause: float):
         for batch in whole(*args, **options):
             yield [item._replace(output=item.output[: 1 + k % 6]) for k, item in enumerate(batch)]
 
-    torch.Tensor.float, train.data.batches = torch.Tensor.double, batches
+    torch.Tensor.float = torch.Tensor.double if double else torch.Tensor.float
+    train.data.batches = batches
     train.starting_point, train.make_optimizer, train.set_rates = starting_point, make_optimizer, set_rates
 
 
@@ -326,6 +328,17 @@ def test_training_split_is_training_whole(start, runs):
     same_training(runs, "split")
     one, two = (read(runs / name / "result.json")["tasks"] for name in ("one", "split"))
     assert one == two and list(one) == list(two)
+
+
+def test_splitting_changes_nothing_but_rounding(start, runs):
+    """In float32, 20 steps: each of two processes holds half of the backbone, or one holds it whole."""
+    flags = FLAGS | dict(backbone=str(runs / "backbone"), eval_examples=0, steps=20, save_every="100", lr_z=10.0)
+    end(start("train", 1, runs / "float-one", exact="single", **flags))
+    end(start("train", 2, runs / "float-split", exact="single", shard=True, **flags))
+    one, two = (load_file(runs / name / "adapter.safetensors") for name in ("float-one", "float-split"))
+    assert one.keys() == two.keys() and {tensor.dtype for tensor in one.values()} == {torch.float32}
+    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
+    assert max(tensor.abs().max() for name, tensor in one.items() if name.endswith("B")) > 0.01
 
 
 def test_a_split_run_resumes(start, runs):
