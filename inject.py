@@ -23,7 +23,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 # --- Task ids ---------------------------------------------------------------------------------------------------------
 
 
-NO_IDS = "a routed layer was called without task ids: wrap the call in `with task_ids(ids):`"
+NO_IDS = "a routed layer was called without task ids: wrap the call in `with task_ids(ids):`, in the same thread"
 
 
 class _Ids(NamedTuple):
@@ -56,12 +56,15 @@ _ids: ContextVar[_Ids | None] = ContextVar("ids", default=None)  # each thread a
 def task_ids(ids, among=None, keep=False):
     """Within this context, example k of a batch belongs to task ids[k]. Covers forward, backward and generation.
 
-    ids (n,): a list or tensor of integers >= 0. Contexts nest; leaving one restores the one around it.
+    ids (n,): a list or tensor of integers >= 0. A batch may have k n rows, each example k times in a row, as beam
+    search and the scoring of choices have it; one that is stacked as a whole needs the ids k times. Contexts nest;
+    leaving one restores the one around it. A new thread begins without ids.
     among: the ids of a larger batch that this one is a part of; routing noise is then drawn for all of its tasks, so
     that every part (in another process) draws the same. None: the batch is all there is.
     keep: each layer mixes its adapters once and keeps them until the context ends. For generation, which calls a layer
     for every token; an error if gradients are on, for nothing may be trained meanwhile.
-    Raises ValueError if ids are not integers, negative, not among `among`, or not a flat list of at least one.
+    Raises ValueError if ids are not integers, negative, not among `among`, or not a flat list of at least one;
+    RuntimeError if another context has not been left, as when a generator yields within one.
     """
     ids = _checked(ids)
     tasks, rows = torch.unique(ids if among is None else _checked(among), return_inverse=True)  # once a batch
@@ -76,6 +79,8 @@ def task_ids(ids, among=None, keep=False):
     try:
         yield
     finally:
+        if _ids.get() is not now:
+            raise RuntimeError("task_ids contexts are left in another order than entered: do not yield within one")
         _ids.reset(token)
         if _thread.now is not None and _thread.now.ids is now:  # Ctrl-C in a forward pass
             _thread.now = None
@@ -112,12 +117,14 @@ INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_emb
 
 
 def _batch_of(args: tuple, kwargs: dict, ids: _Ids) -> _Batch:
-    """The batch of a model's call. Raises ValueError unless its number of rows is a multiple of that of the ids.
+    """The batch of a model's call: its first tensor, best one with as many rows as there are ids, or a multiple.
 
-    Beam search, several returned sequences and the scoring of several choices repeat each example in a row.
+    Raises ValueError if there is none such.
     """
-    given = (*args, *(kwargs.get(name) for name in INPUTS), *kwargs.values())
-    x = next((x for x in given if isinstance(x, Tensor) and x.dim() > 0), ids.rows)
+    given = [*args, *(kwargs.get(name) for name in INPUTS), *kwargs.values()]
+    within = [x for one in given for x in (one.values() if isinstance(one, Mapping) else [one])]
+    tensors = [x for x in within if isinstance(x, Tensor) and x.dim() > 0]
+    x = next((x for x in tensors if x.shape[0] % len(ids.rows) == 0), tensors[0] if tensors else ids.rows)
     batch = _Batch(x.shape[0], x.shape[1] if x.dim() > 1 else 1)
     if batch.rows == 0 or batch.rows % len(ids.rows):
         raise ValueError(f"{len(ids.rows)} task ids for a batch of {batch.rows} rows: expected one per example")
@@ -266,6 +273,8 @@ def _give_mixture(layer: nn.Module, args: tuple, kwargs: dict):
     """Forward pre-hook of every routed layer: add its task ids and its mixture to the call."""
     if len(args) > 1 or "tasks" in kwargs:
         return None  # called directly, with ids of its own
+    if not args:  # by keyword, under the name that a linear layer or this one gives it
+        args, kwargs = (kwargs.get("input", kwargs.get("x")),), {}
     now = _pass_now()
     if now is not None and layer in now.mixed:
         params = now.mixed[layer]
@@ -273,6 +282,12 @@ def _give_mixture(layer: nn.Module, args: tuple, kwargs: dict):
             return args, kwargs | {"tasks": now.ids.tasks[:1], "params": params}
         _refuse_rows(layer, args[0], now)
         return args, kwargs | {"tasks": now.ids.tasks, "rows": now.ids.rows, "params": params}
+    again = now is None and torch._C._current_graph_task_id() != -1  # in a backward pass
+    if again and hasattr(layer, "inventory"):
+        raise RuntimeError(
+            "a routed layer is computed again in the backward pass, where its model's mixture is unknown: use model."
+            "gradient_checkpointing_enable(), or checkpoint(inject.remember(function), ..., use_reentrant=False)"
+        )
     ids = now.ids if now is not None else _ids.get()
     if ids is None:
         raise RuntimeError(NO_IDS)
@@ -282,10 +297,10 @@ def _give_mixture(layer: nn.Module, args: tuple, kwargs: dict):
     own = {"tasks": ids.tasks.to(device, non_blocking=True), "rows": ids.rows.to(device, non_blocking=True)}
     if not hasattr(layer, "inventory"):  # a layer of another kind, that routes for itself
         return args, kwargs | own
-    if now is None and torch._C._current_graph_task_id() != -1:  # in a backward pass
-        raise RuntimeError(
-            "a routed layer is computed again in the backward pass, where its model's mixture is unknown: use model."
-            "gradient_checkpointing_enable(), or checkpoint(inject.remember(function), ..., use_reentrant=False)"
+    if now is None and len(ids.tasks) > 1 and len(args[0]) != len(ids.rows):
+        raise ValueError(
+            f"{len(ids.rows)} task ids for {len(args[0])} rows of a layer that is called outside its model's forward "
+            "pass: which task each row belongs to is not known"
         )
     kept = {} if ids.kept is None else ids.kept
     if layer not in kept:  # called outside its model: it mixes alone
@@ -408,7 +423,7 @@ def inject(model: nn.Module, make_layer, pattern: str | list[str]) -> list[str]:
     for name, module in _matches(model, pattern):
         if type(module).__name__ == "Conv1D":
             module = _as_linear(module)
-        if not isinstance(module, nn.Linear):
+        if not name or not isinstance(module, nn.Linear):
             what = f"layer {name}" if name else "the model itself"
             raise ValueError(f"{what} is a {type(module).__name__}, only linear layers can be adapted: {pattern!r}")
         _refuse_unused(model, name)
@@ -436,8 +451,13 @@ def inject(model: nn.Module, make_layer, pattern: str | list[str]) -> list[str]:
 
 def _matches(model: nn.Module, pattern: str | list[str]) -> list[tuple[str, nn.Module]]:
     """The modules that a pattern names, by their first name. Raises ValueError if there are none."""
+    if isinstance(pattern, re.Pattern):
+        pattern = pattern.pattern
     if not isinstance(pattern, str):
-        pattern = "|".join(rf"(?:.*\.)?{re.escape(name)}" for name in pattern)
+        names = list(pattern)
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"give a pattern, or a list of names of layers, not {pattern!r}")
+        pattern = "|".join(rf"(?:.*\.)?{re.escape(name)}" for name in names)
     try:
         matches = [(name, module) for name, module in model.named_modules() if re.fullmatch(pattern, name)]
     except re.error as error:
@@ -461,7 +481,7 @@ def _refuse_unused(model: nn.Module, name: str):
         why = f"{kind} reads its weight:"
     elif kind.startswith("Bloom") and getattr(settings, "slow_but_exact", False) and settings.pretraining_tp > 1:
         why = "BLOOM reads its weight with slow_but_exact: set that to False, or"
-    elif hasattr(layer, "_hf_hook") and layer.weight.device.type == "meta":
+    elif layer.weight.device.type == "meta" and any(hasattr(module, "_hf_hook") for module in model.modules()):
         why = "accelerate has offloaded its weight: load the model whole, or"
     names = [other for other, m in model.named_modules(remove_duplicate=False) if m is layer]
     if len(names) > 1:
@@ -521,54 +541,129 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in added.items() if first[id(p)] == name}
 
 
-@torch.no_grad()
+def _plain(name: str) -> str:
+    """A parameter's name without what wraps a part of the model: torch.compile, or torch's checkpointing."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
 def check(model: nn.Module, forward: Callable):
     """Find adapters that would do nothing, or serve rows of unknown tasks, before anything is trained.
 
-    forward(): a call of the model with three examples of seven tokens each. It is called once in training and once in
-    evaluation mode, the latter as models with a faster path there differ; random states are left as they were.
-    Raises ValueError, with the layer's name, for a layer that is never called, that is called with the tokens as its
-    first axis, or with other rows than the model.
+    forward(): a call of the model with three examples of seven tokens each, best returning its output. It is called in
+    training mode, and in evaluation mode, where some models take a faster path; random states stay as they were.
+    Raises ValueError, with the layer's name, for a layer that is never called, whose output is not used, or (routed)
+    whose rows are not those of the examples in their order.
     """
     model = unwrapped(model)
     layers, training = adapted_layers(model), {module: module.training for module in model.modules()}
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
-        for mode in ("training", "evaluation"):
-            model.train(mode == "training")
-            seen = _shapes_seen(layers, forward)
-            for name, shapes in seen.items():
-                _refuse_shapes(name, shapes, mode, hasattr(layers[name], "router"))
+        with torch.random.fork_rng(gpus), task_ids([0, 0, 0]):
+            model.train()
+            _refuse_uncalled(layers, forward)
+            model.eval()
+            _refuse_rows_of_others(model, layers, forward)
     finally:
         for module, was in training.items():
             module.training = was
 
 
-def _shapes_seen(layers: dict[str, nn.Module], forward: Callable) -> dict[str, set[tuple]]:
-    """The shapes of the inputs of each layer in a call, without their last axis. All three examples are of task 0."""
-    seen = {name: set() for name in layers}
-    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+def _calls(layers: dict[str, nn.Module], forward: Callable) -> tuple[dict[str, list], object]:
+    """What each layer got and gave in a call of the model, {name: [(x, y), ...]}, and what forward() returned."""
+    calls = {name: [] for name in layers}
     handles = [
-        layer.register_forward_pre_hook(lambda _, args, of=name: seen[of].add(tuple(args[0].shape[:-1])))
+        layer.register_forward_hook(lambda _, args, y, of=name: calls[of].append((args[0], y)))
         for name, layer in layers.items()
     ]
     try:
-        with torch.random.fork_rng(gpus), task_ids([0, 0, 0]):
-            forward()
+        return calls, forward()
     finally:
         for handle in handles:
             handle.remove()
-    return seen
 
 
-def _refuse_shapes(name: str, shapes: set[tuple], mode: str, routed: bool):
-    """Raise ValueError for what `check` saw of a layer: the shapes of its inputs without their last axis."""
-    if not shapes:
-        raise ValueError(f"layer {name} is never called in {mode}: its adapter would do nothing, leave it out")
-    for shape in shapes if routed else ():
-        if shape[0] == 7:
-            raise ValueError(f"layer {name} is called with the tokens as its first axis: leave it out")
-        if shape[0] != 3 and shape != (21,):
-            raise ValueError(f"layer {name} is called with {shape[0]} rows for 3 examples: leave it out")
+@torch.no_grad()
+def _refuse_uncalled(layers: dict[str, nn.Module], forward: Callable):
+    """Raise ValueError for a layer that is never called in training. Some models leave layers out at random; an expert
+    that no token was sent to is another matter."""
+    left = {name for name in layers if "expert" not in name}
+    for seed in range(8):
+        torch.manual_seed(seed)
+        left -= {name for name, calls in _calls(layers, forward)[0].items() if calls}
+        if not left:
+            return
+    raise ValueError(f"layer {min(left)} is never called in training: its adapter would do nothing, leave it out")
+
+
+@torch.enable_grad()
+def _refuse_rows_of_others(model: nn.Module, layers: dict[str, nn.Module], forward: Callable):
+    """Raise ValueError for what is wrong with a layer's calls in evaluation, seen by shapes and gradients: the rows of
+    one example depend on no other example, and what the model returns depends on every layer."""
+    read, handles = [], []
+
+    def note(module: nn.Module, args: tuple, y: Tensor) -> Tensor:
+        read.append(y.detach().requires_grad_())
+        return read[-1].clone()  # which the model may change in place
+
+    def note_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        leaf = lambda x: note(module, (), x) if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
+        return tuple(map(leaf, args)), {name: leaf(x) for name, x in kwargs.items()}
+
+    handles.append(model.register_forward_pre_hook(note_inputs, with_kwargs=True))
+    handles += [m.register_forward_hook(note) for m in model.modules() if isinstance(m, nn.Embedding)]
+    try:
+        calls, output = _calls(layers, forward)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, pairs in calls.items():
+        if not pairs and "expert" not in name:
+            raise ValueError(f"layer {name} is never called in evaluation: its adapter would do nothing, leave it out")
+        for x, _ in pairs if hasattr(layers[name], "router") else ():
+            _refuse_shape(name, tuple(x.shape[:-1]))
+    routed = {name: pairs for name, pairs in calls.items() if hasattr(layers[name], "router")}
+    examples = [leaf for leaf in read if leaf.shape[0] == 3]
+    for name, pairs in routed.items() if _mixed(routed.values(), examples) else ():
+        if _mixed([pairs], examples):
+            raise ValueError(f"layer {name} is called with rows that are not those of the examples: leave it out")
+    _refuse_unused_outputs(calls, output)
+
+
+def _refuse_shape(name: str, shape: tuple):
+    """Raise ValueError unless a layer's input has three rows, or is all 21 tokens in one axis."""
+    if shape and shape[0] == 7:
+        raise ValueError(f"layer {name} is called with the tokens as its first axis: leave it out")
+    if shape[:1] != (3,) and shape != (21,):
+        rows = shape[0] if shape else "no"
+        raise ValueError(f"layer {name} is called with {rows} rows for 3 examples: leave it out")
+
+
+def _mixed(several: Iterable[list], examples: list[Tensor]) -> bool:
+    """Whether the rows of one example, in inputs of layers, have a gradient to another example."""
+    inputs = [x for pairs in several for x, _ in pairs if x.requires_grad]
+    for k in range(3 if inputs and examples else 0):
+        rows = [x[k] if x.shape[0] == 3 else x[7 * k : 7 * k + 7] for x in inputs]
+        weighted = sum((row * torch.rand_like(row)).sum().float() for row in rows)
+        by_leaf = torch.autograd.grad(weighted, examples, retain_graph=True, allow_unused=True)
+        if any(bool((g[[i for i in range(3) if i != k]] != 0).any()) for g in by_leaf if g is not None):
+            return True
+    return False
+
+
+def _refuse_unused_outputs(calls: dict[str, list], output):
+    """Raise ValueError for a layer whose output nothing that the model returns depends on."""
+    within = (
+        output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else [output]
+    )
+    tensors = [x for x in within if isinstance(x, Tensor) and x.requires_grad]
+    ys = [(name, y) for name, pairs in calls.items() for _, y in pairs if y.requires_grad]
+    if not tensors or not ys:
+        return
+    total = sum(x.float().sum() for x in tensors)
+    by_output = torch.autograd.grad(total, [y for _, y in ys], retain_graph=True, allow_unused=True)
+    used = {name for (name, _), g in zip(ys, by_output, strict=True) if g is not None}
+    if unused := [name for name, _ in ys if name not in used]:
+        raise ValueError(f"layer {unused[0]} is called, but its output is not used: leave it out")
 
 
 def add_tasks(model: nn.Module, count: int, keep: bool = True):
@@ -655,7 +750,7 @@ def fingerprint(model: nn.Module) -> str:
             name = f"{owner.removesuffix('.linear')}.{leaf}"
         p = p.detach() if p.is_contiguous() else p.detach().T  # a Conv1D that `inject` turned: turn it back
         values = p.flatten()[:: -(-p.numel() // 64) or 1].to("cpu", torch.bfloat16).contiguous()
-        sha.update(f"{name} {tuple(p.shape)}".encode())
+        sha.update(f"{_plain(name)} {tuple(p.shape)}".encode())
         sha.update(values.view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:16]
 
@@ -665,7 +760,7 @@ def save_adapters(model: nn.Module, path: str):
 
     Raises ValueError if there are no adapters, OSError as `write_tensors`.
     """
-    tensors = {name: p.detach().contiguous().cpu() for name, p in adapter_parameters(model).items()}
+    tensors = {_plain(name): p.detach().contiguous().cpu() for name, p in adapter_parameters(model).items()}
     if not tensors:
         raise ValueError("nothing to save: this model has no adapters (a merged one must be unmerged first)")
     write_tensors(tensors, path, backbone=fingerprint(model))
@@ -738,7 +833,8 @@ def load_adapters(model: nn.Module, path: str):
             f"{path} was trained on another backbone: load the model that it was trained on"
             + half * " (a float16 one, as here, may not be known again: load in bfloat16 or float32, then .half())"
         )
-    own = adapter_parameters(model)
+    named = adapter_parameters(model)
+    full, own = {_plain(name): name for name in named}, {_plain(name): p for name, p in named.items()}
     for name in sorted(saved.keys() ^ own.keys()):
         where = "file" if name in saved else "model"
         raise ValueError(f"{path}: {name} is only in the {where}: it was saved with other adapter settings")
@@ -749,7 +845,7 @@ def load_adapters(model: nn.Module, path: str):
         if saved[name].is_floating_point() and not bool(saved[name].isfinite().all()):
             raise ValueError(f"{path}: {name} holds numbers that are not finite")
         if name.endswith(".place"):
-            weight = model.get_submodule(re.sub(r"\.(params|inventory)\.place$", "", name)).weight
+            weight = model.get_submodule(re.sub(r"\.(params|inventory)\.place$", "", full[name])).weight
             values, places = saved[name.removesuffix("place") + "value"], saved[name]
             if values.shape != places.shape or not bool(((places >= 0) & (places < weight.numel())).all()):
                 raise ValueError(f"{path}: {name} names places outside its layer, or not one for each value")
@@ -757,7 +853,7 @@ def load_adapters(model: nn.Module, path: str):
         if saved[name].shape == p.shape:
             p.copy_(saved[name])
         else:
-            owner, _, leaf = name.rpartition(".")
+            owner, _, leaf = full[name].rpartition(".")
             setattr(model.get_submodule(owner), leaf, nn.Parameter(saved[name].to(p.device), p.requires_grad))
 
 

@@ -169,7 +169,7 @@ def looks_ahead(model: nn.Module, call) -> bool:
 
     def note(module: nn.Module, args: tuple, y: Tensor) -> Tensor:
         read.append(y.detach().requires_grad_())
-        return read[-1]
+        return read[-1].clone()  # which the model may change in place
 
     hook = model.get_input_embeddings().register_forward_hook(note)
     try:

@@ -37,7 +37,9 @@ class Config:
     partition: str = flag("random.json", "crossfit: file that lists the training, dev and test tasks", metavar="FILE")
     backbone: str = flag("tiny", "tiny (bundled), scratch (the same, untrained), or a Hugging Face name or folder")
     adapter: str = flag("lora", "what a skill is", ("lora", "ia3", "sft"), group="adapter and routing")
-    layers: str = flag("", "lora, ia3, light, attention, self-attention; none: by adapter", metavar="NAME|REGEX")
+    layers: str = flag(
+        "", "lora, ia3, light, attention, self-attention, all-linear; none: by adapter", metavar="NAME|REGEX"
+    )
     rank: int = flag(1, "rank r of LoRA")
     density: float = setting(0.1, "sft: share of a layer's weights that may change")
     skills: int = flag(8, "skills s of a layer (private, expert, adapter-soup: set by the tasks)")
@@ -101,6 +103,7 @@ from plumbing.backbones import pick_device, warn_if_too_large
 from plumbing.checkpoint import marks_of_tasks, run_tensors
 from plumbing.folders import refuse_other_tasks, remove_checkpoint
 from plumbing.graph import WORTH_COMPILING, graph_of, refuse_what_cannot_compile, same_sizes
+from plumbing.large import precision_here, refuse_what_does_not_fit
 from plumbing.run import Run, refuse_nonfinite, run_in_folder
 from scoring import score_training_tasks, tasks_to_score
 
@@ -238,7 +241,7 @@ def train_steps(model, tokenizer, tasks: list[data.Task], steps: int, cfg: Confi
 
 def train(cfg: Config) -> dict:
     """Pre-train as cfg says and write the run folder; returns the content of result.json."""
-    advice = "a smaller --micro-batch (the same batch in parts) or --checkpointing"
+    advice = "a smaller --micro-batch (the same batch in parts), --checkpointing, --precision nf4 or --shard"
     return run_in_folder(train_in, cfg, "train.py", advice)
 
 
@@ -247,8 +250,11 @@ def train_in(folder: Path, cfg: Config) -> dict:
     warn_if_too_large(cfg)
     if cfg.compile:
         refuse_what_cannot_compile(cfg)
+    refuse_what_does_not_fit(cfg)  # now, not after the data are read
     if cfg.shard and not processes.several():
-        raise UserError("--shard splits the backbone over processes: torchrun --nproc-per-node 2 train.py --shard ...")
+        raise UserError(
+            "--shard splits the backbone over processes: torchrun --nproc-per-node 2 train.py ..., or --no-shard"
+        )
     tasks = benchmarks.load_for(cfg, cfg.split, ("train",)).train
     steps, scored = steps_to_take(cfg, tasks), tasks_to_score(cfg, tasks)
     torch.manual_seed(cfg.seed)
@@ -267,7 +273,7 @@ def train_in(folder: Path, cfg: Config) -> dict:
     counts, sizes = count_parameters(model), [len(task.train) for task in tasks if len(task.train)]
     print(f"{len(sizes)} training tasks, {sum(sizes):,} examples, {steps:,} steps,", end=" ")
     print(f"{len(routers(model))} routers; trainable:", *(f"{name} {count:,}" for name, count in counts.items()))
-    if steps >= WORTH_COMPILING and not cfg.compile:
+    if steps >= WORTH_COMPILING and not (cfg.compile or cfg.shard or cfg.precision == "nf4"):
         print(
             "--compile would save about a quarter of each step on two CPU cores, after half a minute (results/bench.md)"
         )
@@ -341,7 +347,8 @@ def run_config(folder: str, data_dir: str = "", device: str = "auto") -> Config:
     base = read_config(Config, Path(folder) / "config.json")
     check_ranges(base)
     device = pick_device(device)
-    precision = "fp32" if device == "cpu" and base.precision == "bf16" else base.precision  # as in `make_config`
+    precision = precision_here(base.precision)
+    precision = "fp32" if device == "cpu" and precision == "bf16" else precision  # as in `make_config`
     return dataclasses.replace(base, data_dir=data_dir or base.data_dir, device=device, precision=precision)
 
 

@@ -61,7 +61,10 @@ def embed_tasks(cfg, tasks: list[Task]) -> Tensor:
 def load_encoder(cfg):
     """The model that embeds tasks, in evaluation mode, and its tokenizer: cfg.encoder, or the run's own backbone."""
     name = cfg.encoder or cfg.backbone
-    encoder, tokenizer = load_backbone(name, cfg.device, cfg.precision, encoder=bool(cfg.encoder))
+    device, precision = (
+        ("cpu", "fp32") if cfg.shard else (cfg.device, cfg.precision)
+    )  # a split one has no room beside it
+    encoder, tokenizer = load_backbone(name, device, precision, encoder=bool(cfg.encoder))
     return encoder.eval(), tokenizer
 
 

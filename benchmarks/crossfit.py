@@ -190,7 +190,7 @@ def read_tsv(path: Path, task: str, limit: int | None = None) -> list[Example]:
     try:
         with open(path, "rb") as lines:
             rows = list(itertools.islice(lines, limit))
-        rows[:1] = [row.removeprefix(codecs.BOM_UTF8) for row in rows[:1]]
+        rows = [row.removeprefix(codecs.BOM_UTF8) for row in rows]  # of the file, or of those that were joined in it
         examples = [example_of(row, task, f"{path}:{number}") for number, row in enumerate(rows, 1)]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None

@@ -112,17 +112,23 @@ METRICS = {
 
 
 def refuse_unread(references: list[str], where: str = ""):
-    """Say how many references have no token for Rouge-L: they score 0 whatever the answer is. Raise UserError, which
+    """Say of how many references Rouge-L reads less than half: they score 0, or by the rest. Raise UserError, which
     begins with `where`, if that is all of them and they are texts in another script."""
-    unread = [reference for reference in references if not re.search("[a-z0-9]", reference.lower())]
+    unread = [reference for reference in references if not mostly_read(reference)]
     if not unread:
         return
     text = next((reference for reference in unread if any(map(str.isalnum, reference))), "")
     reads = f"{where}Rouge-L reads the letters a-z and digits alone"
     if text and len(unread) == len(references):
         fix = 'name the language of its outputs by "Output_language" in its file, or leave the task out'
-        raise UserError(f"{reads}, and there are none in {text[:40]!r}: {fix}")
-    say_once(f"{reads}: {len(unread)} of {len(references)} references, as {unread[0][:40]!r}, score 0 for any answer")
+        raise UserError(f"{reads}, and there are few or none in {text[:40]!r}: {fix}")
+    say_once(f"{reads}: {len(unread)} of {len(references)} references, as {unread[0][:40]!r}, have few or none")
+
+
+def mostly_read(text: str) -> bool:
+    """Whether Rouge-L, which reads a-z and 0-9, sees at least half of the letters and digits of a text, and one."""
+    letters = [character for character in text.lower() if character.isalnum()]
+    return bool(letters) and 2 * sum(character.isascii() for character in letters) >= len(letters)
 
 
 def score(metric: str, predictions: list[str], examples: list[Example]) -> float:

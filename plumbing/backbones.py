@@ -97,6 +97,9 @@ def load_backbone(name: str, device: str, precision: str = "fp32", encoder: bool
         refuse_endless(config.to_dict() | get_tokenizer_config(source))
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         loader = AutoModel if encoder else auto
+        if dtype == "auto":
+            config.dtype = None  # the type is that of the files, whatever config.json says
+            options["config"] = config
         model, info = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
         if missing := sorted(info["missing_keys"]) if not encoder else []:  # an encoder may lack its head
             raise ValueError(f"its file has no {missing[0]}, which would be random")
@@ -114,7 +117,8 @@ def load_backbone(name: str, device: str, precision: str = "fp32", encoder: bool
     except Exception as error:  # a damaged file makes each loader fail in its own way
         flag = "encoder" if encoder else "--backbone"
         if out_of_memory(error):
-            raise RunError(f"there is not enough memory to load {flag} {name}: use one that is smaller") from None
+            ways = "one that is smaller, --precision nf4, or several processes with --shard"
+            raise RunError(f"there is not enough memory to load {flag} {name}: use {ways}") from None
         reason = reason_of(error)
         if "trust_remote_code" in str(error):
             reason = "it asks to run code of its own, which is never allowed here"
@@ -126,6 +130,11 @@ def refuse_unfit(model: nn.Module, tokenizer, cfg):
     where, encoder_decoder = f"--backbone {cfg.backbone}", model.config.is_encoder_decoder
     if tokenizer.eos_token_id is None:
         raise UserError(f"{where}: its tokenizer has no end token, so no output would end: use another backbone")
+    if encoder_decoder and tokenizer.eos_token_id not in tokenizer(text_target="a").input_ids:
+        raise UserError(f"{where}: its tokenizer does not write its end token, so no output would end: use another one")
+    for name in ("decoder_start_token_id", "pad_token_id") if encoder_decoder else ():
+        if getattr(model.config, name, None) is None:
+            raise UserError(f"{where}: its config.json has no {name}, with which its outputs would begin: add it")
     for name, positions in tables_of_positions(model).items():
         both = f"--max-input {cfg.max_input} and --max-output {cfg.max_output}"
         flags, length = (both, cfg.max_input + cfg.max_output) if not encoder_decoder else (
@@ -137,13 +146,17 @@ def refuse_unfit(model: nn.Module, tokenizer, cfg):
 
 
 def tables_of_positions(model: nn.Module) -> dict[str, int]:
-    """The learned tables of absolute positions in a model: {name: how many positions}."""
+    """The tables of absolute positions in a model: {name: how many positions}."""
     tables = {}
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
         if isinstance(module, nn.Embedding) and (last == "wpe" or "position" in last) and "relative" not in last:
             first = getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
             tables[name] = module.num_embeddings - first
+        if isinstance(positions := getattr(module, "embed_positions", None), torch.Tensor):  # GPT-J's, CodeGen's
+            tables[f"{name}.embed_positions"] = len(positions)
+    if most := getattr(model.config, "max_seq_len", 0):  # MPT's
+        tables["max_seq_len"] = most
     return tables
 
 

@@ -204,7 +204,7 @@ def _value(field: dataclasses.Field, value, path: Path):
 
 MAY_CHANGE = (  # on --resume: where the run is, and what changes no more than rounding
     "resume", "save_every", "keep_every", "output_dir", "device", "data_dir", "micro_batch", "checkpointing",
-    "eval_batch", "deterministic",
+    "eval_batch", "deterministic", "shard",
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ a 4-bit or a split backbone fits the same backbone held whole.
 """
 
 import importlib.util
+import warnings
 
 import torch
 from torch import nn
@@ -46,6 +47,14 @@ def refuse_what_does_not_fit(cfg):
         raise UserError("--backbone scratch has no files to load in 4 bits: leave --precision nf4 out")
 
 
+def precision_here(precision: str) -> str:
+    """The precision of a run that is opened here: bf16 where nf4 needs a package that is missing."""
+    if precision == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        print("bitsandbytes is not installed: the backbone, in 4 bits when it was trained, is loaded whole")
+        return "bf16"
+    return precision
+
+
 # --- 4 bits -----------------------------------------------------------------------------------------------------------
 
 
@@ -59,6 +68,11 @@ def in_four_bits(model: nn.Module, loader, source: str, device: str, **options) 
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=kind
     )
     model = loader.from_pretrained(source, quantization_config=bits, dtype=kind, device_map={"": device}, **options)
+    packed = [module for module in model.modules() if getattr(getattr(module, "weight", None), "quant_state", None)]
+    if not packed:
+        raise ValueError("transformers holds none of its layers in 4 bits: use --precision bf16")
+    for module in packed:  # some CPUs have a faster form of a weight, which has no gradient and cannot be undone
+        module.support_avx512bf16_for_cpu = False
     model.fingerprint_of_checkpoint = mark
     return model
 
@@ -69,9 +83,14 @@ def in_four_bits(model: nn.Module, loader, source: str, device: str, **options) 
 def shard(model: nn.Module, device: str, precision: str):
     """Split the blocks of an adapted model, which lies on the CPU, over all processes; the rest goes to `device` whole.
 
-    A model that transformers has just loaded on the CPU is its files, mapped into memory: all processes of a machine
-    see the same pages. Only one block at a time is converted and moved, so no process ever holds the whole backbone.
+    A model that transformers has just loaded on the CPU from safetensors files is these files, mapped into memory: all
+    processes of a machine see the same pages. Only one block at a time is converted and moved, so no process ever holds
+    the whole backbone. (Of old pickled files, and of weights that transformers converts, each process has a copy in the
+    host's memory for the time of loading.)
     """
+    warnings.filterwarnings(
+        "ignore", ".*returned a view tensor"
+    )  # of T5's blocks with checkpointing; nobody changes it
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -82,7 +101,7 @@ def shard(model: nn.Module, device: str, precision: str):
     blocks = blocks_of(model)
     for block in blocks.values():
         for p in set(block.parameters()) - adapters:
-            p.data = p.data.to(dtype)
+            p.data = p.data.to(dtype).contiguous()  # GPT-2's are transposed views
         fully_shard(block, ignored_params=adapters, **options)
     split = {p for block in blocks.values() for p in block.parameters()}
     for p in set(model.parameters()) - split - adapters:

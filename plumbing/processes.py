@@ -5,9 +5,10 @@
 Started like this (or in any way that sets RANK, WORLD_SIZE and MASTER_ADDR), `train.py` computes what one process would
 compute on the same batch, up to rounding: every process holds the whole model, draws the same routing noise
 (`inject.task_ids` is told all tasks of the batch), and weights its loss by its share. `adapt.py` gives each process
-every n-th task. (Under --shard, `large.py`, a process holds a part of the backbone, and all adapt and score the same
-tasks.) Only the first process prints and writes; all must see the disk of the run folder. On CUDA each process
-takes the GPU of its LOCAL_RANK. Without these variables every function here does nothing.
+every n-th task. (Under --shard, `large.py`, a process holds a part of the backbone; all adapt to the same task, each
+with its share of every batch, and all score the same examples.) Only the first process prints and writes; all must see
+the disk of the run folder. On CUDA each process takes the GPU of its LOCAL_RANK. Without these variables every function
+here does nothing.
 
 In three cases the random states diverge, and each process draws its own noise, as in any data-parallel training: with a
 backbone that has dropout, after a batch with fewer examples than processes, under random routing by example.
@@ -29,7 +30,7 @@ def join(device: str):
     """
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
-            raise UserError(f"accelerate is set to {name}, but here every process holds the whole model: switch it off")
+            raise UserError(f"accelerate is set to {name}: switch it off, and use --shard to split the backbone")
     if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
         raise UserError(f"accelerate is set to mixed precision {precision}: set it to no, and use --precision")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not _dist():

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,13 +14,13 @@ from data import Example, Item
 from inject import (
     adapted_layers, adapter_parameters, fingerprint, load_adapters, merge, save_adapters, task_ids,
 )  # fmt: skip
-from methods import build_model, use_checkpointing
+from methods import build_model, probe, use_checkpointing
 from plumbing import large
 from plumbing.backbones import load_backbone
 from plumbing.errors import UserError
 from plumbing.large import refuse_what_does_not_fit
 from scoring import generate, predict
-from tests.helpers import difference, randomise, save_as_backbone, small_config
+from tests.helpers import change_json, difference, randomise, save_as_backbone, small_config
 from tools import estimate_memory, export
 from tools.count_parameters import meta_backbone
 
@@ -32,12 +33,14 @@ EXAMPLES = [Example(text, ("ab",), ("ab", "c", "aba"), 0) for text in ("one two"
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
-    """A T5 and a Llama wide enough for 4 bits (64 values share a scale), saved in float32."""
+    """A T5, a Llama and a GPT-2 wide enough for 4 bits (64 values share a scale), saved in float32."""
     folder, made = tmp_path_factory.mktemp("backbones"), {}
-    for kind in ("t5", "llama"):
+    for kind in ("t5", "llama", "gpt2"):
         config = small_config(kind)
         config.vocab_size = 384
-        if kind == "t5":
+        if kind == "gpt2":
+            config.n_embd, config.n_positions = WIDTH, 256
+        elif kind == "t5":
             config.d_model, config.d_ff, config.d_kv = WIDTH, 2 * WIDTH, 32
         else:
             config.hidden_size, config.intermediate_size = WIDTH, 2 * WIDTH
@@ -103,6 +106,34 @@ def test_a_backbone_in_4_bits_trains(folders, kind):
 
 
 @needs_bitsandbytes
+@pytest.mark.parametrize("kind", ["t5", "llama", "gpt2"])
+def test_gradients_in_4_bits_are_the_same_after_an_evaluation(folders, kind):
+    """Some CPUs turn a weight into a form for evaluation that has no gradient: never here, biases or not."""
+    model, tokenizer = built(folders[kind], "nf4")
+    items = [Item(task, example, "ab") for task, example in zip(IDS, EXAMPLES, strict=True)]
+
+    def gradients():
+        model.zero_grad()
+        with task_ids(IDS):
+            train.batch_loss(model, tokenizer, items, 64, 16).backward()
+        return [p.grad.clone() for p in adapter_parameters(model).values()]
+
+    before = gradients()
+    probe(model, tokenizer, train.Config(backbone=kind, max_input=64, max_output=16))
+    predict(model, tokenizer, EXAMPLES, IDS, (64, 8), 4)
+    assert all(torch.equal(g, expected) for g, expected in zip(gradients(), before, strict=True))
+
+
+@needs_bitsandbytes
+def test_a_model_without_layers_for_4_bits_is_refused(tmp_path):
+    """Falcon's linear layers are of a class of their own, which transformers leaves as they are."""
+    config = transformers.FalconConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=384)
+    folder = save_as_backbone(model_of(config), tmp_path / "falcon")
+    with pytest.raises(UserError, match="transformers holds none of its layers in 4 bits: use --precision bf16"):
+        load_backbone(folder, "cpu", "nf4")
+
+
+@needs_bitsandbytes
 @kinds
 def test_it_generates_and_chooses(folders, kind):
     """Greedily, with beams, by choices; one task at a time or mixed; it is never merged meanwhile."""
@@ -135,6 +166,20 @@ def test_its_adapters_fit_the_backbone_in_every_precision(folders, kind, tmp_pat
 
 
 @needs_bitsandbytes
+@pytest.mark.parametrize("said", ["bfloat16", "float16"])
+def test_the_type_of_the_files_counts_not_that_of_the_config(folders, said, tmp_path):
+    """A float32 file whose config.json names another type: not rounded, and known again."""
+    folder = tmp_path / "model"
+    shutil.copytree(folders["llama"], folder)
+    whole = load_backbone(str(folder), "cpu")[0]
+    for key in ("dtype", "torch_dtype"):
+        change_json(folder / "config.json", **{key: said})
+    as_filed = load_backbone(str(folder), "cpu", "auto")[0]
+    assert all(torch.equal(a, b) for a, b in zip(as_filed.parameters(), whole.parameters(), strict=True))
+    assert len({fingerprint(m) for m in (whole, as_filed, load_backbone(str(folder), "cpu", "nf4")[0])}) == 1
+
+
+@needs_bitsandbytes
 def test_merging_into_4_bits_is_refused_with_the_way_out(folders):
     model, _ = built(folders["llama"], "nf4")
     with pytest.raises(ValueError, match="^layer .*: nothing can be merged into a weight .*: export the LoRA"):
@@ -159,6 +204,8 @@ def test_a_run_in_4_bits_trains_adapts_and_is_exported(folders, tmp_path):
     out = str(tmp_path / "peft")
     export.main(dict(checkpoint=str(folder), format="peft", task=task, output_dir=out))
     assert (tmp_path / "peft" / "adapter_model.safetensors").is_file()
+    export.main(dict(checkpoint=str(folder), format="merged", task=task, output_dir=str(tmp_path / "merged")))
+    load_backbone(str(tmp_path / "merged"), "cpu")  # the backbone as its files are, not in 4 bits, and the adapter
 
 
 @needs_bitsandbytes
@@ -210,6 +257,12 @@ def test_without_bitsandbytes_the_error_names_it(monkeypatch):
     monkeypatch.setattr(large.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="^--precision nf4 needs another package: pip install bitsandbytes, or use"):
         refuse_what_does_not_fit(train.Config(precision="nf4"))
+
+
+def test_a_run_in_4_bits_opens_without_bitsandbytes(monkeypatch, capsys):
+    monkeypatch.setattr(large.importlib.util, "find_spec", lambda name: None)
+    assert large.precision_here("nf4") == "bf16" and "loaded whole" in capsys.readouterr().out
+    assert [large.precision_here(kind) for kind in ("fp32", "bf16")] == ["fp32", "bf16"]
 
 
 def test_one_process_cannot_split(tmp_path):

@@ -321,6 +321,20 @@ def test_a_split_backbone_is_the_whole_one(tmp_path, precision, adapter):
         assert all(found.values()), found
 
 
+@pytest.mark.slow
+def test_a_split_gpt2_is_the_whole_one(tmp_path):
+    """Its weights are transposed views; and it is causal."""
+    config = helpers.small_config("gpt2")
+    config.vocab_size = 384
+    torch.manual_seed(0)
+    backbone = helpers.save_as_backbone(helpers.CLASSES["gpt2"](config), tmp_path / "backbone")
+    (tmp_path / "split.py").write_text(SPLIT)
+    launch([*TORCHRUN, tmp_path / "split.py", tmp_path, backbone, "fp32", "lora"])
+    for rank in ("0", "1"):
+        found = read(tmp_path / f"{rank}.json")
+        assert found["gradients"] and found["text"] and found["chosen"] and found["fingerprint"]
+
+
 def test_training_split_is_training_whole(start, runs):
     """Shares of 7 and 8 examples in parts of 3; scores as well."""
     flags = FLAGS | dict(backbone=str(runs / "backbone"), eval_examples=2, shard=True)

@@ -87,7 +87,7 @@ def one_adapter(cfg: Config):
     folder = Path(cfg.checkpoint)
     if script_of(folder) == "adapt.py":
         return _adapted(cfg, folder)
-    base = train.run_config(str(folder), device="cpu")
+    base = held_whole(train.run_config(str(folder), device="cpu"))
     if base.method == "full":
         raise UserError(f"{folder} is a run of method full: {folder / 'backbone'} is a plain model folder already")
     if cfg.split:
@@ -110,7 +110,7 @@ def one_adapter(cfg: Config):
 def _adapted(cfg: Config, folder: Path):
     """`one_adapter` of an adaptation run. Needs no data: the saved files hold all that differs between tasks."""
     run = adapted_config(folder, device="cpu")
-    base = adapt.base_config(run)
+    base = held_whole(adapt.base_config(run))
     split = cfg.split or run.split[0]
     if split not in run.split or not cfg.split and len(run.split) > 1:
         given = f"--split {cfg.split}" if cfg.split else "--split is missing"
@@ -126,6 +126,11 @@ def _adapted(cfg: Config, folder: Path):
     load_adapter_file(model, folder / split / f"{cfg.task}.safetensors")
     collapse(model, base.adapter, lambda layer: mixture(layer, 0))
     return model, tokenizer, str(Path(run.checkpoint) / "backbone") if base.method == "full" else base.backbone
+
+
+def held_whole(base: train.Config) -> train.Config:
+    """The settings of a run with its backbone not in 4 bits, into which nothing can be merged, but as its files are."""
+    return dataclasses.replace(base, precision="auto") if base.precision == "nf4" else base
 
 
 def names_of_tasks(folder: Path) -> list[str]:
@@ -234,7 +239,7 @@ def export_poly(cfg: Config):
     peft, folder = import_peft(), Path(cfg.checkpoint)
     if script_of(folder) == "adapt.py":
         raise UserError(f"--format peft-poly needs a run of train.py: {folder} is one of adapt.py, use --format peft")
-    base = train.run_config(str(folder), device="cpu")
+    base = held_whole(train.run_config(str(folder), device="cpu"))
     for name, values in POLY_HAS.items():
         if (value := getattr(base, name)) not in values:
             raise UserError(f"PEFT's Poly has no --{name} {value}, as {folder} has: use --format peft, for one task")
