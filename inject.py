@@ -621,6 +621,8 @@ def _refuse_rows_of_others(model: nn.Module, layers: dict[str, nn.Module], forwa
             raise ValueError(f"layer {name} is never called in evaluation: its adapter would do nothing, leave it out")
         for x, _ in pairs if hasattr(layers[name], "router") else ():
             _refuse_shape(name, tuple(x.shape[:-1]))
+    if not all(is_whole(layer.linear.weight) or layer.linear.weight.dtype == torch.uint8 for layer in layers.values()):
+        return  # split weights are gathered for one backward pass, not for several
     routed = {name: pairs for name, pairs in calls.items() if hasattr(layers[name], "router")}
     examples = [leaf for leaf in read if leaf.shape[0] == 3]
     for name, pairs in routed.items() if _mixed(routed.values(), examples) else ():

@@ -19,6 +19,12 @@ unmerge). PEFT's adapters are not merged; its Poly cannot score choices, and cra
 backbone is bfloat16, also that of "full"; the single layer is float32.
 """
 
+from plumbing.errors import exit_quietly_on_signals
+
+if __name__ == "__main__":  # Ctrl-C during the slow imports
+    exit_quietly_on_signals()
+
+
 import argparse
 import copy
 import functools

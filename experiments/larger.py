@@ -5,6 +5,12 @@
 Needs bitsandbytes. Every measurement is a process of its own, or two of them that share the backbone.
 """
 
+from plumbing.errors import exit_quietly_on_signals
+
+if __name__ == "__main__":  # Ctrl-C during the slow imports
+    exit_quietly_on_signals()
+
+
 import argparse
 import dataclasses
 import json
@@ -40,10 +46,10 @@ TEXT = """# Backbones larger than a GPU
     python -m experiments.larger
 
 `--shard` splits the blocks of a frozen backbone over processes, `--precision nf4` holds its linear layers in 4 bits.
-Training, resuming, adaptation, generation, beams, choices and export work with both. Refused, in one sentence each: method
-`full`, `--compile`, merging into such weights (`tools.export` takes the backbone as its files are), `--shard` with 4 bits,
-`--adapter sft` in 4 bits, and models whose linear layers are of a class of their own (Falcon) in 4 bits. `adapt.py` and
-`evaluate.py` of a `--shard` run are started under `torchrun`, or alone where one GPU is enough.
+Training, resuming, adaptation, generation, beams, choices and export work with both. Refused, in one sentence each:
+method `full`, `--compile`, merging into such weights (`tools.export` takes the backbone as its files are), `--shard`
+with 4 bits, and in 4 bits also `--adapter sft` and models whose linear layers are of a class of their own (Falcon).
+`adapt.py` and `evaluate.py` of a `--shard` run are started under `torchrun`, or alone where one GPU is enough.
 
 ## Computed for large backbones
 
@@ -68,7 +74,7 @@ In 4 bits what stays whole is float32 on a CPU, bfloat16 on a GPU; "computed" co
 
 The bundled backbone in float32, MHR, 8 heads, {steps} steps of `train.py` by two processes with `--shard`: the largest
 difference of an adapter parameter (A, B or Z; the largest is {largest:.2f}) from two processes without it is
-{from_two:.1e}, from one process {from_one:.1e}, in both cases more than the 1e-5 that was asked. It is rounding: gradients
+{from_two:.1e}, from one process {from_one:.1e}, both more than the 1e-5 that was aimed at. It is rounding: gradients
 agree within 1e-5 of the largest, and AdamW turns those near zero into steps, at Z's rate of 0.1. With SGD instead
 {steps} steps differ by less than 1e-5, in double precision by less than 1e-9 (`tests/test_parallel.py`).
 

@@ -10,10 +10,12 @@ at any time and resumes. Two run in parallel, with one thread each (--jobs).
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from plumbing.errors import exit_on_user_error
@@ -68,12 +70,25 @@ def run(script: str, flags: list[str], result: Path) -> dict:
         entry = [script] if script.endswith(".py") else ["-m", script]
         command, code = [sys.executable, *entry, *flags], commit()
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode == -signal.SIGINT:  # Ctrl-C in a terminal reaches all
+            raise KeyboardInterrupt
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\nended with code {done.returncode}:\n{done.stderr[-2000:]}")
         (result.parent / "commit").write_text(code)
         print(f"{result.parent.name}: {done.stdout.splitlines()[-1]}", flush=True)
     made_by = result.parent / "commit"  # missing if this program was killed while the script ran
     return json.loads(result.read_text()) | {"commit": made_by.read_text() if made_by.exists() else "unknown"}
+
+
+@contextmanager
+def workers(jobs: int):
+    """A pool of threads that, on Ctrl-C or an error, starts none of the waiting runs."""
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def commit() -> str:
@@ -196,7 +211,7 @@ def main():
             parser.error(f"--{name} names one twice")
     if min(args.seeds) < 0:
         parser.error("--seeds must not be negative")
-    with ThreadPoolExecutor(args.jobs) as pool:
+    with workers(args.jobs) as pool:
         if args.tune:
             searches = pool.map(lambda name: tune(name, RUNS), args.methods)
             head = ("method", "pre-training", "variant", "few-shot", "dev score", "")

@@ -21,11 +21,16 @@ multiple comparisons: of nine independent ones without a true difference, one in
 are always the same; the seed sets everything else. The page says what was known when the rule was made.
 """
 
+from plumbing.errors import exit_quietly_on_signals
+
+if __name__ == "__main__":  # Ctrl-C during the slow imports
+    exit_quietly_on_signals()
+
+
 import argparse
 import json
 import threading
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +41,9 @@ from experiments.claims import (
     AS_ONE, CLAIMS, EXTRA, GRAINS, HEADS, MEASURES, ROUTED_OR_NOT, SHAPES, SKILLS, Claim, Measure, measures_of,
     parts_of,
 )  # fmt: skip
-from experiments.methods import KEEP_EVERY, METHODS, RATES, ROOT, RUNS, adapt, few_shot_rates, pretrain, run
+from experiments.methods import (
+    KEEP_EVERY, METHODS, RATES, ROOT, RUNS, adapt, few_shot_rates, pretrain, run, workers,
+)  # fmt: skip
 from plumbing.errors import UserError, exit_on_user_error
 from plumbing.folders import check_numbers
 from recipes import FEW_SHOT, PRETRAINING, VARIANTS
@@ -99,7 +106,7 @@ def make_missing(names: list[str], seeds: tuple[int, ...], path: Path, runs: Pat
             with lock, open(path, "a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with workers(jobs) as pool:
         list(pool.map(make, sorted(groups.items())))
 
 
