@@ -41,14 +41,17 @@ class Config:
     checkpoint: str = flag("", "run of train.py to start from", metavar="RUN", group="what to learn", required=True)
     variant: str = flag("all", "what is trained", tuple(VARIANTS))
     soup: int = setting(5, "adapter-soup: how many training tasks' adapters are averaged")
-    tasks: str = flag("all", "all (test tasks), dev (dev tasks), or names joined by commas", metavar="NAMES")
+    tasks: str = flag(
+        "all", "all (test tasks), dev, papers (superni: MHR's 20), or names joined by commas", metavar="NAMES"
+    )
     data_dir: str = flag("", "folder of the benchmark's files, if it has moved since pre-training", metavar="DIR")
     split: tuple = flag(("0",), "few-shot examples: a number; t0, crossfit: a seed of their files", metavar="SPLIT")
     shots: int = flag(0, "train examples of a task to use; 0: all that the split has")
     steps: int = flag(1000, "optimiser steps per task", group="optimisation")
     batch_size: int = flag(8, "examples per step")
     micro_batch: int = flag(0, "examples per forward pass, to save memory; gradients of a step add up; 0: all")
-    optimizer: str = setting("adamw", "adafactor: without relative steps or scaling", ("adamw", "adafactor"))
+    optimizer: str = setting("adamw", "adafactor: without relative steps", ("adamw", "adafactor"))
+    scale_parameter: bool = setting(False, "adafactor: multiply the rate of a parameter by its RMS, at least 1e-3")
     lr: float = flag(1e-3, "learning rate of adapters (method full: of the backbone)")
     lr_z: float = flag(1e-1, "learning rate of Z")
     weight_decay: float = setting(0.0, "of adapters; Z is never decayed")
@@ -60,6 +63,7 @@ class Config:
     patience: int = setting(3, "looks without improvement before stopping")
     test_examples: int = flag(0, "test examples per task to score (t0: dev examples too); 0: all", group="the run")
     eval_batch: int = flag(64, "examples per batch when scoring")
+    beams: int = flag(1, "beams of beam search when scoring; 1 is greedy")
     seed: int = flag(0, "seed of initial values, order and noise")
     output_dir: str = flag("", "run folder; none: CHECKPOINT-VARIANT", metavar="DIR")
     resume: bool = flag(False, "resume the run in --output-dir, or start it if it is not there")
@@ -182,7 +186,8 @@ def dev_value(model, tokenizer, task: data.Task, lengths, cfg) -> float:
     if cfg.best_by == "loss":
         return dev_loss(model, tokenizer, task, lengths, cfg.batch_size)
     on_dev = dataclasses.replace(task, test=task.dev)
-    score = evaluate_tasks(model, tokenizer, [on_dev], [0], lengths, cfg.test_examples, cfg.eval_batch)[task.name]
+    how = (cfg.test_examples, cfg.eval_batch, cfg.beams)
+    score = evaluate_tasks(model, tokenizer, [on_dev], [0], lengths, *how)[task.name]
     model.train()
     return -score
 
@@ -250,8 +255,9 @@ def tasks_to_adapt(base: train.Config, split: str, cfg: Config) -> list[data.Tas
 
 def adapt(cfg: Config) -> dict:
     """Adapt to each chosen task from the same start and write the run folder; returns the content of result.json."""
-    if cfg.steps == 0:
-        raise UserError("--steps must be above 0, not 0")
+    for name in ("steps", "beams"):
+        if getattr(cfg, name) == 0:
+            raise UserError(f"--{name} must be above 0, not 0")
     return run_in_folder(adapt_in, cfg, "adapt.py", "a smaller --micro-batch (the same batch in parts) or --eval-batch")
 
 
@@ -272,7 +278,7 @@ def adapt_in(folder: Path, cfg: Config) -> dict:
     counts, number = count_parameters(model), len(next(iter(splits.values())))
     print(f"{number} tasks in {len(splits)} splits; trainable for each:", *(f"{k} {n:,}" for k, n in counts.items()))
     lengths, results = (base.max_input, base.max_output), {}
-    scoring = dict(lengths=lengths, limit=cfg.test_examples, batch_size=cfg.eval_batch)
+    scoring = dict(lengths=lengths, limit=cfg.test_examples, batch_size=cfg.eval_batch, beams=cfg.beams)
     with TaskRun(folder, made_with, is_sharded(model)) as run:
         for split, tasks in splits.items():
             for task in run.tasks(tasks, split, f"adapt {cfg.variant}, split {split}"):

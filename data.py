@@ -75,24 +75,26 @@ class Item(NamedTuple):
 WINDOW = 50  # batches within which examples are sorted by length
 
 
-def batches(tasks: list[Task], batch_size: int, seed: int, start: int = 0) -> Iterator[list[Item]]:
+def batches(
+    tasks: list[Task], batch_size: int, seed: int, start: int = 0, window: int = WINDOW
+) -> Iterator[list[Item]]:
     """Endless batches over the train examples of all tasks, in epochs; an epoch sees each example once.
 
     So a task's share of the batches is its share of the examples. Examples of similar length share a batch: an epoch is
-    shuffled and cut into windows of WINDOW batches; a window is sorted by length and cut, and its batches are shuffled.
+    shuffled and cut into windows of so many batches; a window is sorted by length and cut, its batches are shuffled.
     The last batch of an epoch may be smaller. If an example has several outputs, each epoch draws one. Everything is a
     function of (seed, epoch): start = n skips the first n batches without reading them.
     """
     ends = np.cumsum([len(task.train) for task in tasks])
-    total, window = int(ends[-1]), WINDOW * batch_size
+    total, rows = int(ends[-1]), window * batch_size
     for epoch in itertools.count(start // (per_epoch := -(-total // batch_size))):
         order = np.arange(total, dtype=np.int32 if total < 2**31 else np.int64)
         np.random.default_rng([seed, epoch]).shuffle(order)
         skip = start - epoch * per_epoch if epoch == start // per_epoch else 0  # batches of this epoch
-        for begin in range(skip // WINDOW * window, total, window):
+        for begin in range(skip // window * rows, total, rows):
             rng = random.Random(f"{seed} {epoch} {begin}")
             items = []
-            for row in order[begin : begin + window].tolist():
+            for row in order[begin : begin + rows].tolist():
                 t = int(np.searchsorted(ends, row, side="right"))
                 example = tasks[t].train[row - int(ends[t]) + len(tasks[t].train)]
                 items.append(Item(t, example, rng.choice(example.outputs)))
@@ -133,8 +135,8 @@ def collate(
 def encode_inputs(examples: list[Example], tokenizer, limit: int) -> list[list[int]]:
     """Token ids of the inputs, at most `limit` each: the first ones; if an example has a tail, also those of the tail.
 
-    The cut with a tail is that of SuperNI's official code: keep the first limit - len(tokens(tail)) tokens, turn them
-    back into text, append the tail.
+    The cut with a tail is nearly that of SuperNI's official code: keep the first limit - len(tokens(tail)) tokens, turn
+    them back into text, append the tail. (The official one loses the last token.)
     """
     rows = [tokens(tokenizer, text=e.input) for e in examples]
     for k, (example, row) in enumerate(zip(examples, rows, strict=True)):

@@ -34,7 +34,9 @@ class Config:
     data_dir: str = flag("", "folder of the benchmark's files, if it has moved since training", metavar="DIR")
     test_examples: int = flag(0, "test examples per task to score; 0: all", group="how")
     batch_size: int = flag(64, "examples per batch")
-    beams: int = flag(1, "beams of beam search; 1 is greedy")
+    beams: int = flag(
+        0, "beams of beam search; 1 is greedy; none: those of the run of adapt.py, of the recipe (--zero-shot), 1"
+    )
     save: str = flag("", "JSON file to write the scores to as well", metavar="FILE")
     device: str = flag("auto", "cpu, cuda, or auto: cuda if there is one", ("auto", "cpu", "cuda"))
 
@@ -128,11 +130,17 @@ def _score_pretrained(cfg: Config, folder: Path):
     if not ids:
         raise UserError(f"--checkpoint {folder}: its training tasks have no test examples")
     model, tokenizer = load_run(folder, base)
+    beams = cfg.beams or 1  # as train.py scores them
     scores, lengths = {}, (base.max_input, base.max_output)
     for few in (ids[k : k + 16] for k in range(0, len(ids), 16)):  # t0's 313 tasks have too many rows to hold at once
         some = [tasks[t] for t in few]
-        scores |= all_scores(model, tokenizer, some, few, lengths, cfg.test_examples, cfg.batch_size, cfg.beams)
+        scores |= all_scores(model, tokenizer, some, few, lengths, cfg.test_examples, cfg.batch_size, beams)
     return scores, [tasks[t] for t in ids]
+
+
+def beams_of(base: train.Config) -> int:
+    """The beams with which the recipe scores held-out tasks of a run's benchmark."""
+    return recipe(FEW_SHOT, base.dataset, base.method).get("beams", 1)
 
 
 def _score_held_out(cfg: Config, folder: Path):
@@ -148,10 +156,11 @@ def _score_held_out(cfg: Config, folder: Path):
     torch.manual_seed(base.seed)  # a new task's embedding under HyperFormer is drawn
     model, tokenizer = load_run(folder, base)
     begin = adapt.prepare(model, base, adapt.Config(checkpoint=str(folder)))
+    beams = cfg.beams or beams_of(base)
     scores, lengths = {}, (base.max_input, base.max_output)
     for task in tqdm(tasks, desc="held-out tasks", unit="task", disable=None):
         begin(task)
-        scores |= all_scores(model, tokenizer, [task], [0], lengths, cfg.test_examples, cfg.batch_size, cfg.beams)
+        scores |= all_scores(model, tokenizer, [task], [0], lengths, cfg.test_examples, cfg.batch_size, beams)
     return scores, tasks
 
 
@@ -161,7 +170,7 @@ def _score_adapted(cfg: Config, folder: Path):
     limit = cfg.test_examples or run.test_examples
     several, tasks = defaultdict(list), {}
     for _, task, model, tokenizer, lengths in load_adapted(run, folder):
-        scores = all_scores(model, tokenizer, [task], [0], lengths, limit, cfg.batch_size, cfg.beams)
+        scores = all_scores(model, tokenizer, [task], [0], lengths, limit, cfg.batch_size, cfg.beams or run.beams)
         several[task.name].append(scores[task.name])
         tasks[task.name] = task
     means = {
@@ -200,6 +209,8 @@ def main(flags: dict):
     """Score a run. Raises UserError if nothing is asked for, or two things at a time."""
     cfg = Config(**flags)
     check_ranges(cfg)
+    if flags.get("beams") == 0:
+        raise UserError("--beams must be above 0, not 0")
     one_job(cfg, flags, USES)
     if not cfg.checkpoint:
         raise UserError("--checkpoint is missing: give a run folder of train.py or adapt.py")

@@ -112,20 +112,21 @@ def all_linear(model: nn.Module) -> str:
     return "|".join(map(re.escape, names))
 
 
-GRANULARITIES = ("linear", "layer", "block", "coder", "model")
+GRANULARITIES, BLOCKS = ("linear", "layer", "block", "coder", "model"), r"blocks-([1-9]\d{0,3})"
 
 
 def sharing_key(name: str, granularity: str) -> str:
     """Layers of the same key share one router (MHR section 3, "Routing Granularity", and appendix A.2.1).
 
     linear: every linear layer its own. layer: an attention or feed-forward sub-layer. block: a Transformer block.
-    coder: encoder or decoder (a decoder-only model has one). model: all. By module structure: a block is what is
-    numbered first in the name, a sub-layer the module that the linear is in (BART's fc1 and fc2, which are in the block
-    itself, are one). MHR's "for every block of layers", several Transformer blocks, is not supported.
+    blocks-N: N such blocks in a row (MHR's "for every block of layers"). coder: encoder or decoder (a decoder-only
+    model has one). model: all. By module structure: a block is what is numbered first in the name, a sub-layer the
+    module that the linear is in (BART's fc1 and fc2, which are in the block itself, are one).
     Raises ValueError for an unknown granularity, or a layer outside all blocks.
     """
-    if granularity not in GRANULARITIES:
-        raise ValueError(f"unknown granularity {granularity!r}: choose {', '.join(GRANULARITIES)}")
+    several = re.fullmatch(BLOCKS, granularity)
+    if granularity not in GRANULARITIES and not several:
+        raise ValueError(f"unknown granularity {granularity!r}: choose {', '.join(GRANULARITIES)} or blocks-N")
     parts = name.split(".")
     depth = next((k for k, part in enumerate(parts) if part.isdecimal()), None)
     if depth is None and granularity != "linear":
@@ -136,5 +137,7 @@ def sharing_key(name: str, granularity: str) -> str:
         return "model"
     if granularity == "coder":
         return next((part for part in parts[:depth] if part in ("encoder", "decoder")), "model")
+    if several:
+        return ".".join([*parts[:depth], f"{int(parts[depth]) // int(several[1])}x{several[1]}"])
     block, around = ".".join(parts[: depth + 1]), ".".join(parts[:-1])
     return block if granularity == "block" else f"{block}.ff" if around == block else around

@@ -64,7 +64,8 @@ def soft_partition(z: Tensor, routing: str, sample: bool) -> Tensor:
     routing "sigmoid":           sigmoid(z) always: no noise (the MHR authors' configuration for T0).
     routing "straight-through":  0 or 1 in the forward pass (the relaxed sample, in evaluation sigmoid(z), rounded),
                                  the gradient of the value before rounding in the backward pass. If no skill is on,
-                                 all weights are zero and the layer is its backbone.
+                                 all weights are zero and the layer is its backbone. (The authors' code rounds
+                                 without noise.)
     sample: whether "gumbel" and "straight-through" draw noise; pass `module.training`.
     Logits in half precision are taken in float32 and their weights rounded once: float16 knows no EPS.
     """

@@ -4,6 +4,13 @@ A run's defaults are what its benchmark says, changed by what (benchmark, method
 (benchmarks/README.md): the MHR authors' configuration files (t0: after T-Few) and Polytropon's appendix A.2. "strings"
 is ours; a search on dev compositions found its learning rates for each method (results/methods.md; some variants and
 sizes have others, which `experiments/methods.py` gives as flags). Warm-up is a share of the steps (SuperNI: of 25,000).
+
+Adafactor's scale by RMS (`scale_parameter`) is on by default in T-Few and in the MHR authors' code. Their pre-training
+files of Poly and MHR on T0 switch it off, and their LoRA is run as Poly with one skill; (IA)^3's file and those of
+few-shot adaptation keep it. With it, steps are small at first: 1e-4 for a fresh Z, 3e-6 for a zero B. Rates: theirs,
+where a file of theirs names one: 3e-4 for (IA)^3 on T0. A single LoRA on SuperNI has 5e-5 in theirs; here it has the
+1e-3 of Poly, as on T0. Methods without files of theirs have Poly's settings.
+
 Full fine-tuning holds its weights in fp32: in bfloat16 most updates at such rates round to nothing.
 """
 
@@ -28,8 +35,8 @@ PRETRAINING = {
     ),
     "t0": dict(
         backbone="google/t5-xl-lm-adapt", rank=1, skills=8, routing="sigmoid", steps=100_000, epochs=0,
-        batch_size=16, optimizer="adafactor", lr=1e-3, lr_z=1e-1, weight_decay=0.0, warmup=0.06, clip=1.0,
-        max_input=256, max_output=256, precision="bf16", eval_examples=0,
+        batch_size=16, optimizer="adafactor", scale_parameter=False, lr=1e-3, lr_z=1e-1, weight_decay=0.0, warmup=0.06,
+        clip=1.0, max_input=256, max_output=256, precision="bf16", eval_examples=0,
     ),
     "superni": dict(
         backbone="google/t5-xl-lm-adapt", layers="light", rank=1, skills=8, routing="sigmoid", steps=25_000, epochs=0,
@@ -46,6 +53,7 @@ PRETRAINING = {
     **{("strings", m): dict(lr=1.7e-3) for m in ("hyperformer", "adapter-soup")},
     ("strings", "ia3"): dict(lr=4.5e-2),
     ("t0", "full"): dict(lr=1e-4, precision="fp32"),
+    ("t0", "ia3"): dict(scale_parameter=True, lr=3e-4),
     ("superni", "full"): dict(lr=5e-5, precision="fp32"),
     ("crossfit", "full"): dict(lr=3e-5),
 }  # fmt: skip
@@ -55,17 +63,19 @@ FEW_SHOT = {
         warmup=0.06, clip=1.0, choice_losses=False, best_by="loss", eval_every=10, patience=5,
     ),
     "t0": dict(
-        shots=0, split=("42", "1024", "0"), steps=1000, batch_size=8, optimizer="adafactor", lr=3e-3, lr_z=1e-1,
-        weight_decay=0.0, warmup=0.06, clip=1.0, choice_losses=True, best_by="score", eval_every=200, patience=5,
+        shots=0, split=("42", "1024", "0"), steps=1000, batch_size=8, optimizer="adafactor", scale_parameter=True,
+        lr=3e-3, lr_z=1e-1, weight_decay=0.0, warmup=0.06, clip=1.0, choice_losses=True, best_by="score",
+        eval_every=200, patience=5,
     ),
     "superni": dict(
         shots=0, split=("13", "42", "58"), steps=1000, batch_size=8, optimizer="adamw", lr=1e-3, lr_z=1e-1,
         weight_decay=0.01, warmup=0.06, clip=0.1, choice_losses=False, best_by="loss", eval_every=100, patience=3,
+        beams=4,
     ),
     "crossfit": dict(
         shots=0, split=("100", "13", "21", "42", "87"), steps=1000, batch_size=8, optimizer="adamw", lr=1e-3,
         lr_z=1e-2, weight_decay=0.01, warmup=0.1, clip=1.0, choice_losses=False, best_by="loss", eval_every=100,
-        patience=3,
+        patience=3, beams=4,
     ),
     ("strings", "full"): dict(lr=1.1e-4),
     **{("strings", m): dict(lr=2.7e-2) for m in ("lora", "shared", "ia3")},

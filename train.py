@@ -46,8 +46,8 @@ class Config:
     heads: int = flag(8, "heads h of mhr; must divide every adapted layer")
     routing: str = flag("gumbel", "how training turns logits into weights", ("gumbel", "sigmoid", "straight-through"))
     granularity: str = flag(
-        "linear", "which layers share a router: linear (none), layer (attention or feed-forward), block, coder, model",
-        ("linear", "layer", "block", "coder", "model"),
+        "linear", "which layers share a router: linear (none), layer (attention or feed-forward), block, blocks-N "
+        "(N in a row), coder, model", metavar="NAME",
     )  # fmt: skip
     top_k: int = setting(2, "task-moe: skills that a task uses")
     random_by: str = flag("example", "random: each example or each task draws its skills", ("example", "task"))
@@ -55,8 +55,10 @@ class Config:
     steps: int = flag(0, "optimiser steps; 0: by the recipe's epochs", group="optimisation")
     epochs: int = setting(0, "passes over the training examples, if steps is 0")
     batch_size: int = flag(64, "examples per step")
+    window: int = setting(50, "batches within which examples are sorted by length (results/mixing.md)")
     micro_batch: int = flag(0, "examples per forward pass, to save memory; gradients of a step add up; 0: all")
-    optimizer: str = setting("adamw", "adafactor: without relative steps or scaling", ("adamw", "adafactor"))
+    optimizer: str = setting("adamw", "adafactor: without relative steps", ("adamw", "adafactor"))
+    scale_parameter: bool = setting(False, "adafactor: multiply the rate of a parameter by its RMS, at least 1e-3")
     lr: float = flag(1e-3, "learning rate of adapters (method full: of the backbone)")
     lr_z: float = flag(1e-1, "learning rate of Z (dual speed, Polytropon section 2.3)")
     weight_decay: float = setting(0.0, "of adapters; Z is never decayed")
@@ -124,10 +126,10 @@ def make_optimizer(model: nn.Module, cfg) -> torch.optim.Optimizer:
         dict(params=z, lr=cfg.lr_z, weight_decay=0.0),
     ]
     groups = [group for group in groups if group["params"]]
-    if cfg.optimizer == "adafactor":  # T-Few's and MHR's setting: no relative steps, no scaling by the parameters' size
+    if cfg.optimizer == "adafactor":  # without relative steps; recipes.py says where rates are scaled by RMS
         from plumbing.adafactor import StackedAdafactor  # here: transformers takes seconds to import
 
-        return StackedAdafactor(groups)
+        return StackedAdafactor(groups, cfg.scale_parameter)
     return torch.optim.AdamW(groups, fused=True)
 
 
@@ -221,7 +223,7 @@ def train_steps(model, tokenizer, tasks: list[data.Task], steps: int, cfg: Confi
     made_with = {"backbone": fingerprint(model), "data set": marks_of_tasks(tasks)}
     options = dict(save_every=cfg.save_every, log_every=cfg.log_every, resume=cfg.resume, made_with=made_with)
     with Run(folder, run_tensors(model), optimizer, **options) as run:
-        batches = data.batches(tasks, cfg.batch_size, cfg.seed, start=batches_before(cfg) + run.now.step)
+        batches = data.batches(tasks, cfg.batch_size, cfg.seed, batches_before(cfg) + run.now.step, cfg.window)
         batches = ahead(batches, in_parts)
         for step in run.steps(steps, f"train {cfg.method}"):
             batch, parts = next(batches)  # 1 take a batch of many tasks
@@ -305,7 +307,7 @@ def batches_before(cfg: Config) -> int:
     if not cfg.from_run:
         return 0
     base = read_config(Config, Path(cfg.from_run) / "config.json")
-    same = (base.seed, base.batch_size, base.from_run) == (cfg.seed, cfg.batch_size, "")
+    same = (base.seed, base.batch_size, base.window, base.from_run) == (cfg.seed, cfg.batch_size, cfg.window, "")
     return read_json(Path(cfg.from_run) / "result.json", steps=int)["steps"] if same else 0
 
 

@@ -12,6 +12,7 @@ import importlib
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from data import PARTS, Benchmark, Task
 from plumbing.errors import UserError
@@ -42,10 +43,16 @@ def load_for(cfg, split: str, parts: Sequence[str]) -> Benchmark:
 
 
 def held_out(benchmark: Benchmark, names: str) -> list[Task]:
-    """The dev or test tasks that --tasks names: all (test tasks), dev, or names joined by commas.
+    """The dev or test tasks that --tasks names: all (test tasks), dev, papers, or names joined by commas.
 
+    papers: of superni, the 20 test tasks on which the MHR paper reports (a list that its authors published).
     Raises UserError for any other name, or if there are none.
     """
+    if names == "papers":
+        listed = (Path(__file__).parent / "superni_papers_tasks.txt").read_text(encoding="utf-8").split()
+        if not (tasks := [task for task in benchmark.test if task.name in listed]):
+            raise UserError("--tasks papers: none of the 20 tasks of superni in the MHR paper is here")
+        return tasks
     if names in ("all", "dev"):
         tasks = benchmark.test if names == "all" else benchmark.dev
         if not tasks:
@@ -54,7 +61,7 @@ def held_out(benchmark: Benchmark, names: str) -> list[Task]:
     known = {task.name: task for task in benchmark.dev + benchmark.test}
     for name in names.split(","):
         if name not in known:
-            raise UserError(f"--tasks {name} is no held-out task: choose all, dev, or from {', '.join(known)}")
+            raise UserError(f"--tasks {name} is no held-out task: choose all, dev, papers, or from {', '.join(known)}")
     return [known[name] for name in dict.fromkeys(names.split(","))]
 
 

@@ -9,8 +9,8 @@ Test: the 11 tasks of T-Few (Liu et al. 2022, arXiv 2205.05638), each with its t
 k, data set, config). The papers have no dev tasks.
 
 T-Few draws a template each time it reads one of the k examples. Here a test task trains on all (example, template)
-pairs, so each is as frequent as in T-Few. Dev and test are the same validation rows, because the papers report the best
-validation accuracy.
+pairs, so each is as frequent as in T-Few. Dev and test are the same rows, because the papers report the best validation
+accuracy: P3's validation rows, of ANLI and StoryCloze as in T-Few its test rows.
 """
 
 import errno
@@ -54,6 +54,9 @@ SHOWN = {
     "winogrande/winogrande_xl": ("sentence", "option1", "option2"),
     "super_glue/wsc.fixed": ("text", "span1_text"),  # some templates replace the pronoun, span2_text
 }
+
+
+PARTS_OF = {"story": ("validation", "test"), "anli": ("train", "test")}  # what is read as train and as held-out rows
 
 
 class Listed(NamedTuple):
@@ -320,6 +323,10 @@ def _files(folder: Path) -> dict[str, list[Path]]:
             files[part] = forms[0]
     if folder.name.startswith("story_cloze") and "train" not in files:  # the hub has its validation and test rows alone
         files = {"train": files.pop("validation", None), "validation": files.pop("test", None)}
+    if folder.name.startswith("anli") and "test" in files:
+        files["validation"] = files["test"]  # T-Few and MHR score ANLI on its test rows
+    elif folder.name.startswith("anli"):
+        say_once("t0: ANLI is scored on its validation rows: there are no test rows, on which T-Few and MHR score it")
     if not files.get("train"):
         raise UserError(f"{folder} has no train.jsonl or train.parquet: add it, or delete the folder")
     return {part: files[part] for part in ("train", "validation") if files.get(part)}
@@ -426,7 +433,7 @@ def _download(configs: list[str]) -> Path:
     wanted = [
         f"{config}/{part}-*.parquet"
         for config in configs
-        for part in (("validation", "test") if config.startswith("story_cloze") else ("train", "validation"))
+        for part in PARTS_OF.get(config.split("_")[0], ("train", "validation"))
     ]
     try:
         folder = Path(

@@ -19,13 +19,14 @@ HALF = {torch.bfloat16, torch.float16}
 
 
 class StackedAdafactor(Adafactor):
-    """Adafactor with given learning rates: without relative steps, scaling by the parameters' size, first moments.
+    """Adafactor with given learning rates: without relative steps and first moments.
 
-    groups: [{"params": [...], "lr": 1e-3, "weight_decay": 0.0}, ...].
+    groups: [{"params": [...], "lr": 1e-3, "weight_decay": 0.0}, ...]. scale_parameter: multiply each parameter's rate
+    by its RMS, or by 1e-3 if that is larger.
     """
 
-    def __init__(self, groups: list[dict]):
-        super().__init__(groups, scale_parameter=False, relative_step=False)
+    def __init__(self, groups: list[dict], scale_parameter: bool = False):
+        super().__init__(groups, scale_parameter=scale_parameter, relative_step=False)
 
     @torch.no_grad()
     def step(self):
@@ -34,10 +35,10 @@ class StackedAdafactor(Adafactor):
         Raises ValueError if a loaded state has other settings, RuntimeError for a sparse gradient.
         """
         for group in self.param_groups:
-            if group["scale_parameter"] or group["relative_step"] or group["beta1"] is not None:
-                raise ValueError("StackedAdafactor has no scale_parameter, relative_step or beta1: use Adafactor")
+            if group["relative_step"] or group["beta1"] is not None:
+                raise ValueError("StackedAdafactor has no relative_step or beta1: use Adafactor")
             for params in self._alike(group["params"]):
-                self._apply(params, self._update(params, group), group["weight_decay"] * group["lr"])
+                self._apply(params, self._update(params, group), group)
 
     def _alike(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
         """The parameters that have a gradient, in lists to be stacked; counts their step.
@@ -76,14 +77,20 @@ class StackedAdafactor(Adafactor):
         excess = (norm / (n**0.5 * group["clip_threshold"])).clamp_(min=1.0)
         return update.div_(excess.view(k, *[1] * params[0].dim())).mul_(group["lr"])
 
-    def _apply(self, params: list[Tensor], update: Tensor, decay: float):
+    def _apply(self, params: list[Tensor], update: Tensor, group: dict):
         """Decay k parameters and subtract the update (k, ...). Their state gets the RMS from before."""
+        decay, one = group["weight_decay"] * group["lr"], [1] * params[0].dim()
         half = params[0].dtype in HALF
         exact = stacked(params).unbind() if half else params
         rms = torch._foreach_div(torch._foreach_norm(exact), params[0].numel() ** 0.5)
         for p, value in zip(params, rms, strict=True):
             self.state[p]["RMS"] = value
-        if decay:
+        if group["scale_parameter"]:
+            size = torch.stack(rms).clamp_(min=group["eps"][1])  # (k,)
+            update.mul_(size.view(-1, *one))
+            if decay:
+                torch._foreach_mul_(exact, (1 - decay * size).unbind())
+        elif decay:
             torch._foreach_add_(exact, exact, alpha=-decay)
         torch._foreach_sub_(exact, update.unbind())
         if half:

@@ -118,10 +118,12 @@ def _options(field: dataclasses.Field, recipes: dict) -> dict:
 
 ABOVE_ZERO = (
     "rank skills heads density top_k batch_size lr lr_z clip max_input max_output log_every eval_every eval_batch "
-    "patience soup beams training_tasks"
+    "patience soup training_tasks window"
 ).split()
 INTERVAL = r"([1-9]\d{0,8})(m?)"  # of --save-every
-NOT_NEGATIVE = "keep_every steps epochs micro_batch weight_decay warmup eval_examples test_examples shots seed".split()
+NOT_NEGATIVE = (
+    "beams keep_every steps epochs micro_batch weight_decay warmup eval_examples test_examples shots seed".split()
+)
 
 
 def check_ranges(cfg):
@@ -139,6 +141,8 @@ def check_ranges(cfg):
             raise UserError(f"{shown} must be below 2^31, not {value}")
         if name == "warmup" and value > 1:
             raise UserError(f"{shown} is a share of the steps and must not be above 1, not {value}")
+        if name == "granularity" and not re.fullmatch(r"linear|layer|block|blocks-[1-9]\d{0,3}|coder|model", value):
+            raise UserError(f"--granularity {value} is none of linear, layer, block, blocks-N, coder, model")
         if name == "save_every" and not re.fullmatch(INTERVAL, value):
             raise UserError(f"--save-every {value} is neither a number of steps, as 200, nor of minutes, as 10m")
 

@@ -35,7 +35,8 @@ def parameters(shapes: list[tuple[int, ...]], dtype=torch.float32) -> list[torch
 def optimizer(cls, *groups: list, **settings):
     """An optimiser of lists of parameters: each has its own learning rate and weight decay, the first has no decay."""
     groups = [dict(params=ps, lr=0.03 / (j + 1), weight_decay=0.1 * j) | settings for j, ps in enumerate(groups)]
-    return cls(groups) if cls is StackedAdafactor else cls(groups, scale_parameter=False, relative_step=False)
+    scale = dict(scale_parameter=settings.get("scale_parameter", False))
+    return cls(groups, **scale) if cls is StackedAdafactor else cls(groups, **scale, relative_step=False)
 
 
 def give_gradients(params: list, step: int, absent: float = 0.0, spread: float = 3.0):
@@ -86,11 +87,16 @@ def assert_same(opt, other, exactly: bool = False):
     st.sampled_from([*ROUNDING]),
     st.sampled_from([0.0, 0.4]),
     st.sampled_from([0.0, 3.0]),
+    st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
-def test_equals_one_after_another(groups, dtype, absent, spread):
-    """Any shapes in any groups, gradients of any scale, some of them absent: so step counts differ within a shape."""
-    own, one_by_one = (optimizer(cls, *(parameters(shapes, dtype) for shapes in groups)) for cls in CLASSES[::-1])
+@settings(max_examples=60, deadline=None)
+def test_equals_one_after_another(groups, dtype, absent, spread, scale):
+    """Any shapes in any groups, gradients of any scale, some of them absent: so step counts differ within a shape.
+    Rates are scaled by each parameter's RMS, or not."""
+    own, one_by_one = (
+        optimizer(cls, *(parameters(shapes, dtype) for shapes in groups), scale_parameter=scale)
+        for cls in CLASSES[::-1]
+    )
     for opt in (own, one_by_one):
         steps(opt, 0, 5, absent=absent, spread=spread)
     assert_same(own, one_by_one)
@@ -172,7 +178,7 @@ def test_sparse_gradients_are_refused():
     assert not opt.state
 
 
-@pytest.mark.parametrize("other", [dict(scale_parameter=True), dict(relative_step=True), dict(beta1=0.9)], ids=str)
+@pytest.mark.parametrize("other", [dict(relative_step=True), dict(beta1=0.9)], ids=str)
 def test_settings_that_only_transformers_has_are_refused(other):
     """As a state_dict may bring them: a step would silently do without."""
     params = parameters([(6, 5)])

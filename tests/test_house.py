@@ -22,7 +22,7 @@ FLOORS = [  # from the ground up; a file imports only from floors below, or from
     ["adapt"],
     ["evaluate"],
     [f"tools.{x}" for x in "measures figures compare count_parameters estimate_memory export analyze".split()],
-    [f"experiments.{x}" for x in "methods claims reproduce babyai bench larger gpu_items gpu".split()],
+    [f"experiments.{x}" for x in "methods claims reproduce babyai bench larger mixing gpu_items gpu".split()],
     [f"tests.stress.{x}" for x in "kills targets faults longrun scale".split()],
 ]
 PLACES = {name: (floor, place) for floor, names in enumerate(FLOORS) for place, name in enumerate(names)}

@@ -8,7 +8,6 @@ import shutil
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,7 +169,7 @@ def test_a_step_of_the_t0_recipe_costs_few_operations(name):
     """All of it, as `train.py` takes it: forward, backward, clipping, Adafactor. The state is there before."""
 
     def clip_and_step(model):
-        cfg = SimpleNamespace(lr=1e-3, lr_z=1e-1, weight_decay=0.0, optimizer="adafactor")
+        cfg = train.Config(lr=1e-3, lr_z=1e-1, optimizer="adafactor", scale_parameter=True)
         optimizer, grads = make_optimizer(model, cfg), [p.grad for p in trained(model)]
         with _disable_current_modes():  # not counted: an earlier step
             optimizer.step()

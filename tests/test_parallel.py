@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -316,7 +317,7 @@ def test_a_split_backbone_is_the_whole_one(tmp_path, precision, adapter):
     whole = sum(p.numel() for p in model.parameters())
     for rank in ("0", "1"):
         found = read(tmp_path / f"{rank}.json")
-        assert found.pop("merged").startswith("layer encoder.block.0.layer.0.SelfAttention.q: nothing can be merged")
+        assert re.match(r"layer encoder\..*: nothing can be merged", found.pop("merged"))
         assert found.pop("share") == pytest.approx(1 - blocks / 2 / whole, rel=0.01)
         assert all(found.values()), found
 

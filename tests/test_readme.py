@@ -36,6 +36,7 @@ CONFIGS = {  # scripts whose flags are a Config, and its recipes
 }  # fmt: skip
 PARSERS = (  # modules whose main() has a parser of its own
     "experiments.methods", "experiments.reproduce", "experiments.bench", "experiments.gpu", "experiments.larger",
+    "experiments.mixing",
     "tests.stress.faults", "tests.stress.longrun", "tests.stress.scale",
 )  # fmt: skip
 NO_COMMANDS = ("-m pytest", "-m tools.NAME", "-m experiments.NAME", "-m experiments.gpu_items")

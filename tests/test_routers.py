@@ -362,6 +362,16 @@ ROUTER_NUMBERS = {
 }
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 24, 999])
+def test_blocks_in_a_row_share_a_router(n):
+    """Of encoder and decoder each; one block is `block`, all are `coder`."""
+    names = [f"{coder}.block.{k}.layer.0.SelfAttention.q" for coder in ("encoder", "decoder") for k in range(24)]
+    keys = [sharing_key(name, f"blocks-{n}") for name in names]
+    assert len(set(keys)) == 2 * -(-24 // n)
+    for coder in (0, 24):
+        assert [keys[coder + k] == keys[coder + k + 1] for k in range(23)] == [(k + 1) % n > 0 for k in range(23)]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_granularity_follows_module_structure(name):
     with torch.device("meta"):
@@ -379,6 +389,11 @@ def test_granularity_by_hand():
     expected = [name, "decoder.block.3.layer.1.EncDecAttention", "decoder.block.3", "decoder", "model"]
     assert [sharing_key(name, granularity) for granularity in GRANULARITIES] == expected
     assert sharing_key("model.encoder.layers.0.fc1", "layer") == sharing_key("model.encoder.layers.0.fc2", "layer")
+    for n, key in ((1, "decoder.block.3x1"), (2, "decoder.block.1x2"), (4, "decoder.block.0x4")):
+        assert sharing_key(name, f"blocks-{n}") == key  # block 3 is in the second pair and the first four
+    for wrong in ("blocks-0", "blocks-", "blocks-x", "blocks"):
+        with pytest.raises(ValueError, match="unknown granularity"):
+            sharing_key(name, wrong)
     with pytest.raises(ValueError, match="lm_head is in no numbered block"):
         sharing_key("lm_head", "block")
     with pytest.raises(ValueError, match="unknown granularity"):

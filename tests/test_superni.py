@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from rouge_score import rouge_scorer
 from transformers import ByT5Tokenizer
 
+import benchmarks
 import data
 from benchmarks import load, superni
+from data import Benchmark, Task
 from plumbing.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -515,3 +517,15 @@ def test_a_download_that_breaks_off(hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(UserError, match=r"the download from the hub failed \(OSError\): give --data-dir DIR"):
         load("superni")
+
+
+def test_the_papers_twenty_tasks():
+    """--tasks papers: the published list, all of them test tasks; another benchmark has none."""
+    names = Path(benchmarks.__file__).with_name("superni_papers_tasks.txt").read_text().split()
+    official = Path(benchmarks.__file__).with_name("superni_test_tasks.txt").read_text().split()
+    assert len(set(names)) == len(names) == 20 and set(names) < set(official)
+    tasks = [Task(name, "Rouge-L", [], [], []) for name in official]
+    chosen = benchmarks.held_out(Benchmark([], [], tasks), "papers")
+    assert {task.name for task in chosen} == set(names) and len(chosen) == 20
+    with pytest.raises(UserError, match="^--tasks papers: none of the 20 tasks of superni"):
+        benchmarks.held_out(Benchmark([], [], [Task("x", "ACC", [], [], [])]), "papers")

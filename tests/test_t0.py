@@ -682,3 +682,26 @@ def test_no_network(monkeypatch, tmp_path):
     ):
         load("t0", "", "0", ("train",))
     assert time.monotonic() - begin < 15
+
+
+# --- ANLI -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_anli_is_scored_on_its_test_rows(tmp_path, capsys, form):
+    """As T-Few and MHR do; where there are none, on validation rows, which is said."""
+    config = next(c for configs in t0.TEST.values() for c in configs if c.startswith("anli"))
+    say_once.cache_clear()
+    for number, split in enumerate(("train", "validation", "test")):
+        write(tmp_path, config, split, [row(number)], form)
+    assert t0._read(tmp_path, [config])[config]["validation"][0].input == "apple 2?"
+    assert capsys.readouterr().out == ""
+    for other in (TOPIC, config):
+        for number, split in enumerate(("train", "validation")):
+            write(tmp_path / "without", other, split, [row(number)], form)
+    assert t0._read(tmp_path / "without", [config])[config]["validation"][0].input == "apple 1?"
+    assert "ANLI is scored on its validation rows" in capsys.readouterr().out
+    write(tmp_path, TOPIC, "test", [row(5)], form)
+    for number, split in enumerate(("train", "validation")):
+        write(tmp_path, TOPIC, split, [row(number)], form)
+    assert t0._read(tmp_path, [TOPIC])[TOPIC]["validation"][0].input == "apple 1?"  # of others validation, as ever
