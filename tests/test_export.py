@@ -578,3 +578,61 @@ def test_an_export_without_memory_is_one_sentence(folders, tmp_path, monkeypatch
     with pytest.raises(RunError, match="^there is not enough memory: try a machine that has more") as failed:
         run_export(tmp_path / "run", tmp_path / "out", task="mu")
     assert "--resume" not in str(failed.value) and not (tmp_path / "out").exists()
+
+
+# --- The authors' LoRA and (IA)^3 -------------------------------------------------------------------------------------
+
+
+def authors_one(path, folders, kind: str, turned: bool = False, **hyper):
+    """A checkpoint of the authors' with one adapter for all tasks, in their layout: its state_dict."""
+    hyper = HYPER | {"model": str(folders / "t5"), "model_modifier": kind} | hyper
+    state, g = {}, torch.Generator().manual_seed(0)
+    layers = r".*(SelfAttention|EncDecAttention|DenseReluDense)\.(k|v|wi_1)"
+    for layer, module in backbone("t5").named_modules():
+        if re.fullmatch(layers, layer):
+            o, i = module.weight.shape
+            if kind == "ia3":
+                state[f"model.{layer}.multi_lora_b"] = 1 + 0.3 * torch.randn(o, generator=g)
+                continue
+            A, B = 0.3 * torch.randn(i, 2, generator=g), 0.3 * torch.randn(2, o, generator=g)
+            state |= {f"model.{layer}.lora_a": A.T if turned else A, f"model.{layer}.lora_b": B.T if turned else B}
+    torch.save({"state_dict": state, "hyper_parameters": hyper, "pytorch-lightning_version": "2.0.2"}, path)
+    return state
+
+
+@pytest.mark.parametrize("kind, turned, alpha", [("lora", False, 1.0), ("lora", True, 2.0), ("ia3", False, 1.0)])
+def test_authors_file_with_one_adapter(tmp_path, folders, kind, turned, alpha):
+    """The run computes what a naive reading of the file does; it can be adapted and exported like one of ours."""
+    state = authors_one(tmp_path / "one.ckpt", folders, kind, turned, lora_alpha=alpha)
+    run = tmp_path / "run"
+    export.main(dict(checkpoint=str(tmp_path / "one.ckpt"), format="run", output_dir=str(run)))
+    base = train.run_config(str(run), device="cpu")
+    assert (base.method, base.adapter, base.dataset) == (kind, kind, "t0")
+    model, _ = load_run(run, base)
+    naive = backbone("t5")
+    with torch.no_grad():
+        for name, tensor in state.items():
+            layer = naive.get_submodule(name.removeprefix("model.").rpartition(".")[0])
+            if name.endswith("multi_lora_b"):
+                layer.weight.mul_(tensor[:, None])
+            elif name.endswith("lora_a"):
+                A, B = tensor, state[name.replace("lora_a", "lora_b")]
+                layer.weight.add_((B @ A if turned else (A @ B).T) * alpha / 2)
+        batch = inputs("t5")
+        assert (model.eval()(**batch).logits - naive(**batch).logits).abs().max() < 1e-4
+    export.main(dict(checkpoint=str(run), format="merged", output_dir=str(tmp_path / "merged")))
+
+
+def test_a_damaged_file_with_one_adapter(tmp_path, folders):
+    state = authors_one(tmp_path / "one.ckpt", folders, "lora")
+    content = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    first = next(iter(state))
+    for name, change, says in (
+        ("odd", {first.replace("lora_a", "lora_c"): torch.zeros(2)}, "lora_c is no part of its adapters"),
+        ("axes", {first: torch.zeros(2)}, "has no lora_a of 2 axes"),
+        ("shape", {first: torch.zeros(3, 2)}, r"A of layer .* and should be"),
+        ("nan", {first: torch.full_like(state[first], torch.nan)}, "holds numbers that are not finite"),
+    ):
+        torch.save(content | {"state_dict": state | change}, tmp_path / "bad.ckpt")
+        with pytest.raises(UserError, match=says):
+            export.main(dict(checkpoint=str(tmp_path / "bad.ckpt"), format="run", output_dir=str(tmp_path / name)))

@@ -20,6 +20,9 @@ PEFT's Poly and the authors' code keep a layer in the same three tensors (letter
     B (s, r, o)                  poly_lora_B, lora_b  (h, s, r, e)
     Z (t, s) or (t, h, s)        module_logits        (t, h s)
 
+A file of theirs with one adapter for all tasks has lora_a (i, r) and lora_b (r, o) (older ones transposed), of (IA)^3
+multi_lora_b (o), which is one where ours is zero.
+
 Files of the authors' code are pickles: only tensors, numbers and text are read from them, no code is ever run. They do
 not name their tasks, so the tasks of such a run are called 0, 1, 2, ...
 """
@@ -228,6 +231,10 @@ def from_blocks(layer: nn.Module, A: Tensor, B: Tensor, Z: Tensor):
 
 PEFT_POLY = {"A": "poly_lora_A", "B": "poly_lora_B", "Z": "poly_router.module_logits"}
 AUTHORS = {"A": "lora_a", "B": "lora_b", "Z": "selector.module_logits"}
+AXES = {"A": 4, "B": 4, "Z": 2}  # of these tensors
+AUTHORS_ONE = {  # files with one adapter for all tasks: names and axes of the tensors of a layer
+    "lora": ({"A": "lora_a", "B": "lora_b"}, {"A": 2, "B": 2}), "ia3": ({"v": "multi_lora_b"}, {"v": 1}),
+}  # fmt: skip
 # The settings of a run that PEFT's Poly can hold.
 POLY_HAS = {
     "method": ("poly", "mhr"), "adapter": ("lora",), "granularity": ("linear",), "routing": ("gumbel", "sigmoid"),
@@ -277,7 +284,7 @@ def read_peft_poly(folder: Path):
         raise UserError(f"{folder / 'adapter_config.json'}: its base_model_name_or_path is no text: correct it")
     if (folder / "run.json").exists():
         known = dataclasses.asdict(read_config(train.Config, folder / "run.json"))
-    return by_layer(state, "base_model.model.", PEFT_POLY, folder), known
+    return by_layer(state, "base_model.model.", PEFT_POLY, AXES, folder), known
 
 
 # Settings of the authors' code that change the function of a layer, with the values that are supported here.
@@ -311,35 +318,43 @@ def read_authors(path: Path):
     alpha = hyper.get("lora_alpha") or 1.0
     if not abs(alpha) < 1e6:
         raise UserError(f"{path}: its lora_alpha is no scale: the file was changed")
-    layers = by_layer(state, "model.", AUTHORS, path)
+    known = {
+        "backbone": hyper.get("model") or "",
+        "dataset": {"t0": "t0", "ni": "superni", "xfit": "crossfit"}.get(str(hyper.get("dataset")), ""),
+    }
+    if (kind := hyper.get("model_modifier")) in AUTHORS_ONE and not any("module_logits" in str(name) for name in state):
+        layers = by_layer(state, "model.", *AUTHORS_ONE[kind], path)
+        for layer in layers.values():
+            if kind == "lora":
+                layer["B"] *= alpha
+            else:
+                layer["v"] -= 1  # ours is the difference from one
+        return layers, known | {"method": kind}
+    layers = by_layer(state, "model.", AUTHORS, AXES, path)
     for name, layer in layers.items():
         if list(layer["A"].shape[:2]) != [hyper.get("n_splits", 1), hyper.get("n_skills")]:  # later versions swap them
             raise UserError(f"{path}: {name}.lora_a does not begin with its n_splits and n_skills")
         layer["B"] *= alpha  # ours is 1
     relaxed = "gumbel" if hyper.get("module_logits_relaxed_bernoulli", True) else "sigmoid"
-    known = {
-        "routing": "straight-through" if hyper.get("module_logits_straight_through") else relaxed,
-        "backbone": hyper.get("model") or "",
-        "dataset": {"t0": "t0", "ni": "superni", "xfit": "crossfit"}.get(str(hyper.get("dataset")), ""),
-    }
-    return layers, known
+    return layers, known | {"routing": "straight-through" if hyper.get("module_logits_straight_through") else relaxed}
 
 
-def by_layer(state: dict, prefix: str, names: dict[str, str], source: Path) -> dict[str, dict[str, Tensor]]:
+def by_layer(state: dict, prefix: str, names: dict, axes: dict, source: Path) -> dict[str, dict[str, Tensor]]:
     """Group tensors by layer: {layer: {"A", "B", "Z"}}. UserError for any other tensor, or if one is missing.
 
-    prefix: before the layer's name in a tensor's. names: {"A": its ending, ...}. source: for the message.
+    prefix: before the layer's name in a tensor's. names: {"A": its ending, ...}, axes: {"A": how many, ...}. source:
+    for the message.
     """
     layers, keys = {}, {name: key for key, name in names.items()}
     for full, tensor in state.items():
         match = re.fullmatch(rf"{re.escape(prefix)}(.+)\.({'|'.join(map(re.escape, keys))})", str(full))
         if not match or not isinstance(tensor, Tensor):
-            raise UserError(f"{source}: {full} is no part of a Poly of LoRAs")
+            raise UserError(f"{source}: {full} is no part of {'a Poly of LoRAs' if 'Z' in names else 'its adapters'}")
         layers.setdefault(match[1], {})[keys[match[2]]] = tensor.float()
     for layer, tensors in layers.items():
-        for key, axes in {"A": 4, "B": 4, "Z": 2}.items():
-            if key not in tensors or tensors[key].dim() != axes:
-                raise UserError(f"{source}: layer {layer} has no {names[key]} of {axes} axes")
+        for key, number in axes.items():
+            if key not in tensors or tensors[key].dim() != number:
+                raise UserError(f"{source}: layer {layer} has no {names[key]} of {number} axes")
     if not layers:
         raise UserError(f"{source} has no layers")
     return layers
@@ -354,10 +369,15 @@ def import_run(cfg: Config):
         if not known.get(name):
             raise UserError(f"--{name} is missing: {source} does not name one")
     first = next(iter(layers.values()))
-    (h, s, _, r), t = first["A"].shape, len(first["Z"])
-    method = "mhr" if h > 1 or known.get("method") == "mhr" else "poly"
-    fixed = dict(method=method, adapter="lora", rank=r, skills=s, granularity="linear", output_dir=cfg.output_dir)
-    fixed |= {"heads": h} if method == "mhr" else {}
+    if one := "Z" not in first:  # one adapter for all tasks
+        method, t = known.pop("method"), 1
+        fixed = dict(method=method, adapter=method, output_dir=cfg.output_dir)
+        fixed |= {"rank": min(first["A"].shape)} if method == "lora" else {}
+    else:
+        (h, s, _, r), t = first["A"].shape, len(first["Z"])
+        method = "mhr" if h > 1 or known.get("method") == "mhr" else "poly"
+        fixed = dict(method=method, adapter="lora", rank=r, skills=s, granularity="linear", output_dir=cfg.output_dir)
+        fixed |= {"heads": h} if method == "mhr" else {}
     model, _ = load_backbone(known["backbone"], "cpu")
     if absent := layers.keys() - dict(model.named_modules()):
         raise UserError(f"{source}: --backbone {known['backbone']} has no layer {min(absent)}")
@@ -368,12 +388,18 @@ def import_run(cfg: Config):
     if (adapted := adapted_layers(model)).keys() != layers.keys():
         raise UserError(f"{source / 'run.json'} is of another run: its layers are not those of the weights")
     for name, layer in adapted.items():
-        for key, own in to_blocks(layer).items():
+        if one:
+            turn(layers[name], layer)
+        for key, own in (layer.params if one else to_blocks(layer)).items():
             if (given := layers[name][key].shape) != own.shape:
                 raise UserError(f"{source}: {key} of layer {name} is {tuple(given)} and should be {tuple(own.shape)}")
             if not bool(layers[name][key].isfinite().all()):
                 raise UserError(f"{source}: {key} of layer {name} holds numbers that are not finite")
-        from_blocks(layer, **layers[name])
+        if one:
+            for key, p in layer.params.items():
+                p.data.copy_(layers[name][key])
+        else:
+            from_blocks(layer, **layers[name])
     tasks = {"tasks": [str(k) for k in range(t)], "skills": []}
     if source.is_dir() and (source / "tasks.json").exists() and len(names_of_tasks(source)) == t:
         tasks = read_json(source / "tasks.json", skills=list)
@@ -383,8 +409,14 @@ def import_run(cfg: Config):
         write_json(folder / "tasks.json", tasks)
         counts = count_parameters(model)
         write_json(folder / "result.json", {"steps": 0, "seconds": 0.0, "parameters": counts})  # no steps of train.py
-    counted = f"{t} tasks, {len(layers)} layers, {s} skills of rank {r}, {h} heads"
+    counted = f"{len(layers)} layers" if one else f"{t} tasks, {len(layers)} layers, {s} skills of rank {r}, {h} heads"
     print(f"method {method}, {counted}, saved in {cfg.output_dir}")
+
+
+def turn(tensors: dict[str, Tensor], layer: nn.Module):
+    """Older files of the authors have a single LoRA the other way round: A (r, i), B (o, r)."""
+    if "A" in tensors and tensors["A"].shape != layer.params["A"].shape:
+        tensors |= {"A": tensors["A"].T, "B": tensors["B"].T}
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
