@@ -130,6 +130,9 @@ def refuse_unfit(model: nn.Module, tokenizer, cfg):
     where, encoder_decoder = f"--backbone {cfg.backbone}", model.config.is_encoder_decoder
     if tokenizer.eos_token_id is None:
         raise UserError(f"{where}: its tokenizer has no end token, so no output would end: use another backbone")
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(f"{where}: its tokenizer has {len(tokenizer):,} tokens, its model {rows:,}: they do not fit")
     if encoder_decoder and tokenizer.eos_token_id not in tokenizer(text_target="a").input_ids:
         raise UserError(f"{where}: its tokenizer does not write its end token, so no output would end: use another one")
     for name in ("decoder_start_token_id", "pad_token_id") if encoder_decoder else ():

@@ -42,7 +42,7 @@ from poly import PolyLinear, PolyRouter
 from scoring import generate
 from sft import SFT, SFTLinear
 from tests.helpers import (
-    IDS, NAMES, adapted, backbone, change_json, gradients, inputs, layer_maker, layers_of, logits,
+    IDS, NAMES, VOCAB, adapted, backbone, change_json, gradients, inputs, layer_maker, layers_of, logits,
     save_as_backbone, small_config,
 )  # fmt: skip
 
@@ -567,6 +567,13 @@ def test_a_tokenizer_without_an_end_token_is_refused(tmp_path):
     assert "its tokenizer has no end token, so no output would end" in refused(folder, tmp_path / "run")
 
 
+def test_more_tokens_than_the_model_has_are_refused(tmp_path):
+    """On a GPU their ids would be an assertion on the device."""
+    folder = save_as_backbone(backbone("llama"), tmp_path / "model")
+    said = refused(folder, tmp_path / "run")
+    assert said.endswith("its tokenizer has 384 tokens, its model 100: they do not fit")
+
+
 def test_a_model_that_is_not_causal_is_refused(tmp_path):
     """BERT with a tokenizer that has an end token: every token sees those after it."""
     config = transformers.BertConfig(
@@ -586,9 +593,10 @@ def test_a_model_that_is_not_causal_is_refused(tmp_path):
         ("bart", dict(max_input=5, max_output=65), "64 positions, fewer than --max-output 65: give less"),
     ],
 )
-def test_more_tokens_than_positions_are_refused(name, flags, says):
+def test_more_tokens_than_positions_are_refused(monkeypatch, name, flags, says):
     """On a GPU they would be an assertion on the device. Relative and rotary positions have no table."""
     tokenizer = transformers.ByT5Tokenizer()
+    monkeypatch.setattr(transformers.ByT5Tokenizer, "__len__", lambda self: VOCAB)
     cfg = train.Config(backbone="x", **flags)
     with pytest.raises(UserError, match=f"^--backbone x has {says}"):
         refuse_unfit(backbone(name), tokenizer, cfg)
@@ -601,8 +609,9 @@ def test_more_tokens_than_positions_are_refused(name, flags, says):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("method", ["mhr", "random"])
-def test_the_probe_passes_what_is_right(name, method):
+def test_the_probe_passes_what_is_right(monkeypatch, name, method):
     """And leaves random state, modes and hooks as they were."""
+    monkeypatch.setattr(transformers.ByT5Tokenizer, "__len__", lambda self: VOCAB)
     model = adapted(name, method, "lora").train()
     state = torch.get_rng_state()
     probe(model, transformers.ByT5Tokenizer(), train.Config(backbone=name, max_input=16, max_output=8))
