@@ -571,10 +571,10 @@ def check(model: nn.Module, forward: Callable):
 def _calls(layers: dict[str, nn.Module], forward: Callable) -> tuple[dict[str, list], object]:
     """What each layer got and gave in a call of the model, {name: [(x, y), ...]}, and what forward() returned."""
     calls = {name: [] for name in layers}
-    handles = [
-        layer.register_forward_hook(lambda _, args, y, of=name: calls[of].append((args[0], y)))
-        for name, layer in layers.items()
-    ]
+    handles = []
+    for name, layer in layers.items():
+        note = lambda _, args, kwargs, y, of=name: calls[of].append(((*args, *kwargs.values())[0], y))  # noqa: E731
+        handles.append(layer.register_forward_hook(note, with_kwargs=True))
     try:
         return calls, forward()
     finally:

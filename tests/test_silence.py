@@ -107,6 +107,13 @@ def test_a_layer_that_sees_other_rows_is_refused_by_name(rows, says):
         assert torch.allclose(model(x), together, atol=1e-6)
 
 
+def test_a_layer_that_is_called_by_keyword():
+    model, x = routed(Odd(lambda inner, x: inner(input=x)), ["first", "inner"]), torch.randn(3, 7, 8)
+    check(model, lambda: model(x))
+    with task_ids([0, 1, 2]):
+        assert model(x).shape == x.shape
+
+
 def test_flattened_tokens_are_known():
     """OPT flattens its batch before the feed-forward layers: all tokens, in their order, are no other rows."""
     model = routed(Odd(lambda inner, x: inner(x.flatten(0, 1)).unflatten(0, x.shape[:2])), ["first", "inner"])
