@@ -170,6 +170,16 @@ def end(children: list):
     assert [child.exitcode for child in children] == [0] * len(children)
 
 
+def kill_at_a_checkpoint(children: list, folder: Path):
+    """Kill the processes of a run as soon as it has saved a checkpoint."""
+    while children[0].is_alive() and not (folder / CHECKPOINT).exists():
+        time.sleep(0.01)
+    for child in children:
+        child.kill()
+        child.join()
+    assert not (folder / "result.json").exists()
+
+
 def read(path: Path):
     return json.loads(path.read_text())
 
@@ -210,12 +220,7 @@ def test_two_processes_resume(start, runs):
     """Killed after the first checkpoint, both of them; resumed by two, the run equals that of one process."""
     folder, flags = runs / "cut", FLAGS | dict(backbone=str(runs / "backbone"), eval_examples=0)
     children = start("train", 2, folder, exact=True, pause=0.2, **flags)
-    while children[0].is_alive() and not (folder / CHECKPOINT).exists():
-        time.sleep(0.01)
-    for child in children:
-        child.kill()
-        child.join()
-    assert not (folder / "result.json").exists()
+    kill_at_a_checkpoint(children, folder)
     end(start("train", 2, folder, exact=True, resume=True, **flags))
     assert "resuming after step" in (runs / "cut.txt").read_text()
     same_training(runs, "cut")
@@ -359,12 +364,7 @@ def test_splitting_changes_nothing_but_rounding(start, runs):
 def test_a_split_run_resumes(start, runs):
     folder, flags = runs / "split-cut", FLAGS | dict(backbone=str(runs / "backbone"), eval_examples=0, shard=True)
     children = start("train", 2, folder, exact=True, pause=0.2, **flags)
-    while children[0].is_alive() and not (folder / CHECKPOINT).exists():
-        time.sleep(0.01)
-    for child in children:
-        child.kill()
-        child.join()
-    assert not (folder / "result.json").exists()
+    kill_at_a_checkpoint(children, folder)
     end(start("train", 2, folder, exact=True, resume=True, **flags))
     same_training(runs, "split-cut")
 
