@@ -144,14 +144,7 @@ def probe(model: nn.Module, tokenizer, cfg):
     x = (torch.arange(21, device=model.device).view(3, 7) + 3) % vocabulary
     batch = {"input_ids": x, "attention_mask": torch.ones_like(x)}
     batch |= {"decoder_input_ids": x} if model.config.is_encoder_decoder else {}
-    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-
-    def call() -> Tensor:
-        """The logits, with the same noise each time; the run's random state stays as it is."""
-        with torch.random.fork_rng(gpus):
-            torch.manual_seed(0)
-            return model(**batch, use_cache=False).logits
-
+    call = lambda: model(**batch, use_cache=False).logits  # noqa: E731
     try:
         if adapted_layers(model):
             check(model, call)
@@ -172,8 +165,9 @@ def looks_ahead(model: nn.Module, call) -> bool:
         return read[-1].clone()  # which the model may change in place
 
     hook = model.get_input_embeddings().register_forward_hook(note)
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
-        with task_ids([0]):
+        with torch.random.fork_rng(gpus), task_ids([0]):
             first = call()[:, 0]
     finally:
         hook.remove()

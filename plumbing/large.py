@@ -88,9 +88,7 @@ def shard(model: nn.Module, device: str, precision: str):
     the whole backbone. (Of old pickled files, and of weights that transformers converts, each process has a copy in the
     host's memory for the time of loading.)
     """
-    warnings.filterwarnings(
-        "ignore", ".*returned a view tensor"
-    )  # of T5's blocks with checkpointing; nobody changes it
+    warnings.filterwarnings("ignore", ".*returned a view tensor")  # T5's blocks do; nobody changes it in place
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

@@ -625,6 +625,18 @@ def test_the_probe_passes_what_is_right(monkeypatch, name, method):
     assert torch.equal(torch.get_rng_state(), state) and all(m.training for m in model.modules())
 
 
+def test_the_probe_passes_a_model_that_drops_layers():
+    """M2M-100 leaves blocks out at random in training, also by default."""
+    config = transformers.M2M100Config(
+        vocab_size=384, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, encoder_layerdrop=0.3, decoder_layerdrop=0.3,
+    )  # fmt: skip
+    model = routed(transformers.M2M100ForConditionalGeneration(config), r".*fc1").train()
+    for seed in range(10):
+        torch.manual_seed(seed)
+        probe(model, transformers.ByT5Tokenizer(), train.Config(backbone="x", max_input=16, max_output=8))
+
+
 # --- Choices without a cache of keys ----------------------------------------------------------------------------------
 
 
