@@ -55,7 +55,7 @@ class Config:
     steps: int = flag(0, "optimiser steps; 0: by the recipe's epochs", group="optimisation")
     epochs: int = setting(0, "passes over the training examples, if steps is 0")
     batch_size: int = flag(64, "examples per step")
-    window: int = setting(50, "batches within which examples are sorted by length (experiments/mixing.py)")
+    window: int = setting(4, "batches within which examples are sorted by length (results/mixing.md)")
     micro_batch: int = flag(0, "examples per forward pass, to save memory; gradients of a step add up; 0: all")
     optimizer: str = setting("adamw", "adafactor: without relative steps", ("adamw", "adafactor"))
     scale_parameter: bool = setting(False, "adafactor: multiply the rate of a parameter by its RMS, at least 1e-3")
@@ -117,7 +117,7 @@ def make_optimizer(model: nn.Module, cfg) -> torch.optim.Optimizer:
 
     The dual-speed learning rate of Polytropon section 2.3: a fast Z decides who uses which skill before the skills
     have settled. Decaying the logits Z would pull every task towards using all skills. The task embeddings of
-    HyperFormer are a Z too; its hidden layer, which all tasks share, goes with the adapters.
+    HyperFormer are a Z too; its two linear layers, which all tasks share, go with the adapters.
     """
     z = [router.Z for router in routers(model) if router.Z.requires_grad]
     rest = [p for p in model.parameters() if p.requires_grad and all(p is not q for q in z)]

@@ -111,7 +111,7 @@ SIZES = {  # adapters, Z of 64 training tasks
     "expert": (8 * LORA_SIZE, 0),
     "random": (8 * LORA_SIZE, 0),
     "random-by-task": (8 * LORA_SIZE, 0),
-    "hyperformer": (8 * LORA_SIZE + LAYERS * (8 * 8 + 8), 64 * 8 * LAYERS),
+    "hyperformer": (8 * LORA_SIZE + LAYERS * 2 * (8 * 8 + 8), 64 * 8 * LAYERS),
     "task-moe": (8 * LORA_SIZE, 64 * 8 * LAYERS),
     "adapter-soup": (64 * LORA_SIZE, 0),
     "private-ia3": (64 * IA3_SIZE, 0),
@@ -513,7 +513,7 @@ def build(method: str, backbone: str):
 
 @pytest.mark.parametrize("method", ["mhr", "hyperformer"])
 def test_two_learning_rates_and_no_decay_of_z(backbones, method):
-    """HyperFormer's hidden layer, which all tasks share, is no Z."""
+    """HyperFormer's network, which all tasks share, is no Z."""
     model = build(method, backbones[0])
     optimizer = train.make_optimizer(model, ADAMW)
     rest, z = optimizer.param_groups
@@ -584,7 +584,7 @@ def test_granularity_of_the_others(folder, two_layers, name):
     train.main(flags_of(name, **flags))
     leaves = [key.rsplit(".", 1)[1] for key in load_file(run / "adapter.safetensors")]
     assert leaves.count("Z") == (1 if name == "private" else 4)
-    assert leaves.count("bias") == leaves.count("weight") == (4 if name == "hyperformer" else 0)
+    assert leaves.count("bias") == leaves.count("weight") == (8 if name == "hyperformer" else 0)
     result = adapt.main(FEW | dict(checkpoint=str(run), tasks=HELD_OUT[0], output_dir=str(few)))
     assert evaluate.evaluate(evaluate.Config(checkpoint=str(few))) == result["tasks"]
 
@@ -655,10 +655,11 @@ def test_z_changes_nothing_but_z(runs, adapted, name):
 
 
 def layers_off(tensors: dict[str, torch.Tensor]) -> tuple[str, ...]:
-    """The layers of a HyperFormer of which no hidden unit is on: no gradient passes, to the skills neither."""
+    """The routers of a HyperFormer of which no hidden unit is on: no gradient passes to what is before the ReLU."""
     routers = [key.removesuffix("hidden.bias") for key in tensors if key.endswith(".hidden.bias")]
     hidden = {r: tensors[r + "Z"] @ tensors[r + "hidden.weight"].T + tensors[r + "hidden.bias"] for r in routers}
-    return tuple(r.removesuffix("router.") for r, values in hidden.items() if not bool((values > 0).any()))
+    off = [r for r, values in hidden.items() if not bool((values > 0).any())]
+    return tuple(r + rest for r in off for rest in ("hidden", "last.weight"))
 
 
 @pytest.mark.parametrize("name", grid(n for n in METHODS if METHOD[n] in ROUTED and METHOD[n] not in OWN))
@@ -1110,8 +1111,8 @@ OTHER_PAIRS = {  # (method, adapter): parameters in pre-training; what METHODS a
     ("expert", "ia3"): (8 * IA3_SIZE, 0),
     ("random", "ia3"): (8 * IA3_SIZE, 0),
     ("random", "sft"): (8 * SFT_SIZE, 0),
-    ("hyperformer", "ia3"): (8 * IA3_SIZE + 8 * (8 * 8 + 8), 8 * Z_OF_64),
-    ("hyperformer", "sft"): (8 * SFT_SIZE + LAYERS * (8 * 8 + 8), LAYERS * Z_OF_64),
+    ("hyperformer", "ia3"): (8 * IA3_SIZE + 8 * 2 * (8 * 8 + 8), 8 * Z_OF_64),
+    ("hyperformer", "sft"): (8 * SFT_SIZE + LAYERS * 2 * (8 * 8 + 8), LAYERS * Z_OF_64),
     ("task-moe", "ia3"): (8 * IA3_SIZE, 8 * Z_OF_64),
     ("task-moe", "sft"): (8 * SFT_SIZE, LAYERS * Z_OF_64),
     ("adapter-soup", "ia3"): (64 * IA3_SIZE, 0),
