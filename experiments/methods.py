@@ -25,6 +25,7 @@ from recipes import FEW_SHOT, LEARNED, PRETRAINING
 ROOT = Path(__file__).resolve().parents[1]
 KEEP_EVERY = 300  # --keep-every: steps between the adapters that `tools/analyze.py` looks at
 RECIPE = json.dumps([PRETRAINING["strings"], FEW_SHOT["strings"], KEEP_EVERY])  # another recipe makes other runs
+RECIPE = RECIPE.replace('"best_by"', '"keep"')  # its name when the values in results/ were made
 RUNS = ROOT / "runs" / f"methods-{zlib.crc32(RECIPE.encode()):08x}"
 
 METHODS = {  # name in the table: (flags of train.py, variants of adapt.py; the first one chooses its rates)
