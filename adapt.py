@@ -25,7 +25,7 @@ and result.json.
 from dataclasses import dataclass
 
 from plumbing.errors import UserError, exit_on_user_error
-from plumbing.flags import explicit_flags, flag, setting, unused
+from plumbing.flags import as_flag, explicit_flags, flag, in_use, setting, unused
 from plumbing.folders import read_skills, remove_checkpoint, resumed_config, write_config, write_json
 from recipes import FEW_SHOT, VARIANTS, recipe
 
@@ -67,8 +67,11 @@ class Config:
     seed: int = flag(0, "seed of initial values, order and noise")
     output_dir: str = flag("", "run folder; none: CHECKPOINT-VARIANT", metavar="DIR")
     resume: bool = flag(False, "resume the run in --output-dir, or start it if it is not there")
+    overwrite: bool = flag(False, "replace the run in --output-dir")
+    dry_run: bool = flag(False, "stop after a few steps: what a step takes; nothing is written")
+    tensorboard: bool = flag(False, "also write the log for TensorBoard, to the run folder")
     deterministic: bool = flag(False, "on CUDA: bit-identical runs, slower (on a CPU they always are)")
-    device: str = flag("auto", "cpu, cuda, or auto: cuda if there is one", ("auto", "cpu", "cuda"))
+    device: str = flag("auto", "auto: cuda if there is one, else cpu", ("auto", "cpu", "cuda", "mps"))
 
 
 if __name__ == "__main__":  # read the flags before the slow imports: --help and mistakes answer at once
@@ -76,6 +79,7 @@ if __name__ == "__main__":  # read the flags before the slow imports: --help and
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -89,7 +93,7 @@ import train
 from baselines.adapter_soup import find_soups
 from baselines.fixed import FixedRouter, RandomRouter, given_table
 from benchmarks.choices import labelled_tensors, loss_of_choices
-from inject import adapted_layers, add_tasks, routers, task_ids
+from inject import adapted_layers, add_tasks, routers
 from methods import (
     SINGLE, add_adapters, average_skills, collapse, count_parameters, load_run, save_trained, use_checkpointing,
 )  # fmt: skip
@@ -98,8 +102,10 @@ from plumbing.ahead import ahead
 from plumbing.backbones import warn_if_too_large
 from plumbing.checkpoint import marks_of_model
 from plumbing.large import is_sharded
+from plumbing.machine import peak_memory, record_start, report_dry_run
 from plumbing.run import Log, run_in_folder
 from plumbing.tasks import InStep, TaskRun
+from plumbing.tables import counted
 from scoring import all_scores, evaluate_tasks, of_split, over_splits, summary
 
 # --- The starting point -----------------------------------------------------------------------------------------------
@@ -169,27 +175,14 @@ def begin_with_soup(model: nn.Module, base: train.Config, cfg: Config) -> Callab
 # --- One task: the loop -----------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def dev_loss(model, tokenizer, task: data.Task, lengths, batch_size: int) -> float:
-    """The loss on the task's dev examples in evaluation mode (no noise), averaged over batches by their examples."""
-    model.eval()
-    items, total = [data.Item(0, e, e.outputs[0]) for e in task.dev], 0.0
-    for batch in data.by_length(items, batch_size):
-        with task_ids([0] * len(batch)):
-            total += train.batch_loss(model, tokenizer, batch, *lengths).item() * len(batch)
-    model.train()
-    return total / len(items)
-
-
 def dev_value(model, tokenizer, task: data.Task, lengths, cfg) -> float:
     """What early stopping minimises: the dev loss, or for a recipe with best_by "score" minus the dev score."""
     if cfg.best_by == "loss":
-        return dev_loss(model, tokenizer, task, lengths, cfg.batch_size)
+        items = [data.Item(0, e, e.outputs[0]) for e in task.dev]
+        return train.mean_loss(model, tokenizer, items, lengths, cfg.batch_size)
     on_dev = dataclasses.replace(task, test=task.dev)
     how = (cfg.test_examples, cfg.eval_batch, cfg.beams)
-    score = evaluate_tasks(model, tokenizer, [on_dev], [0], lengths, *how)[task.name]
-    model.train()
-    return -score
+    return -evaluate_tasks(model, tokenizer, [on_dev], [0], lengths, *how)[task.name]
 
 
 def adapt_task(model, tokenizer, task: data.Task, lengths, cfg, log: Log, split: str = "") -> dict:
@@ -213,6 +206,7 @@ def adapt_task(model, tokenizer, task: data.Task, lengths, cfg, log: Log, split:
     together = InStep(is_sharded(model))
     best_value, best_step = together.agreed(dev_value(model, tokenizer, task, lengths, cfg)), 0
     best = [p.detach().clone() for p in trained]
+    model.train()
     batches = data.batches([task], cfg.batch_size, cfg.seed)
     batches = ahead(batches, partial(together.parts_of, micro_batch=cfg.micro_batch, prepare=prepare, weight=weight))
     for step in range(1, cfg.steps + 1):
@@ -240,6 +234,17 @@ def adapt_task(model, tokenizer, task: data.Task, lengths, cfg, log: Log, split:
     return {"stopped": step, "best_step": best_step, key: sign * best_value}
 
 
+def try_task(model, tokenizer, task: data.Task, lengths, cfg, folder: Path) -> dict:
+    """--dry-run: what a step takes, from runs of 1 and of 4 steps, which look at the dev examples equally often."""
+    seconds, few = [], dataclasses.replace(cfg, eval_every=cfg.steps + 4)
+    with TaskRun(folder, {}, is_sharded(model)) as run:
+        for steps in (1, 1, 4):  # the first one warms up
+            start = time.monotonic()
+            adapt_task(model, tokenizer, task, lengths, dataclasses.replace(few, steps=steps), run)
+            seconds.append(time.monotonic() - start)
+    return report_dry_run((seconds[2] - seconds[1]) / 3, cfg.steps)
+
+
 # --- All tasks --------------------------------------------------------------------------------------------------------
 
 
@@ -255,10 +260,12 @@ def tasks_to_adapt(base: train.Config, split: str, cfg: Config) -> list[data.Tas
 
 def adapt(cfg: Config) -> dict:
     """Adapt to each chosen task from the same start and write the run folder; returns the content of result.json."""
-    for name in ("steps", "beams"):
+    for name in ("steps", "beams", "eval_every"):
         if getattr(cfg, name) == 0:
-            raise UserError(f"--{name} must be above 0, not 0")
-    return run_in_folder(adapt_in, cfg, "adapt.py", "a smaller --micro-batch (the same batch in parts) or --eval-batch")
+            raise UserError(f"{as_flag(name)} must be above 0, not 0")
+    base, advice = base_config(cfg), "a smaller --micro-batch (the same batch in parts) or --eval-batch"
+    usual = dataclasses.asdict(Config()) | few_shot_recipe(base, cfg.variant)
+    return run_in_folder(adapt_in, cfg, "adapt.py", advice, in_use(base, usual, cfg.variant))
 
 
 def adapt_in(folder: Path, cfg: Config) -> dict:
@@ -275,29 +282,37 @@ def adapt_in(folder: Path, cfg: Config) -> dict:
     begin(next(iter(splits.values()))[0])
     if processes.first() and not (folder / "config.json").exists():
         write_config(folder, cfg)
-    counts, number = count_parameters(model), len(next(iter(splits.values())))
-    print(f"{number} tasks in {len(splits)} splits; trainable for each:", *(f"{k} {n:,}" for k, n in counts.items()))
+    if processes.first():
+        record_start(folder)
+    counts, first = count_parameters(model), next(iter(splits.values()))
     lengths, results = (base.max_input, base.max_output), {}
+    print(data.preview(first, tokenizer, model.config.is_encoder_decoder, *lengths))
+    few = f"{counted(len(first), 'task')}, each from {len(first[0].train)} examples"
+    print(f"{few}{f' in {len(splits)} splits' * (len(splits) > 1)}; trainable for each:", end=" ")
+    print(*(f"{name} {count:,}" for name, count in counts.items()))
+    if cfg.dry_run:
+        return try_task(model.train(), tokenizer, first[0], lengths, cfg, folder)
     scoring = dict(lengths=lengths, limit=cfg.test_examples, batch_size=cfg.eval_batch, beams=cfg.beams)
-    with TaskRun(folder, made_with, is_sharded(model)) as run:
+    with TaskRun(folder, made_with, is_sharded(model), cfg.tensorboard) as run:
         for split, tasks in splits.items():
             for task in run.tasks(tasks, split, f"adapt {cfg.variant}, split {split}"):
                 begin(task)
                 before = evaluate_tasks(model, tokenizer, [task], [0], **scoring)[task.name]
                 torch.manual_seed(cfg.seed)  # a task's result does not depend on the tasks before it
                 stops = adapt_task(model, tokenizer, task, lengths, cfg, run, split)
-                metrics = all_scores(model, tokenizer, [task], [0], **scoring)[task.name]
+                metrics = all_scores(model, tokenizer, [task], [0], **scoring, lines=(lines := []))[task.name]
                 if run.writes:
                     save_trained(model, tokenizer, folder / split / task.name)
-                run.record(before=before, stops=stops, metrics=metrics)
+                run.record(lines, before=before, stops=stops, metrics=metrics)
             results[split] = of_split(run.results(), tasks)
     metrics = {task.name: task.metric for tasks in splits.values() for task in tasks}
     result = over_splits(results) | {"seconds": round(run.seconds, 1), "parameters": counts, "metrics": metrics}
+    result["peak_memory_gb"] = peak_memory()
     if processes.first():
         write_json(folder / "result.json", result)
         remove_checkpoint(folder)
     processes.wait()
-    print(f"{summary(result, number)} ({result['seconds']:.0f} s, saved in {folder})")
+    print(f"{summary(result, len(first))} ({result['seconds']:.0f} s, saved in {folder})")
     return result
 
 
@@ -315,14 +330,18 @@ def base_config(cfg: Config) -> train.Config:
     return base
 
 
+def few_shot_recipe(base: train.Config, variant: str) -> dict:
+    """The recipe's settings after this pre-training: full's own rates are not those of a LoRA after it."""
+    return recipe(FEW_SHOT, base.dataset, "" if variant == "lora" else base.method)
+
+
 def make_config(**flags) -> Config:
     """A Config from explicit flags; the rest comes from the few-shot recipe of the run's benchmark."""
     if cfg := resumed_config(Config, flags):
         return cfg
     start = Config(**flags)
     base = base_config(start)
-    method = "" if start.variant == "lora" else base.method  # full's own rates are not those of a LoRA after it
-    cfg = Config(**recipe(FEW_SHOT, base.dataset, method) | flags)
+    cfg = Config(**few_shot_recipe(base, start.variant) | flags)
     if base.dataset == "t0" and cfg.shots:
         raise UserError("--shots does not fit t0, whose few-shot files fix the examples: leave it out")
     if len(set(cfg.split)) < len(cfg.split):

@@ -12,11 +12,13 @@ import functools
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from plumbing.tables import shortened
 
 
 class Example(NamedTuple):
@@ -106,6 +108,31 @@ def by_length(items: list[Item], batch_size: int) -> list[list[Item]]:
     """Sort a list by length in characters, first of the input, then of the output, and cut it into batches."""
     ordered = sorted(items, key=lambda item: (len(item.example.input), len(item.output)))
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+
+def drawn(tasks: list[Task], count: int) -> list[Item]:
+    """So many training examples of all tasks (or all), the same at every call; no random state is changed."""
+    return next(batches(tasks, min(count, sum(len(task.train) for task in tasks)), seed=0, window=1))
+
+
+def preview(
+    tasks: list[Task], tokenizer, encoder_decoder: bool, max_input: int, max_output: int, part: str = "train"
+) -> str:
+    """Two examples, and how long the inputs and outputs of 256 are, as text of at most 80 columns. part: train, dev or
+    test."""
+    items = drawn([replace(task, train=getattr(task, part)) for task in tasks], 256)
+    lines = []
+    for item in random.Random(0).sample(items, min(2, len(items))):
+        lines.append(f"{shortened(tasks[item.task].name, 19):21}{shortened(item.example.input, 59)}")
+        lines.append(f"{'->':>19}  {shortened(item.output, 59)}")
+    whole = 10**6  # more tokens than any text has
+    outputs = encode_outputs([item.output for item in items], tokenizer, encoder_decoder, whole)
+    inputs = encode_inputs([item.example for item in items], tokenizer, whole)
+    for name, rows, limit in (("inputs", inputs, max_input), ("outputs", outputs, max_output)):
+        lengths, cut = sorted(map(len, rows)), sum(len(row) > limit for row in rows) / len(rows)
+        text = f"median {lengths[len(rows) // 2]} tokens, longest {lengths[-1]}, cut at {limit}: {cut:.1%}"
+        lines.append(f"{f'{name} ({len(rows)} drawn)':21}{text}")
+    return "\n".join(lines)
 
 
 def collate(

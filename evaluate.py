@@ -5,14 +5,17 @@
     python evaluate.py --checkpoint runs/NAME --zero-shot  a pre-training run on the held-out tasks, not adapted
     python evaluate.py --checkpoint runs/NAME --constant   the held-out tasks' most frequent training answer, no model
 
+With --save NAME.json every scored example is written to NAME.predictions.jsonl, task by task: the same command, if it
+was cut off, scores the tasks that are not there yet (`python -m tools.show NAME.predictions.jsonl` prints them).
+
 Several runs in one table: `python -m tools.compare RUN RUN ...`
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from plumbing.errors import UserError, exit_on_user_error
 from plumbing.flags import check_ranges, explicit_flags, flag, one_job
-from plumbing.folders import read_config, refuse_other_tasks, script_of, write_json
+from plumbing.folders import read_config, read_lines, refuse_other_tasks, script_of, write_json
 from recipes import FEW_SHOT, recipe
 
 
@@ -37,8 +40,12 @@ class Config:
     beams: int = flag(
         0, "beams of beam search; 1 is greedy; none: those of the run of adapt.py, of the recipe (--zero-shot), 1"
     )
-    save: str = flag("", "JSON file to write the scores to as well", metavar="FILE")
-    device: str = flag("auto", "cpu, cuda, or auto: cuda if there is one", ("auto", "cpu", "cuda"))
+    save: str = flag(
+        "",
+        "JSON file for the scores; beside it all examples are saved, and an interrupted evaluation resumes",
+        metavar="FILE",
+    )
+    device: str = flag("auto", "auto: cuda if there is one, else cpu", ("auto", "cpu", "cuda", "mps"))
 
 
 MOVED = {
@@ -53,6 +60,7 @@ MOVED = {
 if __name__ == "__main__":  # read the flags before the slow imports: --help and mistakes answer at once
     FLAGS = explicit_flags(Config, {}, moved=MOVED)
 
+import hashlib
 import statistics
 import tempfile
 from collections import defaultdict
@@ -63,11 +71,15 @@ from tqdm import tqdm
 
 import adapt
 import benchmarks
+import data
 import train
+from data import Task
 from methods import build_model, load_adapter_file, load_run
 from plumbing import processes
 from plumbing.backbones import advice_on_memory, pick_device
-from scoring import all_scores, by_group, constant_scores, main_scores, mean
+from plumbing.run import Log
+from plumbing.tables import counted
+from scoring import all_scores, by_group, constant_scores, main_scores, mean, scores_of
 
 OF_RUN, OF_MODEL = ("save", "data_dir", "test_examples"), ("batch_size", "beams", "device")
 USES = {  # the companion flags of each job
@@ -88,8 +100,8 @@ def evaluate(cfg: Config) -> dict[str, float]:
         flag = "--zero-shot" if cfg.zero_shot else "--constant"
         raise UserError(f"{flag} needs a run folder of train.py, this one is of adapt.py")
     score_run = _score_adapted if adapted else _score_held_out if cfg.zero_shot or cfg.constant else _score_pretrained
-    with advice_on_memory("a smaller --batch-size", then=""):
-        scores, tasks = score_run(cfg, folder)
+    with advice_on_memory("a smaller --batch-size", then=""), Saved(cfg) as saved:
+        scores, tasks = score_run(cfg, folder, saved)
     print_scores(scores, by_group(main_scores(scores), tasks))
     if cfg.save and processes.first():
         write_json(Path(cfg.save), {"mean": mean(main_scores(scores)), "tasks": scores})
@@ -107,6 +119,65 @@ def refuse_save(path: Path):
         raise UserError(f"--save {path} cannot be written: {error.strerror}") from None
 
 
+class Saved:
+    """The scored examples of --save, within this context: NAME.predictions.jsonl.
+
+    Its first line has the settings, and a line {"done": TASK, "split": ...} ends each task: what comes without one was
+    cut off, and is removed. Raises UserError if the file is of an evaluation with other settings.
+    """
+
+    def __init__(self, cfg: Config):
+        self.path = Path(cfg.save).with_suffix(".predictions.jsonl") if cfg.save and not cfg.constant else None
+        same = {name: value for name, value in asdict(cfg).items() if name not in ("save", "batch_size", "device")}
+        self.head, self.outputs = same | {"made_by": digest_of_run(Path(cfg.checkpoint))}, {}
+
+    def __enter__(self):
+        self.log = None
+        if not self.path:
+            return self
+        head, *lines = (read_lines(self.path) if self.path.exists() else None) or [None]
+        if head not in (None, self.head):
+            raise UserError(f"{self.path} is of another run or other settings: choose another --save, or delete it")
+        self.outputs = {(line["split"], line["done"]): [] for line in lines if "done" in line}
+        for line in lines:
+            if "done" not in line and (key := (line["split"], line["task"])) in self.outputs:
+                self.outputs[key].append(line["output"])
+        if self.outputs:
+            print(f"going on: {counted(len(self.outputs), 'task')} of {self.path} not scored again")
+        stays = lambda line: line == head or (line["split"], line.get("task", line.get("done"))) in self.outputs  # noqa: E731
+        self.log = Log(self.path.parent, stays, name=self.path.name).__enter__()
+        if head is None:
+            self.log.write(self.head)
+        return self
+
+    def __exit__(self, *error):
+        if self.log:
+            self.log.__exit__(*error)
+
+    def scores(self, model, tokenizer, tasks: list[Task], ids: list[int], *how, limit: int, split: str = "", **more):
+        """`all_scores` of these tasks, of which only those are computed that are not in the file."""
+        known, found, lines = {}, {}, []
+        for task in tasks:
+            if (outputs := self.outputs.get((split, task.name))) is not None:
+                known[task.name] = scores_of(task, outputs, task.test[: limit or None])
+        left = [(k, task) for k, task in zip(ids, tasks, strict=True) if task.name not in known]
+        if left:
+            numbers, some = zip(*left, strict=True)
+            found = all_scores(model, tokenizer, some, numbers, *how, limit=limit, lines=lines, **more)
+        for name in found if self.log else ():
+            for line in lines:
+                if line["task"] == name:
+                    self.log.write({"split": split, **line})
+            self.log.write({"split": split, "done": name})
+        return {task.name: (known | found)[task.name] for task in tasks}
+
+
+def digest_of_run(folder: Path) -> str:
+    """A mark of what a run folder has trained: of its result.json, which every run ends with."""
+    path = folder / "result.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else ""
+
+
 def print_scores(scores: dict[str, dict[str, float]], groups: dict[str, float]):
     """One aligned line a task, with its metrics, then the means of groups if tasks have any, then the mean."""
     lines = [(name, "  ".join(f"{m} {v:.1f}" for m, v in values.items())) for name, values in scores.items()]
@@ -121,7 +192,7 @@ def print_scores(scores: dict[str, dict[str, float]], groups: dict[str, float]):
         print(f"{name:{width}}  {text}")
 
 
-def _score_pretrained(cfg: Config, folder: Path):
+def _score_pretrained(cfg: Config, folder: Path, saved: Saved):
     """The training tasks under their own rows of Z: (scores, tasks)."""
     base = train.run_config(cfg.checkpoint, cfg.data_dir, cfg.device)
     tasks = benchmarks.load_for(base, base.split, ("train",)).train
@@ -132,9 +203,11 @@ def _score_pretrained(cfg: Config, folder: Path):
     model, tokenizer = load_run(folder, base)
     beams = cfg.beams or 1  # as train.py scores them
     scores, lengths = {}, (base.max_input, base.max_output)
+    print(data.preview([tasks[t] for t in ids], tokenizer, model.config.is_encoder_decoder, *lengths, part="test"))
     for few in (ids[k : k + 16] for k in range(0, len(ids), 16)):  # t0's 313 tasks have too many rows to hold at once
         some = [tasks[t] for t in few]
-        scores |= all_scores(model, tokenizer, some, few, lengths, cfg.test_examples, cfg.batch_size, beams)
+        how = dict(limit=cfg.test_examples, batch_size=cfg.batch_size, beams=beams)
+        scores |= saved.scores(model, tokenizer, some, few, lengths, **how)
     return scores, [tasks[t] for t in ids]
 
 
@@ -143,7 +216,7 @@ def beams_of(base: train.Config) -> int:
     return recipe(FEW_SHOT, base.dataset, base.method).get("beams", 1)
 
 
-def _score_held_out(cfg: Config, folder: Path):
+def _score_held_out(cfg: Config, folder: Path, saved: Saved):
     """The held-out tasks, under a fresh row of Z or by their most frequent answer: (scores, tasks)."""
     base = train.run_config(cfg.checkpoint, cfg.data_dir, cfg.device)
     split = cfg.split or recipe(FEW_SHOT, base.dataset, base.method).get("split", "0")[0]
@@ -158,19 +231,24 @@ def _score_held_out(cfg: Config, folder: Path):
     begin = adapt.prepare(model, base, adapt.Config(checkpoint=str(folder)))
     beams = cfg.beams or beams_of(base)
     scores, lengths = {}, (base.max_input, base.max_output)
+    print(data.preview(tasks, tokenizer, model.config.is_encoder_decoder, *lengths, part="test"))
     for task in tqdm(tasks, desc="held-out tasks", unit="task", disable=None):
         begin(task)
-        scores |= all_scores(model, tokenizer, [task], [0], lengths, cfg.test_examples, cfg.batch_size, beams)
+        how = dict(limit=cfg.test_examples, batch_size=cfg.batch_size, beams=beams)
+        scores |= saved.scores(model, tokenizer, [task], [0], lengths, **how)
     return scores, tasks
 
 
-def _score_adapted(cfg: Config, folder: Path):
+def _score_adapted(cfg: Config, folder: Path, saved: Saved):
     """Every task of an adaptation run with the adapter that was saved for it, averaged over splits: (scores, tasks)."""
     run = adapted_config(folder, cfg.data_dir, cfg.device)
     limit = cfg.test_examples or run.test_examples
     several, tasks = defaultdict(list), {}
-    for _, task, model, tokenizer, lengths in load_adapted(run, folder):
-        scores = all_scores(model, tokenizer, [task], [0], lengths, limit, cfg.batch_size, cfg.beams or run.beams)
+    how = dict(limit=limit, batch_size=cfg.batch_size, beams=cfg.beams or run.beams)
+    for split, task, model, tokenizer, lengths in load_adapted(run, folder):
+        if not several:
+            print(data.preview([task], tokenizer, model.config.is_encoder_decoder, *lengths, part="test"))
+        scores = saved.scores(model, tokenizer, [task], [0], lengths, split=split, **how)
         several[task.name].append(scores[task.name])
         tasks[task.name] = task
     means = {

@@ -2,17 +2,19 @@
 
 import statistics
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
 from benchmarks.choices import choose
-from benchmarks.metrics import score
+from benchmarks.metrics import score, score_one
 from data import Example, Task, collate
 from inject import adapted_layers, is_whole, merged, task_ids
 from plumbing import processes
 from plumbing.errors import UserError
+from plumbing.folders import write_lines
 from plumbing.large import is_sharded
 
 # --- Predictions ------------------------------------------------------------------------------------------------------
@@ -22,8 +24,9 @@ from plumbing.large import is_sharded
 def predict(
     model, tokenizer, examples: list[Example], ids: list[int], lengths, batch_size: int, beams: int = 1,
     by_choice: bool = False,
-) -> list[str]:  # fmt: skip
-    """The model's outputs for these examples, in their order: generated (greedily, or by beam search), or chosen.
+) -> list[tuple[str, list[float]]]:  # fmt: skip
+    """The model's outputs for these examples, in their order: generated (greedily, or by beam search), or chosen; each
+    with the scores of the example's choices ([] where it is generated).
 
     ids: the task id of each example. lengths: (max_input, max_output) in tokens. by_choice: the best of each example's
     choices, by `benchmarks.choices.choose`. The longest inputs go first, so that a batch holds similar lengths. If all
@@ -39,18 +42,18 @@ def predict(
         model.train(was_training)
         return outputs
     order = sorted(range(len(examples)), key=lambda k: -len(examples[k].input))
-    outputs, name = [""] * len(examples), "choose" if by_choice else "generate"
+    outputs, name = [None] * len(examples), "choose" if by_choice else "generate"
     for start in tqdm(range(0, len(order), batch_size), desc=name, unit="batch", disable=None, leave=False):
         rows = order[start : start + batch_size]
         batch = [examples[k] for k in rows]
         with task_ids([ids[k] for k in rows], keep=True):
             if by_choice:
-                chosen = choose(model, tokenizer, batch, *lengths)
+                chosen, scores = choose(model, tokenizer, batch, *lengths)
                 texts = [example.choices[k] for example, k in zip(batch, chosen, strict=True)]
             else:
-                texts = generate(model, tokenizer, batch, *lengths, beams)
-        for k, text in zip(rows, texts, strict=True):
-            outputs[k] = text
+                texts, scores = generate(model, tokenizer, batch, *lengths, beams), [[]] * len(batch)
+        for k, *output in zip(rows, texts, scores, strict=True):
+            outputs[k] = tuple(output)
     model.train(was_training)
     return outputs
 
@@ -85,12 +88,14 @@ def generate(model, tokenizer, examples: list[Example], max_input: int, max_outp
 
 
 def all_scores(
-    model, tokenizer, tasks: list[Task], ids: list[int], lengths, limit: int = 0, batch_size: int = 64, beams: int = 1
-) -> dict[str, dict[str, float]]:
+    model, tokenizer, tasks: list[Task], ids: list[int], lengths, limit: int = 0, batch_size: int = 64, beams: int = 1,
+    lines: list | None = None,
+) -> dict[str, dict[str, float]]:  # fmt: skip
     """Score each task on its test examples (the first `limit`; 0: all), tasks[k] under task id ids[k].
 
     Returns {task name: {metric: score}}, the task's main metric first. Examples of different tasks share batches: each
-    still gets its own task's adapter. Raises UserError for a task without test examples.
+    still gets its own task's adapter. lines: a list that gets `line_of` each example, for predictions.jsonl. Raises
+    UserError for a task without test examples.
     """
     chosen = {}
     for task in tasks:
@@ -106,8 +111,25 @@ def all_scores(
         for _, task in kind:
             examples = chosen[task.name]
             predictions = [next(outputs) for _ in examples]
-            scores[task.name] = {m: score(m, predictions, examples) for m in (task.metric, *task.also)}
+            scores[task.name] = scores_of(task, [text for text, _ in predictions], examples)
+            if lines is not None:
+                lines += [line_of(task, e, *output) for e, output in zip(examples, predictions, strict=True)]
     return {task.name: scores[task.name] for task in tasks}
+
+
+def scores_of(task: Task, outputs: list[str], examples: list[Example]) -> dict[str, float]:
+    """{metric: score} of these outputs for examples of a task, its main metric first."""
+    return {metric: score(metric, outputs, examples) for metric in (task.metric, *task.also)}
+
+
+def line_of(task: Task, example: Example, output: str, scores: list[float]) -> dict:
+    """A scored example as a line of predictions.jsonl. scores: of its choices, [] if the output was generated."""
+    line = {"task": task.name, "input": example.input, "references": list(example.outputs)}
+    line |= {"output": output, "score": round(score_one(task.metric, output, example), 4)}
+    if scores:
+        line |= {"choices": list(example.choices), "label": example.label}
+        line["choice_scores"] = [round(s, 4) for s in scores]
+    return line
 
 
 def evaluate_tasks(*args, **kwargs) -> dict[str, float]:
@@ -145,16 +167,20 @@ def tasks_to_score(cfg, tasks: list[Task]) -> list[int]:
     return numbers
 
 
-def score_training_tasks(model, tokenizer, tasks: list[Task], numbers: list[int], cfg) -> dict:
-    """{"mean", "tasks": {name: main score}} of the training tasks with these numbers; {} if there are none."""
+def score_training_tasks(model, tokenizer, tasks: list[Task], numbers: list[int], cfg, folder: Path) -> dict:
+    """{"mean", "tasks": {name: main score}, "metrics": {name: metric}} of the training tasks with these numbers; {} if
+    there are none. Writes predictions.jsonl to the run folder."""
     if not numbers:
         return {}
-    mine, lengths = numbers if cfg.shard else processes.share(numbers), (cfg.max_input, cfg.max_output)
-    own = evaluate_tasks(model, tokenizer, [tasks[t] for t in mine], mine, lengths, cfg.eval_examples)
-    every = processes.together(own)
-    scores = {tasks[t].name: every[tasks[t].name] for t in numbers}
+    mine, lengths, lines = numbers if cfg.shard else processes.share(numbers), (cfg.max_input, cfg.max_output), []
+    own = all_scores(model, tokenizer, [tasks[t] for t in mine], mine, lengths, cfg.eval_examples, lines=lines)
+    of_task = {name: [{"split": "", **line} for line in lines if line["task"] == name] for name in own}
+    every = processes.together({name: (score, of_task[name]) for name, score in main_scores(own).items()})
+    scores = {tasks[t].name: every[tasks[t].name][0] for t in numbers}
+    if processes.first():
+        write_lines(folder / "predictions.jsonl", [line for name in scores for line in every[name][1]])
     print(f"training tasks, {cfg.eval_examples} unseen examples each: mean score {mean(scores):.1f}")
-    return {"mean": mean(scores), "tasks": scores}
+    return {"mean": mean(scores), "tasks": scores, "metrics": {tasks[t].name: tasks[t].metric for t in numbers}}
 
 
 # --- Means ------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ logged step), result.json; method adapter-soup: embeddings.safetensors; until th
 from dataclasses import dataclass
 
 from plumbing.errors import UserError, exit_on_user_error
-from plumbing.flags import check_ranges, explicit_flags, fit_to_method, flag, setting, unused
+from plumbing.flags import check_ranges, explicit_flags, fit_to_method, flag, in_use, setting, unused
 from plumbing.folders import continued_config, read_config, read_json, resumed_config, write_config, write_json
 from recipes import METHODS, PRETRAINING, recipe
 
@@ -74,13 +74,17 @@ class Config:
     seed: int = flag(0, "seed of initial values, order and noise", group="the run")
     eval_examples: int = flag(0, "test examples per training task to score at the end; 0: none")
     log_every: int = flag(50, "steps between lines of log.jsonl")
+    eval_every: int = flag(0, "steps between losses on unseen examples of the training tasks; 0: never")
     output_dir: str = flag("", "run folder; none: runs/DATASET-METHOD-SEED", metavar="DIR")
     keep_every: int = flag(0, "also keep the adapters of every N-th step, as adapter-N.safetensors; 0: only the last")
     save_every: str = flag("10m", "checkpoint interval: 200 is 200 steps, 10m is 10 minutes", metavar="STEPS|MINUTESm")
     resume: bool = flag(False, "resume the run in --output-dir, or start it if it is not there")
+    overwrite: bool = flag(False, "replace the run in --output-dir")
+    dry_run: bool = flag(False, "stop after a few steps: what a step takes; nothing is written")
+    tensorboard: bool = flag(False, "also write the log for TensorBoard, to the run folder")
     compile: bool = flag(False, "compile the step: half a minute or more at the start, then faster (results/bench.md)")
     deterministic: bool = flag(False, "on CUDA: bit-identical runs, slower (on a CPU they always are)")
-    device: str = flag("auto", "cpu, cuda, or auto: cuda if there is one", ("auto", "cpu", "cuda"))
+    device: str = flag("auto", "auto: cuda if there is one, else cpu", ("auto", "cpu", "cuda", "mps"))
 
 
 if __name__ == "__main__":  # read the flags before the slow imports: --help and mistakes answer at once
@@ -103,9 +107,10 @@ from plumbing import processes
 from plumbing.ahead import Part, ahead, parts_of, to_device
 from plumbing.backbones import pick_device, warn_if_too_large
 from plumbing.checkpoint import marks_of_tasks, run_tensors
-from plumbing.folders import refuse_other_tasks, remove_checkpoint
+from plumbing.folders import read_lines, refuse_other_tasks, remove_checkpoint
 from plumbing.graph import WORTH_COMPILING, graph_of, refuse_what_cannot_compile, same_sizes
 from plumbing.large import precision_here, refuse_what_does_not_fit
+from plumbing.machine import peak_memory, record_start, report_dry_run
 from plumbing.run import Run, refuse_nonfinite, run_in_folder
 from scoring import score_training_tasks, tasks_to_score
 
@@ -168,6 +173,19 @@ def token_loss(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
 
+@torch.no_grad()
+def mean_loss(model, tokenizer, items: list[data.Item], lengths, batch_size: int) -> float:
+    """The loss in evaluation mode (no noise), averaged over batches by their examples. lengths: (max_input,
+    max_output)."""
+    was_training, total = model.training, 0.0
+    model.eval()
+    for batch in data.by_length(items, batch_size):
+        with task_ids([item.task for item in batch]):
+            total += batch_loss(model, tokenizer, batch, *lengths).item() * len(batch)
+    model.train(was_training)
+    return total / len(items)
+
+
 def output_tokens(model, tokenizer, items: list[data.Item], max_output: int) -> int:
     """How many tokens `token_loss` averages over."""
     outputs = [item.output for item in items]
@@ -212,6 +230,17 @@ def loss_and_parts(model, tokenizer, cfg: Config):
     return graph_of(loss_of, model, cfg), same_sizes(in_parts, cfg, longest)
 
 
+def look_at(model, tokenizer, tasks: list[data.Task], cfg: Config):
+    """What gives the validation loss: `mean_loss` of 4 batches of test examples, the same at every look."""
+    if not cfg.eval_every:
+        return None
+    unseen = [dataclasses.replace(task, train=task.test) for task in tasks]
+    if not any(len(task.train) for task in unseen):
+        raise UserError(f"--eval-every {cfg.eval_every}: no training task has unseen examples")
+    items = data.drawn(unseen, 4 * cfg.batch_size)
+    return lambda: mean_loss(model, tokenizer, items, (cfg.max_input, cfg.max_output), cfg.batch_size)
+
+
 def train_steps(model, tokenizer, tasks: list[data.Task], steps: int, cfg: Config, folder: Path) -> Run:
     """The training loop. Returns the finished run. Raises RunError if loss or gradients are not finite.
 
@@ -222,6 +251,7 @@ def train_steps(model, tokenizer, tasks: list[data.Task], steps: int, cfg: Confi
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     made_with = {"backbone": fingerprint(model), "data set": marks_of_tasks(tasks)}
     options = dict(save_every=cfg.save_every, log_every=cfg.log_every, resume=cfg.resume, made_with=made_with)
+    options |= dict(look=look_at(model, tokenizer, tasks, cfg), look_every=cfg.eval_every, board=cfg.tensorboard)
     with Run(folder, run_tensors(model), optimizer, **options) as run:
         batches = data.batches(tasks, cfg.batch_size, cfg.seed, batches_before(cfg) + run.now.step, cfg.window)
         batches = ahead(batches, in_parts)
@@ -244,7 +274,8 @@ def train_steps(model, tokenizer, tasks: list[data.Task], steps: int, cfg: Confi
 def train(cfg: Config) -> dict:
     """Pre-train as cfg says and write the run folder; returns the content of result.json."""
     advice = "a smaller --micro-batch (the same batch in parts), --checkpointing, --precision nf4 or --shard"
-    return run_in_folder(train_in, cfg, "train.py", advice)
+    usual = dataclasses.asdict(Config()) | recipe(PRETRAINING, cfg.dataset, cfg.method)
+    return run_in_folder(train_in, cfg, "train.py", advice, in_use(cfg, usual))
 
 
 def train_in(folder: Path, cfg: Config) -> dict:
@@ -272,9 +303,17 @@ def train_in(folder: Path, cfg: Config) -> dict:
     if processes.first() and not (folder / "config.json").exists():  # config.json comes last: it marks a run
         write_json(folder / "tasks.json", {"tasks": [task.name for task in tasks], "skills": skills})
         write_config(folder, cfg)
+    if processes.first():
+        record_start(folder)
+    print(data.preview(tasks, tokenizer, model.config.is_encoder_decoder, cfg.max_input, cfg.max_output))
     counts, sizes = count_parameters(model), [len(task.train) for task in tasks if len(task.train)]
     print(f"{len(sizes)} training tasks, {sum(sizes):,} examples, {steps:,} steps,", end=" ")
     print(f"{len(routers(model))} routers; trainable:", *(f"{name} {count:,}" for name, count in counts.items()))
+    if cfg.dry_run:
+        few = dataclasses.replace(cfg, log_every=1, keep_every=0, eval_every=0, tensorboard=False)
+        train_steps(model.train(), tokenizer, tasks, 3, few, folder)
+        first, _, last = (line["seconds"] for line in read_lines(folder / "log.jsonl"))
+        return report_dry_run((last - first) / 2, steps)
     if steps >= WORTH_COMPILING and not (cfg.compile or cfg.shard or cfg.precision == "nf4"):
         print(
             "--compile would save about a quarter of each step on two CPU cores, after half a minute (results/bench.md)"
@@ -284,7 +323,9 @@ def train_in(folder: Path, cfg: Config) -> dict:
     if processes.first() and embeddings is not None:
         write_tensors({"embeddings": embeddings}, folder / "embeddings.safetensors")
     result = {"steps": steps, "loss": done.loss, "seconds": round(done.seconds, 1), "parameters": counts}
-    result |= score_training_tasks(model, tokenizer, tasks, scored, cfg)
+    result["examples_per_second"] = round(steps * cfg.batch_size / done.seconds, 1)
+    result |= score_training_tasks(model, tokenizer, tasks, scored, cfg, folder)
+    result["peak_memory_gb"] = peak_memory()
     if processes.first():
         write_json(folder / "result.json", result)
         remove_checkpoint(folder)
@@ -334,7 +375,7 @@ def make_config(**flags) -> Config:
         given = f"--method {cfg.method} --adapter {cfg.adapter} --dataset {cfg.dataset}"
         print(f"ignored with {given}: {', '.join(ignored)}")
     cfg.device = pick_device(cfg.device)
-    if cfg.device == "cpu" and "precision" not in flags:
+    if cfg.device != "cuda" and "precision" not in flags:
         cfg.precision = "fp32"  # bfloat16 saves a GPU's memory; on a CPU it only costs time
     if not cfg.output_dir:
         name = f"{cfg.from_run.rstrip('/')}-{cfg.method}-{cfg.steps}-steps"
@@ -350,7 +391,7 @@ def run_config(folder: str, data_dir: str = "", device: str = "auto") -> Config:
     check_ranges(base)
     device = pick_device(device)
     precision = precision_here(base.precision)
-    precision = "fp32" if device == "cpu" and precision == "bf16" else precision  # as in `make_config`
+    precision = "fp32" if device != "cuda" and precision == "bf16" else precision  # as in `make_config`
     return dataclasses.replace(base, data_dir=data_dir or base.data_dir, device=device, precision=precision)
 
 

@@ -144,6 +144,10 @@ def loss_of_choices(model, batch: dict[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def choose(model: nn.Module, tokenizer, examples: list[Example], max_input: int, max_output: int) -> list[int]:
-    """Rank classification: for each example the number of the choice with the highest length-normalised score."""
-    return choice_scores(*choice_log_probs(model, tokenizer, examples, max_input, max_output)).argmax(-1).tolist()
+def choose(
+    model: nn.Module, tokenizer, examples: list[Example], max_input: int, max_output: int
+) -> tuple[list[int], list[list[float]]]:
+    """Rank classification: for each example the number of the choice with the highest length-normalised score, and the
+    scores of its choices."""
+    scores = choice_scores(*choice_log_probs(model, tokenizer, examples, max_input, max_output))
+    return scores.argmax(-1).tolist(), [row[: len(e.choices)] for row, e in zip(scores.tolist(), examples, strict=True)]

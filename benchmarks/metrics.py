@@ -44,9 +44,12 @@ def _token_f1(prediction: str, reference: str) -> float:
 
 def _best(score):
     """A metric: each example's best score over its references, averaged over examples."""
-    return lambda predictions, references: (
-        100 * statistics.fmean(max(score(p, r) for r in rs) for p, rs in zip(predictions, references, strict=True))
-    )
+
+    def measure(predictions, references) -> float:
+        return 100 * statistics.fmean(measure.of_one(p, rs) for p, rs in zip(predictions, references, strict=True))
+
+    measure.of_one = lambda prediction, references: max(score(prediction, r) for r in references)
+    return measure
 
 
 def _classification_f1(predictions, references) -> float:
@@ -143,3 +146,11 @@ def score(metric: str, predictions: list[str], examples: list[Example]) -> float
         refuse_unread([reference for several in references for reference in several])
     measure = _xlingual() if metric == XLINGUAL else METRICS[metric]
     return measure([p.strip() for p in predictions], references)
+
+
+def score_one(metric: str, prediction: str, example: Example) -> float:
+    """One example's own score, times 100; under a metric over all examples (a correlation, F1 of classes) 100 where the
+    prediction is a reference, else 0."""
+    measure = _xlingual() if metric == XLINGUAL else METRICS[metric]
+    of_one = getattr(measure, "of_one", lambda p, references: float(p in references))
+    return 100 * of_one(prediction.strip(), tuple(output.strip() for output in example.outputs))

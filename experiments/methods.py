@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from plumbing.errors import exit_on_user_error
+from plumbing.machine import commit
 from plumbing.tables import aligned, mean_std_text
 from recipes import FEW_SHOT, LEARNED, PRETRAINING
 
@@ -89,16 +90,6 @@ def workers(jobs: int):
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def commit() -> str:
-    """The commit of this tree, with -dirty if a tracked file outside results/ was changed since."""
-
-    def git(*command):
-        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
-    return git("describe", "--always", "--exclude", "*") + ("-dirty" if changed else "")
 
 
 def pretrain(name: str, seed: int, root: Path, extra: tuple[str, ...] = ()) -> tuple[Path, dict]:

@@ -16,6 +16,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )  # fmt: skip
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils.logging import disable_progress_bar
 
 from plumbing.errors import RunError, UserError
 from plumbing.folders import whole_folder
@@ -81,12 +82,16 @@ def load_backbone(name: str, device: str, precision: str = "fp32", encoder: bool
     AdapterSoup), even without a language-model head. Raises UserError if there is no such model, if weights are missing
     or not finite, if it wants to run code of its own, or if there is no GPU for cuda; RunError if memory is too small.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA GPU here, use --device cpu")
+    for kind, there in (("cuda", torch.cuda), ("mps", torch.mps)):
+        if device == kind and not there.is_available():
+            what = "CUDA GPU" if kind == "cuda" else "GPU of Apple's"
+            raise UserError(f"--device {kind}: torch sees no {what} here, use --device cpu")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision, "auto")
     if name == "scratch":
         return tiny_from_scratch().to(device, None if dtype == "auto" else dtype), ByT5Tokenizer()
     source = str(TINY) if name == "tiny" else name
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     if not Path(source).is_dir():
         reach_hub()
     gguf = sorted(Path(source).glob("*.gguf")) if Path(source).is_dir() else []

@@ -75,8 +75,7 @@ def save_checkpoint(path: Path, changed: dict[str, Tensor], optimizer, progress:
     if broken := [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]:
         raise RunError(f"{broken[0]} is not finite after step {progress.step}: nothing of it was saved. {LOWER_RATE}")
     tensors["random"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    tensors |= {name: device.get_rng_state() for name, device in _generators().items()}
     state = {**progress._asdict(), "numbers": numbers, "trained": list(states), "made_with": made_with}
     write_tensors(tensors, path, state=json.dumps(state))
 
@@ -95,8 +94,9 @@ def load_checkpoint(path: Path, changed: dict[str, Tensor], optimizer, made_with
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} is no whole checkpoint ({error}): delete it to start the run again") from None
     refuse_other(path, state.get("made_with"), made_with or {})
-    if not torch.cuda.is_available():
-        saved.pop("random.cuda", None)  # the run is resumed without its GPU
+    generators = _generators()
+    for name in {"random.cuda", "random.mps"} - generators.keys():
+        saved.pop(name, None)  # the run is resumed without its GPU
     own = {f"model.{name}": p for name, p in changed.items()}
     check_tensors(path, saved, own | flat_state(optimizer, trained) | {"random": None})
     states = by_parameter(saved)
@@ -108,9 +108,15 @@ def load_checkpoint(path: Path, changed: dict[str, Tensor], optimizer, made_with
     for name, p in own.items():
         p.copy_(saved[name])
     torch.set_rng_state(saved["random"])
-    if "random.cuda" in saved:
-        torch.cuda.set_rng_state(saved["random.cuda"])
+    for name in saved.keys() & generators.keys():
+        generators[name].set_rng_state(saved[name])
     return progress
+
+
+def _generators() -> dict:
+    """The modules with a random state of their own: {name in a checkpoint: torch.cuda or torch.mps}."""
+    here = {"random.cuda": torch.cuda, "random.mps": torch.mps}
+    return {name: module for name, module in here.items() if module.is_available()}
 
 
 def check_tensors(path: Path, saved: dict, expected: dict):
@@ -150,9 +156,9 @@ def flat_state(optimizer: torch.optim.Optimizer, trained: set) -> dict:
 def _fits(name: str, value, like) -> bool:
     """Whether a value from a checkpoint can take the place of `like`: its type and shape, and it is finite. A state of
     random numbers: whether a generator takes it."""
-    if name in ("random", "random.cuda"):
+    if name in ("random", "random.cuda", "random.mps"):
         try:
-            torch.Generator("cuda" if name == "random.cuda" else "cpu").set_state(value)
+            torch.Generator(name.partition(".")[2] or "cpu").set_state(value)
         except (RuntimeError, TypeError):
             return False
         return True

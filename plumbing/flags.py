@@ -117,13 +117,13 @@ def _options(field: dataclasses.Field, recipes: dict) -> dict:
 # --- Checking what was given ------------------------------------------------------------------------------------------
 
 ABOVE_ZERO = (
-    "rank skills heads density top_k batch_size lr lr_z clip max_input max_output log_every eval_every eval_batch "
+    "rank skills heads density top_k batch_size lr lr_z clip max_input max_output log_every eval_batch "
     "patience soup training_tasks window"
 ).split()
 INTERVAL = r"([1-9]\d{0,8})(m?)"  # of --save-every
 NOT_NEGATIVE = (
-    "beams keep_every steps epochs micro_batch weight_decay warmup eval_examples test_examples shots seed".split()
-)
+    "beams keep_every steps epochs micro_batch weight_decay warmup eval_examples eval_every test_examples shots seed"
+).split()
 
 
 def check_ranges(cfg):
@@ -182,18 +182,42 @@ def split_number(split: str, of: str) -> int:
     return int(split)
 
 
-def describe(cfg) -> str:
-    """All settings of a run in one line, for its start."""
-    return "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items() if v != "")
+NAMES_A_RUN = ("method", "dataset", "checkpoint", "variant", "output_dir", "device")  # in the first row of the table
+OF_A_COMMAND = ("resume", "overwrite", "dry_run", "tensorboard")  # what to do now, no setting of a run
+
+
+def describe(cfg, usual: dict) -> str:
+    """The settings of a run as a table of 80 columns: what it is, what differs from the recipe, then the recipe's.
+
+    usual: the recipe's values, without the settings that have no effect. What is empty, off or 0 by the recipe is left
+    out; config.json has all.
+    """
+    rows, title = {"this run": [], "not the recipe's": []}, ""
+    for field in (field for field in dataclasses.fields(cfg) if field.name not in OF_A_COMMAND):
+        value, title = getattr(cfg, field.name), field.metadata["group"].partition(",")[0] or title
+        shown = " ".join(value) if isinstance(value, tuple) else f"{value:,}" if type(value) is int else str(value)
+        text = f"{field.name} {shown}".replace(" ", "\0")  # a name and its value stay together
+        if field.name in NAMES_A_RUN:
+            rows["this run"].append(text)
+        elif field.name in usual and value != usual[field.name]:
+            rows["not the recipe's"].append(text)
+        elif field.name in usual and (value or field.name == "seed"):
+            rows.setdefault(title, []).append(text)
+    lines = []
+    for title, texts in rows.items():
+        wrapped = textwrap.wrap("  ".join(texts), 80 - 21, break_long_words=False, break_on_hyphens=False)
+        lines += [f"{name:21}{line}" for name, line in zip([title, *[""] * len(wrapped)], wrapped, strict=False)]
+    return "\n".join(lines).replace("\0", " ")
 
 
 # --- Flags that have no effect ----------------------------------------------------------------------------------------
 
 USED_BY = {  # flags of some methods only
     "heads": ("mhr",), "routing": ("poly", "mhr"), "skills": ROUTED, "granularity": (*LEARNED, "random"),
-    "lr_z": LEARNED, "random_by": ("random",),
+    "lr_z": LEARNED, "random_by": ("random",), "top_k": ("task-moe",), "encoder": ("adapter-soup",),
+    "soup": ("adapter-soup",),
 }  # fmt: skip
-OF_ADAPTER = {"rank": "lora"}
+OF_ADAPTER = {"rank": "lora", "density": "sft"}
 OF_DATASET = {
     "split": ("strings", "strings-single", "crossfit"),
     "instructions": ("strings",),
@@ -210,6 +234,12 @@ def unused(cfg, flags: dict, variant: str = "") -> list[str]:
     names += [name for name in flags if not variant and cfg.dataset not in OF_DATASET.get(name, (cfg.dataset,))]
     names += [name for name in flags if name in NOT_OF_VARIANT.get(variant, ())]
     return [as_flag(name) for name in dict.fromkeys(names)]
+
+
+def in_use(cfg, values: dict, variant: str = "") -> dict:
+    """Of these settings those that have an effect: see `unused`."""
+    idle = unused(cfg, values, variant)
+    return {name: value for name, value in values.items() if as_flag(name) not in idle}
 
 
 def one_job(cfg, flags: dict, uses: dict[str, tuple[str, ...]]):

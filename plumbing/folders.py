@@ -83,6 +83,24 @@ def write_json(path: Path, content: dict):
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
+def write_lines(path: Path, lines: list[dict]):
+    """Write a file of JSON lines, whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a file of JSON lines; a last line without its end, of a killed process, is left out. Raises
+    UserError for a damaged line."""
+    lines, content = [], path.read_bytes().split(b"\n")[:-1]
+    for number, line in enumerate(content, 1):
+        try:
+            lines.append(json.loads(line))
+        except (ValueError, RecursionError):
+            raise UserError(f"{path}:{number} is no JSON: delete this line, or the file") from None
+    return lines
+
+
 def truncate_log(path: Path, stays: Callable[[dict], bool]):
     """Drop the lines of a log that the resumed run will write again, and a last line that is incomplete.
 
@@ -147,7 +165,10 @@ def check_numbers(path: Path, *entries: dict):
 # --- config.json ------------------------------------------------------------------------------------------------------
 
 MADE_BY = {"variant": "adapt.py", "adapter": "train.py", "slots": "experiments/babyai.py"}  # by a field of each
-OF_A_COMMAND = {"resume": False, "plot": [], "figure": "babyai"}  # fields of a command, not of a run: never saved
+OF_A_COMMAND = {  # fields of a command, not of a run: never saved
+    "resume": False, "plot": [], "figure": "babyai", "overwrite": False, "dry_run": False, "tensorboard": False,
+}  # fmt: skip
+
 RENAMED = {"keep": "best_by"}  # fields that earlier versions saved under another name
 
 
@@ -204,12 +225,14 @@ def _value(field: dataclasses.Field, value, path: Path):
 
 MAY_CHANGE = (  # on --resume: where the run is, and what changes no more than rounding
     "resume", "save_every", "keep_every", "output_dir", "device", "data_dir", "micro_batch", "checkpointing",
-    "eval_batch", "deterministic", "shard",
+    "eval_batch", "deterministic", "shard", "dry_run", "tensorboard",
 )  # fmt: skip
 
 
 def resumed_config(Config: type, flags: dict):
     """The Config of the run that --resume finds in --output-dir, or None. Raises UserError if a flag contradicts it."""
+    if flags.get("resume") and flags.get("overwrite"):
+        raise UserError("--resume goes on with a run and --overwrite replaces it: give one of them")
     path = Path(flags.get("output_dir", "")) / "config.json"
     if not flags.get("resume") or not flags.get("output_dir") or not path.exists():
         return None
@@ -242,6 +265,10 @@ def continued_config(Config: type, flags: dict):
 
 # --- What may be done in a folder -------------------------------------------------------------------------------------
 
+OF_A_RUN = (  # what the scripts write to a run folder, beside a folder for each split
+    r"(config|tasks|result|provenance)\.json|(log|predictions)\.jsonl|(adapter(-\d+)?|checkpoint|embeddings)\.safetensors"
+    r"|backbone(-\d+)?|analysis.*|tensorboard|.*\.tmp\w*"
+)
 BEFORE_A_RUN = {LOCK, "tasks.json", "tasks.json.tmp", "config.json.tmp"}  # may be there before its config.json
 
 
@@ -249,9 +276,23 @@ def refuse_used(path: str):
     """Raise UserError if a folder already holds a run or anything else: nothing is ever overwritten."""
     folder = Path(path)
     if (folder / "config.json").exists():
-        raise UserError(f"--output-dir {path} already holds a run: choose another folder or delete this one")
+        raise UserError(f"--output-dir {path} already holds a run: choose another folder, or give --overwrite")
     if folder.is_dir() and (there := sorted({p.name for p in folder.iterdir()} - BEFORE_A_RUN)):
         raise UserError(f"--output-dir {path} is not empty, it holds {there[0]}: choose another folder")
+
+
+def remove_run(folder: Path):
+    """--overwrite: remove the run in a folder. Raises UserError, with nothing removed, if anything else is there."""
+    script = script_of(folder) if (folder / "config.json").exists() else ""
+    splits = read_json(folder / "config.json").get("split") if script == "adapt.py" else []
+    there = {path.name for path in folder.iterdir()} - {LOCK, *(splits if isinstance(splits, list) else [])}
+    foreign = sorted(name for name in there if not re.fullmatch(OF_A_RUN, name))
+    if foreign or not script:
+        what = f"{foreign[0]}, which no run writes" if foreign else "no run"
+        raise UserError(f"--overwrite: {folder} holds {what}: choose another --output-dir")
+    for path in folder.iterdir():
+        if path.name != LOCK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def new_run_folder(path: str) -> Path:
@@ -305,11 +346,14 @@ def locked_folder(folder: Path, command: str):
         lock.release()
 
 
-def result_if_done(folder: Path, resume: bool) -> dict | None:
+def result_if_done(folder: Path, resume: bool, overwrite: bool = False) -> dict | None:
     """The result of a run that --resume finds finished; None if there is something to do.
 
-    Raises UserError if the folder holds a run and --resume was not given, or if it holds something else.
+    overwrite: remove the run that is there. Raises UserError if the folder holds a run and neither was given, or if it
+    holds something else.
     """
+    if overwrite and processes.first() and (folder / "config.json").exists():
+        remove_run(folder)
     resumable = resume and (folder / "config.json").exists()
     if resumable and (folder / "result.json").exists():
         print(f"{folder} is finished: nothing to resume")

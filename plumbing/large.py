@@ -28,8 +28,12 @@ from plumbing.errors import UserError
 
 
 def refuse_what_does_not_fit(cfg):
-    """Raise UserError for settings (a `train.Config`) that exclude --precision nf4 or --shard."""
+    """Raise UserError for settings (a `train.Config`) that exclude --precision nf4, --shard or --device mps."""
     four_bits = cfg.precision == "nf4"
+    on_mps = {"--precision nf4": four_bits, "--shard": cfg.shard, "--compile": cfg.compile}
+    on_mps["--micro-batch, whose parts draw the same noise,"] = cfg.micro_batch  # torch.mps cannot fork its generator
+    if cfg.device == "mps" and (flags := [flag for flag, given in on_mps.items() if given]):
+        raise UserError(f"{flags[0]} does not work with --device mps: leave one of them out")
     if four_bits and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("--precision nf4 needs another package: pip install bitsandbytes, or use --precision bf16")
     if four_bits and cfg.shard:

@@ -8,6 +8,7 @@
 `Log` is the part that a loop over tasks shares (`tasks.py`, for `adapt.py`).
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -26,59 +28,79 @@ from tqdm import tqdm
 from plumbing import processes
 from plumbing.backbones import advice_on_memory, make_deterministic, pick_device
 from plumbing.checkpoint import LOWER_RATE, Progress, load_checkpoint, save_checkpoint
-from plumbing.errors import RunError, hang_ups, tell
+from plumbing.errors import RunError, UserError, hang_ups, tell
 from plumbing.flags import INTERVAL, check_ranges, describe
 from plumbing.folders import CHECKPOINT, locked_folder, result_if_done, truncate_log
 
 
-def run_in_folder(work: Callable, cfg, script: str, advice: str) -> dict:
+def run_in_folder(work: Callable, cfg, script: str, advice: str, usual: dict) -> dict:
     """Call work(folder, cfg) in the locked run folder; returns its result, or that of a finished run on --resume.
 
-    script: "train.py", to say how to resume. advice: what to try if memory runs out. Raises UserError for settings out
-    of range, or a folder that is in use or not empty.
+    script: "train.py", to say how to resume. advice: what to try if memory runs out. usual: the recipe's settings, for
+    `flags.describe`. With --dry-run the folder is a temporary one. Raises UserError for settings out of range, or a
+    folder that is in use or not empty.
     """
     check_ranges(cfg)
     if cfg.deterministic:
         make_deterministic()
     processes.join(pick_device(cfg.device))
+    print(describe(cfg, usual))
+    if cfg.dry_run:
+        with TemporaryDirectory() as empty, advice_on_memory(advice, then=""):
+            return work(Path(empty), dataclasses.replace(cfg, resume=False))
     folder = Path(cfg.output_dir)
     with locked_folder(folder, f"python {script}"), advice_on_memory(advice):
-        if done := result_if_done(folder, cfg.resume):
+        if done := result_if_done(folder, cfg.resume, cfg.overwrite):
             return done
-        print(describe(cfg))
         return work(folder, cfg)
 
 
 class Log:
-    """log.jsonl of a run folder, open within this context.
+    """A log of a run folder, one JSON object a line, open within this context.
 
-    stays(line): whether to keep a line of an interrupted run; the run writes the others again.
-    everyone: all processes append their lines, not the first one alone.
+    stays(line): whether to keep a line of an interrupted run; the run writes the others again. everyone: all processes
+    append their lines, not the first one alone. board: write the numbers of each line for TensorBoard too.
     """
 
-    def __init__(self, folder: Path, stays: Callable[[dict], bool], everyone: bool = False):
-        self.path = folder / "log.jsonl" if everyone or processes.first() else Path(os.devnull)
+    def __init__(
+        self, folder: Path, stays: Callable[[dict], bool], everyone=False, name="log.jsonl", board: bool = False
+    ):
+        self.path = folder / name if everyone or processes.first() else Path(os.devnull)
+        self.board = board_in(folder / "tensorboard") if board and self.path != Path(os.devnull) else None
         processes.wait()  # until all have read what `stays` depends on
         if processes.first():
             truncate_log(self.path, stays)
         processes.wait()
 
     def __enter__(self):
-        self.file = open(self.path, "a")
+        self.file = open(self.path, "ab", buffering=0)  # a line is one write: processes append to one file
         return self
 
     def __exit__(self, *error):
         self.file.close()
+        if self.board:
+            self.board.close()
 
     def write(self, line: dict):
-        """Append a line."""
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        """Append a line; its numbers also go to TensorBoard, under the split and the task if it names them."""
+        self.file.write(f"{json.dumps(line, ensure_ascii=False)}\n".encode())
+        for name, value in line.items() if self.board else ():
+            if isinstance(value, float):
+                tag = "/".join([line[key] for key in ("split", "task") if line.get(key)] + [name])
+                self.board.add_scalar(tag, value, line["step"])
 
     def flush_to_disk(self):
-        """Flush and fsync the log, so that no checkpoint outlives its log lines."""
-        self.file.flush()
+        """fsync the log, so that no checkpoint outlives its log lines."""
         os.fsync(self.file.fileno())
+
+
+def board_in(folder: Path):
+    """torch's writer for TensorBoard. Raises UserError if its package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs a package: pip install tensorboard, or leave the flag out") from None
+    return SummaryWriter(str(folder))
 
 
 class Every:
@@ -130,13 +152,16 @@ class Run(Log):
     """A training run within this context: `Log`, and checkpoints, the bar, signals, the sum over processes.
 
     tensors: all that the loop changes, by name. made_with: {"backbone": hash, ...}; --resume refuses a run
-    if one of these has changed. unit: what a step is called in the log. Raises UserError if the run cannot be resumed.
+    if one of these has changed. unit: what a step is called in the log. look: called every look_every steps (0: never),
+    it gives the validation loss. board: see `Log`. Raises UserError if the run cannot be resumed.
     """
 
     def __init__(
         self, folder: Path, tensors: dict[str, Tensor], optimizer, *, save_every: str, log_every: int = 1,
-        resume: bool = False, made_with: dict | None = None, unit: str = "step",
+        resume: bool = False, made_with: dict | None = None, unit: str = "step", look: Callable | None = None,
+        look_every: int = 0, board: bool = False,
     ):  # fmt: skip
+        self.look, self.look_every, self.seen = look, look_every, ""
         self.checkpoint, self.tensors, self.optimizer = folder / CHECKPOINT, tensors, optimizer
         self.every, self.log_every, self.made_with, self.unit = Every(save_every), log_every, made_with, unit
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -144,7 +169,7 @@ class Run(Log):
         if resume and self.checkpoint.exists():
             self.now = load_checkpoint(self.checkpoint, tensors, optimizer, made_with)
             print(f"resuming after {unit} {self.now.step:,}")
-        super().__init__(folder, lambda line: line[unit] <= self.now.step)
+        super().__init__(folder, lambda line: line[unit] <= self.now.step, board=board)
 
     def __enter__(self):
         super().__enter__()
@@ -184,7 +209,11 @@ class Run(Log):
         step = self.now.step + 1
         stop = self.stop if processes.several() else self.signals.caught  # in one process the signal itself, newer
         self.now = self.now.after(step, loss, time.monotonic() - self.start)
-        if step % self.log_every == 0 or step == self.total:
+        self.bar.set_postfix_str(shown or f"loss {loss:.3f}{self.seen}", refresh=False)
+        if looked := self.look_every and step % self.look_every == 0:
+            more["valid_loss"] = self.look()
+            self.seen = f", validation {more['valid_loss']:.3f}"
+        if step % self.log_every == 0 or step == self.total or looked:
             self._log(norm, shown, more)
         if (self.every.due(step) or stop or step == self.total) and processes.first():
             self.flush_to_disk()
@@ -197,12 +226,11 @@ class Run(Log):
     def _log(self, norm: float, shown: str, more: dict):
         """Write a line of log.jsonl and show progress: at the bar, or without a terminal in about ten lines a run."""
         self.now = now = self.now.logged()
-        rate, seconds = self.optimizer.param_groups[0]["lr"], round(now.seconds, 1)
+        rate, seconds = self.optimizer.param_groups[0]["lr"], round(now.seconds, 3)
         self.write({self.unit: now.step, "loss": now.loss, "norm": norm, "lr": rate, "seconds": seconds, **more})
-        self.bar.set_postfix_str(shown or f"loss={now.loss:.3f}")
         plain_every = max(self.log_every, self.total // 10 // self.log_every * self.log_every)
         if self.bar.disable and (now.step % plain_every == 0 or now.step == self.total):
-            text = shown or f"loss {now.loss:.4f}"
+            text = shown or f"loss {now.loss:.4f}{self.seen}"
             print(f"{self.unit} {now.step}/{self.total}  {text}  {now.seconds:.0f} s", flush=True)
 
 

@@ -18,3 +18,15 @@ def mean_std_text(values: list[float]) -> str:
     if not values:
         return ""
     return f"{statistics.fmean(values):.1f}" + (f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def counted(number: int, word: str) -> str:
+    """ "1 task", "2 tasks"."""
+    return f"{number:,} {word}{'s' * (number != 1)}"
+
+
+def shortened(text: str, width: int) -> str:
+    """A text in one line of at most `width` characters: control characters escaped, its middle left out if need be."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    head = (width - 1) * 2 // 3
+    return line if len(line) <= width else f"{line[:head]}…{line[len(line) - (width - 1 - head) :]}"

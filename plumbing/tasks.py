@@ -21,6 +21,7 @@ from plumbing.ahead import Part, parts_of
 from plumbing.checkpoint import marks_of_tasks
 from plumbing.folders import check_numbers, read_json, refuse_other, write_json
 from plumbing.run import Log
+from plumbing.tables import shortened
 
 
 class InStep:
@@ -50,20 +51,30 @@ class TaskRun(Log):
     processes each takes its share of the tasks; shard: of each batch of every task (`large.py`).
     """
 
-    def __init__(self, folder: Path, made_with: dict[str, str], shard: bool = False):
+    def __init__(self, folder: Path, made_with: dict[str, str], shard: bool = False, board: bool = False):
         self.folder, self.made_with, self.seconds = folder, made_with, 0.0
         self.in_step = processes.count() if shard else 1  # how many processes compute a task together
         self.writes = self.in_step == 1 or processes.first()
         done = lambda line: (folder / line["split"] / f"{line['task']}.json").exists()  # noqa: E731
-        super().__init__(folder, done, everyone=self.in_step == 1)
+        super().__init__(folder, done, everyone=self.in_step == 1, board=board)
+        self.examples = Log(folder, done, everyone=self.in_step == 1, name="predictions.jsonl")
+
+    def __enter__(self):
+        self.examples.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.examples.__exit__(*error)
 
     def tasks(self, tasks: list, split: str, title: str) -> Iterator:
         """Those of this process's tasks (`data.Task`) that are not done, with a bar that shows the scores of each."""
         self.own = {}
         (self.folder / split).mkdir(parents=True, exist_ok=True)
         mine = processes.share(tasks) if self.in_step == 1 else tasks
-        for task in (bar := tqdm(mine, desc=title, unit="task", disable=None)):
-            self.file_of_task = path = self.folder / split / f"{task.name}.json"
+        form = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}"  # at 80 columns the score must be seen
+        for task in (bar := tqdm(mine, desc=title, bar_format=form, disable=None)):
+            self.split, self.file_of_task = split, (path := self.folder / split / f"{task.name}.json")
             self.made = self.made_with | {"data set": marks_of_tasks([task])}
             if not path.exists():
                 self.start = time.monotonic()
@@ -77,13 +88,17 @@ class TaskRun(Log):
             refuse_other(path, one["made_with"], self.made)
             self.seconds += one["seconds"]
             before, after = f"{one['before']:.1f}", f"{next(iter(one['metrics'].values())):.1f}"
-            bar.set_postfix(task=task.name, before=before, after=after)
+            bar.set_postfix_str(f"{shortened(task.name, 26)} {before} -> {after}")
             if bar.disable:
                 print(f"{task.name:40} split {split:5} before {before:>5}  after {after:>5}", flush=True)
 
-    def record(self, **result):
-        """The task is done: write its result file. result: "before", "stops" and "metrics" (the main one first)."""
+    def record(self, lines: list[dict], **result):
+        """The task is done: write its result file. lines: its scored examples, for predictions.jsonl. result: "before",
+        "stops" and "metrics" (the main one first)."""
         if self.writes:
+            for line in lines:
+                self.examples.write({"split": self.split, **line})
+            self.examples.flush_to_disk()
             self.flush_to_disk()
             write_json(self.file_of_task, result | {"seconds": time.monotonic() - self.start, "made_with": self.made})
 

@@ -280,11 +280,15 @@ def log_lines(folder: Path) -> list[dict]:
 
 
 def same_run(folder: Path, reference: Path):
-    """Two finished runs are the same: files, bits of what was trained, log, result but for the seconds."""
+    """Two finished runs are the same: files, bits of what was trained, log, scored examples, result but for what is
+    measured."""
     names, expected = ({str(p.relative_to(f)) for p in f.rglob("*")} for f in (folder, reference))
     assert names == expected
     for path in reference.rglob("*.safetensors"):
         assert (folder / path.relative_to(reference)).read_bytes() == path.read_bytes(), path
     assert log_lines(folder) == log_lines(reference)
-    results = [json.loads((f / "result.json").read_text()) | {"seconds": 0} for f in (folder, reference)]
+    measured = dict.fromkeys(("seconds", "peak_memory_gb", "examples_per_second"), 0)
+    results = [json.loads((f / "result.json").read_text()) | measured for f in (folder, reference)]
     assert results[0] == results[1]
+    examples = [f / "predictions.jsonl" for f in (folder, reference) if (f / "predictions.jsonl").exists()]
+    assert len({path.read_bytes() for path in examples}) <= 1

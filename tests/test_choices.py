@@ -314,11 +314,12 @@ def routed_model(name: str):
 def test_choose_takes_the_best_score_of_pairs_alone(name):
     model, tokenizer = adapted(name, "mhr", "lora"), tokenizer_of(name)
     with task_ids(IDS):
-        chosen = choose(model, tokenizer, EXAMPLES, *LIMITS)
+        chosen, found = choose(model, tokenizer, EXAMPLES, *LIMITS)
     with torch.no_grad():
         log_ps = pairs_alone(model, tokenizer, EXAMPLES, IDS)
     scores = [[(sum(tokens) / len(tokens)).item() for tokens in of_choices] for of_choices in log_ps]
     assert chosen == [s.index(max(s)) for s in scores]
+    assert [pytest.approx(row, abs=1e-4) for row in scores] == found
     assert len(set(chosen)) > 1
 
 
@@ -334,7 +335,9 @@ def test_choose_by_hand(monkeypatch, of_choices, best):
     four = [[-1.0]] * 4  # beside it, so that an example with fewer choices has absent ones
     monkeypatch.setattr(choices, "choice_tensors", lambda *args: {})
     monkeypatch.setattr(choices, "choice_log_probs", lambda *args: padded([of_choices, four]))
-    assert choose(SimpleNamespace(device="cpu"), None, [], *LIMITS) == [best, 0]
+    examples = [Example("", ("",), tuple("abcd"[: len(own)])) for own in (of_choices, four)]
+    chosen, scores = choose(SimpleNamespace(device="cpu"), None, examples, *LIMITS)
+    assert chosen == [best, 0] and scores == [pytest.approx([sum(x) / len(x) for x in of_choices]), [-1.0] * 4]
 
 
 def test_choose_takes_no_gradient(monkeypatch):
@@ -343,7 +346,7 @@ def test_choose_takes_no_gradient(monkeypatch):
     monkeypatch.setattr(
         choices, "choice_log_probs", lambda *args: seen.append(torch.is_grad_enabled()) or padded([[[0.0]]])
     )
-    choose(SimpleNamespace(device="cpu"), None, [], *LIMITS)
+    choose(SimpleNamespace(device="cpu"), None, [Example("", ("",), ("a",))], *LIMITS)
     assert seen == [False] and torch.is_grad_enabled()
 
 

@@ -377,10 +377,15 @@ def test_given_flags_win_over_the_recipe_and_the_recipe_over_defaults(runs):
 
 def test_all_settings_are_printed_at_the_start(runs, folder, backbones, capsys):
     train.main(SMALL | dict(method="lora", steps=1, backbone=backbones[0], output_dir=str(folder / "printed")))
-    ignored, first = capsys.readouterr().out.splitlines()[:2]
+    ignored, *lines = capsys.readouterr().out.splitlines()
     assert ignored == "ignored with --method lora --adapter lora --dataset strings: --skills"
+    shown, idle = (
+        " ".join(lines),
+        ("skills", "heads", "routing", "granularity", "lr_z", "random_by", "top_k", "density"),
+    )
     for name, value in read(folder / "printed" / "config.json").items():
-        assert value == "" or f"{name}={value}" in first
+        if value and name not in (*idle, "partition"):
+            assert f"{name} {value:,}" in shown if type(value) is int else f"{name} {value}" in shown
 
 
 # --- Pre-training -----------------------------------------------------------------------------------------------------
@@ -392,7 +397,8 @@ def test_a_run_writes_its_folder(runs, name):
     saved = {path.name for path in run.iterdir()}
     what = "backbone" if name == "full" else "adapter.safetensors"
     embeddings = {"embeddings.safetensors"} if METHOD[name] == "adapter-soup" else set()
-    assert saved == {"config.json", "tasks.json", "log.jsonl", "result.json", what} | embeddings
+    records = {"config.json", "tasks.json", "log.jsonl", "result.json", "predictions.jsonl", "provenance.json"}
+    assert saved == {*records, what} | embeddings
 
     cfg = train.Config(**read(run / "config.json"))
     assert {field: getattr(cfg, field) for field in flags_of(name)} == flags_of(name)
@@ -601,7 +607,8 @@ def test_an_adaptation_writes_its_folder(runs, adapted, name, variant):
     run = adapted(name, variant)
     assert contents(runs(name)) == checkpoint  # it only reads the pre-training run
     suffix = "" if (name, variant) == ("full", "all") else ".safetensors"
-    assert {path.name for path in run.iterdir()} == {"config.json", "log.jsonl", "result.json", "0"}
+    records = {"config.json", "log.jsonl", "result.json", "predictions.jsonl", "provenance.json"}
+    assert {path.name for path in run.iterdir()} == {*records, "0"}
     saved = {f"{task}{end}" for task in HELD_OUT[:2] for end in (suffix, ".json")}
     assert {path.name for path in (run / "0").iterdir()} == saved
 
@@ -732,7 +739,7 @@ def test_early_stopping_keeps_the_values_of_the_lowest_dev_loss(runs, monkeypatc
         seen.append({name: p.detach().clone() for name, p in adapter_parameters(model).items()})
         return float(losses[len(seen) - 1])
 
-    monkeypatch.setattr(adapt, "dev_loss", dev_loss)
+    monkeypatch.setattr(train, "mean_loss", dev_loss)
     cfg = adapt.Config(steps=8, eval_every=2, patience=2, batch_size=4, lr=0.01)
     stop = adapt.adapt_task(model, tokenizer, task, (16, 8), cfg, SimpleNamespace(write=log.append))
     assert (stop["best_step"], stop["stopped"]) == (best_step, stopped)
@@ -749,8 +756,9 @@ def test_dev_loss_is_per_example_and_without_noise(runs):
     adapt.prepare(model, base, adapt.Config())
     task = strings.strings().test[1]
     model.train()
-    losses = [adapt.dev_loss(model, tokenizer, task, (16, 8), size) for size in (1, 32)]
-    assert losses[1] == adapt.dev_loss(model, tokenizer, task, (16, 8), 32)
+    items = [data.Item(0, e, e.outputs[0]) for e in task.dev]
+    losses = [train.mean_loss(model, tokenizer, items, (16, 8), size) for size in (1, 32)]
+    assert losses[1] == train.mean_loss(model, tokenizer, items, (16, 8), 32)
     assert model.training and all(p.grad is None for p in model.parameters())
     # with batches of one it is the plain mean of the examples' losses
     model.eval()

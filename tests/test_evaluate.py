@@ -408,7 +408,8 @@ def test_generate_keeps_order_and_tasks_whatever_the_batch_size(model, tokenizer
     assert len(set(expected)) > 6
     assert one_by_one(model, tokenizer, inputs, [0] * 12, beams) != expected  # the tasks matter
     for batch_size in (1, 5, 64):
-        assert predict(model, tokenizer, inputs, IDS, LENGTHS, batch_size, beams) == expected
+        outputs = predict(model, tokenizer, inputs, IDS, LENGTHS, batch_size, beams)
+        assert outputs == [(text, []) for text in expected]
 
 
 def test_generate_does_what_the_number_of_beams_says(model, tokenizer, inputs, monkeypatch):
@@ -499,7 +500,10 @@ def test_choosing_keeps_order_and_tasks_whatever_the_batch_size(model, tokenizer
     assert chosen_one_by_one(model, tokenizer, questions, [0] * 12) != expected  # the tasks matter
     assert [q.choices.index(text) for q, text in zip(questions, expected, strict=True)] != [0] * 12
     for batch_size in (1, 5, 64):
-        assert predict(model, tokenizer, questions, IDS, LENGTHS, batch_size, by_choice=True) == expected
+        outputs = predict(model, tokenizer, questions, IDS, LENGTHS, batch_size, by_choice=True)
+        assert [text for text, _ in outputs] == expected
+        for question, (text, scores) in zip(questions, outputs, strict=True):
+            assert len(scores) == len(question.choices) and question.choices[scores.index(max(scores))] == text
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -568,10 +572,10 @@ def test_constant_scores_only_tasks_with_training_and_test_examples(monkeypatch)
     monkeypatch.setattr(train, "run_config", lambda *args: train.make_config(dataset="strings"))
     monkeypatch.setattr(benchmarks, "load_for", lambda *args: Benchmark([], [], tasks))
     cfg, tasks = evaluate.Config(checkpoint="run", constant=True), [lacking[0], both, lacking[1]]
-    assert evaluate._score_held_out(cfg, Path("run")) == ({"a": {"EM": 100.0}}, [both])
+    assert evaluate._score_held_out(cfg, Path("run"), None) == ({"a": {"EM": 100.0}}, [both])
     tasks = lacking
     with pytest.raises(UserError, match="--constant: no held-out task"):
-        evaluate._score_held_out(cfg, Path("run"))
+        evaluate._score_held_out(cfg, Path("run"), None)
 
 
 def test_groups_by_hand():

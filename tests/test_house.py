@@ -10,7 +10,7 @@ FLOORS = [  # from the ground up; a file imports only from floors below, or from
     [*CONCEPTS, "layers", "recipes"],
     [
         f"plumbing.{x}"
-        for x in "errors flags processes folders tables checkpoint adafactor ahead graph".split()
+        for x in "errors flags processes folders tables machine checkpoint adafactor ahead graph".split()
         + "large backbones run tasks".split()
     ],
     ["data"],

@@ -142,12 +142,12 @@ def test_it_generates_and_chooses(folders, kind):
         with torch.no_grad(), task_ids(IDS, keep=True):
             mixed = generate(model, tokenizer, EXAMPLES, 64, 8, beams)
         for k, task in enumerate(IDS):
-            assert predict(model, tokenizer, [EXAMPLES[k]], [task], (64, 8), 1, beams) == [mixed[k]]
+            assert predict(model, tokenizer, [EXAMPLES[k]], [task], (64, 8), 1, beams) == [(mixed[k], [])]
     with torch.no_grad(), task_ids(IDS, keep=True):
-        chosen = choose(model, tokenizer, EXAMPLES, 64, 8)
+        chosen, _ = choose(model, tokenizer, EXAMPLES, 64, 8)
     for k, task in enumerate(IDS):
         by_choice = predict(model, tokenizer, [EXAMPLES[k]], [task], (64, 8), 1, by_choice=True)
-        assert by_choice == [EXAMPLES[k].choices[chosen[k]]]
+        assert [text for text, _ in by_choice] == [EXAMPLES[k].choices[chosen[k]]]
 
 
 @needs_bitsandbytes

@@ -273,7 +273,7 @@ def work(shard):
     found = {"fingerprint": fingerprint(model), "gradients": []}
     with torch.no_grad(), task_ids([0, 1, 0], keep=True):  # the encoder alone comes first
         found["text"] = [generate(model, tokenizer, examples, 32, 8, beams) for beams in (1, 3)]
-        found["chosen"] = choose(model, tokenizer, examples, 32, 8)
+        found["chosen"], _ = choose(model, tokenizer, examples, 32, 8)
     for checkpointing in (False, True):
         if checkpointing:
             use_checkpointing(model.train())

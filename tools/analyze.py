@@ -38,7 +38,7 @@ class Config:
     alignment: bool = flag(True, "measure the gradient alignment, the slow part")
     data_dir: str = flag("", "folder of the benchmark's files, if it has moved since training", metavar="DIR")
     output_dir: str = flag("", "where to write; none: CHECKPOINT/analysis, with --compare runs/analysis", metavar="DIR")
-    device: str = flag("auto", "cpu, cuda, or auto: cuda if there is one", ("auto", "cpu", "cuda"))
+    device: str = flag("auto", "auto: cuda if there is one, else cpu", ("auto", "cpu", "cuda", "mps"))
 
 
 if __name__ == "__main__":  # read the flags before the slow imports: --help and mistakes answer at once

@@ -135,13 +135,13 @@ def put_aside(remove: Callable) -> Callable:
 
 
 def contents(folder: Path) -> dict:
-    """{file: all of it that two equal runs share}: without the seconds and the name of the folder."""
-    files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    """{file: all of it that two equal runs share}: without what is measured, who made it, and the folder's name."""
+    files, measured = {}, dict.fromkeys(("seconds", "peak_memory_gb", "examples_per_second", "output_dir"), 0)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "provenance.json"):
         if path.suffix == ".jsonl":
             content = [json.loads(line) | {"seconds": 0} for line in path.read_text().splitlines()]
         elif path.suffix == ".json":
-            content = json.loads(path.read_text()) | {"seconds": 0, "output_dir": ""}
+            content = json.loads(path.read_text()) | measured
         else:
             content = path.read_bytes()
         files[str(path.relative_to(folder))] = content
