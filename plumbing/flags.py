@@ -23,7 +23,7 @@ def flag(default, help: str, choices=(), metavar="", group="", required=False, p
     """A field of a script's Config that is also a flag.
 
     help, choices, metavar: as argparse has them. group: the title under which --help shows this flag and those after
-    it. required: --help says so; the script checks it. positional: one or more words without a flag.
+    it. required: --help says so; the script checks it. positional: a word without a flag; type tuple: one or more.
     """
     about = dict(help=help, choices=choices, metavar=metavar, group=group, required=required, positional=positional)
     return dataclasses.field(default=default, metadata=about)
@@ -90,7 +90,8 @@ def _parser(Config: type, recipes: dict) -> _Parser:
         if field.metadata["group"]:
             group = parser.add_argument_group(field.metadata["group"])
         if field.metadata.get("positional"):
-            group.add_argument(field.name, nargs="+", metavar=field.metadata["metavar"], help=field.metadata["help"])
+            several = dict(nargs="+") if field.type is tuple else {}
+            group.add_argument(field.name, metavar=field.metadata["metavar"], help=field.metadata["help"], **several)
         elif not field.metadata.get("setting"):
             group.add_argument(as_flag(field.name), **_options(field, recipes))
     return parser
@@ -122,7 +123,8 @@ ABOVE_ZERO = (
 ).split()
 INTERVAL = r"([1-9]\d{0,8})(m?)"  # of --save-every
 NOT_NEGATIVE = (
-    "beams keep_every steps epochs micro_batch weight_decay warmup eval_examples eval_every test_examples shots seed"
+    "beams keep_every steps epochs micro_batch weight_decay warmup eval_examples eval_every test_examples shots seed "
+    "worst best"
 ).split()
 
 

@@ -254,6 +254,15 @@ def change_json(path: Path, **changes):
     path.write_text(json.dumps(read(path) | changes))
 
 
+def run_folder(path: Path, config: dict, **result) -> str:
+    """A folder with this config.json, and a result.json if there are entries for it; returns its name."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    if result:
+        (path / "result.json").write_text(json.dumps({"seconds": 12.4, "parameters": {"adapters": 1000}} | result))
+    return str(path)
+
+
 def contents(folder: Path) -> dict[str, str]:
     """A hash of every file under a folder, by its path there."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]

@@ -1177,10 +1177,14 @@ def test_zero_shot(runs, folder, capsys, monkeypatch, name):
 
 def test_comparing_runs(runs, adapted):
     folders = [str(runs("lora")), str(runs("mhr")), str(adapted("mhr")), str(adapted("mhr", "mu"))]
-    lines = compare(tuple(folders)).splitlines()
-    assert len(lines) == 5 and len({len(line) for line in lines}) == 1
-    assert [line.split()[0] for line in lines[1:]] == ["lora", "mhr", "mhr", "mhr"]
-    assert f"{read(runs('lora') / 'result.json')['mean']:.1f}" in lines[1]
+    above, _, below = compare(tuple(folders)).partition("\nrun ")
+    title, _, shared = above.replace("\n", " ").partition(" ")
+    assert title == "strings" and shared.startswith("all runs: ") and "; adaptations: " in shared
+    _, *lines = below.splitlines()
+    assert [line.split()[0] for line in lines if line[0] != " "] == ["lora", "mhr", "mhr", "mhr"]
+    first = next(line for line in lines if line[: len("lora r=2 ")] == "lora r=2 ")
+    assert first.split()[-2] == f"{read(runs('lora') / 'result.json')['mean']:.1f}"
+    assert sum("exact" in line for line in lines if line[0] != " ") >= 2  # both adaptations say their metric
 
 
 # --- A decoder-only model on files in CrossFit's format ---------------------------------------------------------------

@@ -1,7 +1,6 @@
-"""Metrics against hand-computed values and independent oracles; generation and choosing; the comparison of runs."""
+"""Metrics against hand-computed values and independent oracles; generation and choosing."""
 
 import dataclasses
-import json
 import math
 import random
 import re
@@ -19,7 +18,6 @@ from scipy.stats import pearsonr
 from sklearn.metrics import f1_score, matthews_corrcoef
 from transformers import ByT5Tokenizer, T5Config, T5ForConditionalGeneration
 
-import adapt
 import benchmarks
 import evaluate
 import train
@@ -33,11 +31,8 @@ from lora import LoRA
 from mhr import MHRLinear, MHRRouter
 from plumbing.backbones import advice_on_memory
 from plumbing.errors import RunError, UserError
-from plumbing.flags import explicit_flags
-from recipes import FEW_SHOT
 from scoring import all_scores, by_group, constant_scores, evaluate_tasks, main_scores, mean, predict
-from tools import compare as compare_command
-from tools.compare import compare
+from tests.helpers import run_folder
 
 
 def examples(*references) -> list[Example]:
@@ -612,206 +607,9 @@ def test_printed_scores_of_one_metric_are_short_and_aligned(capsys):
     assert {line.rindex("  ") for line in lines} == {len("a name that is longer than the last line")}
 
 
-# --- Comparison -------------------------------------------------------------------------------------------------------
+# --- The command line -------------------------------------------------------------------------------------------------
 
 TRAIN = dataclasses.asdict(train.make_config(method="mhr", dataset="strings", output_dir="x"))
-ADAPT = dataclasses.asdict(adapt.Config(**FEW_SHOT["strings"], variant="z", output_dir="x"))
-R = f"r={TRAIN['rank']}"  # the recipe's; no recipe has the 3 and 5 of DIFFERENT
-
-
-def run_folder(path: Path, config: dict, **result) -> str:
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(config))
-    if result:
-        (path / "result.json").write_text(json.dumps({"seconds": 12.4, "parameters": {"adapters": 1000}} | result))
-    return str(path)
-
-
-def splits_of(*scores: float, before: float = 1.0) -> dict:
-    """The part "splits" of a result.json: one task, with this score in each split."""
-    return {str(k): {"before": {"a": before}, "tasks": {"a": score}} for k, score in enumerate(scores)}
-
-
-def test_compare_shows_the_deviation_over_splits(tmp_path):
-    base = run_folder(tmp_path / "base", TRAIN)
-    run = run_folder(
-        tmp_path / "z", ADAPT | {"checkpoint": base, "split": ["0", "1", "2"]}, splits=splits_of(50.0, 60.0, 64.0)
-    )
-    (line,) = body(compare((run,)))
-    assert re.split(r"  +", line)[3:] == ["3", "1.0 +- 0.0", "58.0 +- 7.2", "4"]
-
-
-def test_compare_takes_the_seeds_of_continued_runs_together(tmp_path):
-    base = [run_folder(tmp_path / f"b{k}", TRAIN | {"seed": k}) for k in (0, 1)]
-    more = TRAIN | {"method": "mu", "steps": 7}
-    runs = [run_folder(tmp_path / f"m{k}", more | {"from_run": base[k], "seed": k}, mean=40.0 + 20 * k) for k in (0, 1)]
-    (line,) = body(compare(tuple(runs)))
-    assert re.split(r"  +", line)[0] == f"mhr h=8 {R} -> 7 steps of mu {R}"
-    assert "50.0 +- 14.1" in line
-
-
-def body(table: str) -> list[str]:
-    return table.split("\n")[1:]
-
-
-def test_compare_takes_seeds_together(tmp_path):
-    folders = [
-        run_folder(tmp_path / f"r{seed}", TRAIN | {"seed": seed, "output_dir": f"r{seed}"}, mean=value, seconds=value)
-        for seed, value in enumerate((50.0, 60.0, 64.0))
-    ]
-    (line,) = body(compare(tuple(folders)))
-    # mean 58, squared deviations 64 + 4 + 36 = 104, sample standard deviation sqrt(52) = 7.2
-    assert line.split() == ["mhr", "h=8", R, "strings", "1,000", "3", "58.0", "+-", "7.2", "58"]
-
-
-def test_compare_of_one_run_has_no_deviation(tmp_path):
-    recipe = dataclasses.asdict(train.make_config(method="lora", dataset="strings", output_dir="x"))
-    (line,) = body(compare((run_folder(tmp_path / "r", recipe, mean=51.26),)))
-    assert line.split() == ["lora", R, "strings", "1,000", "1", "51.3", "12"]
-
-
-def test_compare_of_adaptations_names_base_and_variant(tmp_path):
-    base = [run_folder(tmp_path / f"b{k}", TRAIN | {"seed": k, "method": "poly"}, mean=1.0) for k in (0, 1)]
-    folders = [
-        run_folder(
-            tmp_path / f"a{k}{split}",
-            ADAPT | {"checkpoint": base[k], "seed": k, "split": (split,)},
-            splits={split: {"before": {"a": 5.0 + k}, "tasks": {"a": 20.0, "b": 20.0 + 20 * k}}},
-            parameters={"adapters": 0, "routing": 336},
-        )  # fmt: skip
-        for k in (0, 1)
-        for split in ("0", "1")
-    ]
-    (line,) = body(compare(tuple(folders)))
-    assert re.split(r"  +", line) == [f"poly {R} -> z", "strings", "336", "4", "5.5 +- 0.6", "25.0 +- 5.8", "12"]
-
-
-DIFFERENT = [
-    dict(method="poly"), dict(heads=4), dict(rank=3), dict(instructions=True), dict(adapter="ia3"), dict(skills=5),
-    dict(routing="sigmoid"), dict(steps=200), dict(lr=1e-2), dict(backbone="other"), dict(dataset="crossfit"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("change", DIFFERENT, ids=lambda change: next(iter(change)))
-def test_compare_keeps_different_runs_apart(tmp_path, change):
-    """`compare` promises a line for each group of runs that differ in seed and split only."""
-    one = run_folder(tmp_path / "one", TRAIN, mean=10.0)
-    other = run_folder(tmp_path / "other", TRAIN | change | {"seed": 1}, mean=90.0)
-    lines = body(compare((one, other)))
-    assert len(lines) == 2 and "50.0" not in "".join(lines)
-
-
-@pytest.mark.parametrize(
-    "change", [dict(variant="mu"), dict(tasks="dev"), dict(shots=8), dict(steps=5), dict(lr_z=1.0)],
-    ids=lambda change: next(iter(change)),
-)  # fmt: skip
-def test_compare_keeps_different_adaptations_apart(tmp_path, change):
-    base = run_folder(tmp_path / "base", TRAIN)
-    one = run_folder(tmp_path / "one", ADAPT | {"checkpoint": base}, splits=splits_of(10.0))
-    other = run_folder(tmp_path / "other", ADAPT | change | {"checkpoint": base, "seed": 1}, splits=splits_of(90.0))
-    lines = body(compare((one, other)))
-    assert len(lines) == 2 and "50.0" not in "".join(lines)
-
-
-def test_compare_is_aligned(tmp_path):
-    base = run_folder(tmp_path / "base", TRAIN, mean=3.0, seconds=12345.0)
-    lora = run_folder(
-        tmp_path / "lora", TRAIN | {"method": "lora", "instructions": True}, mean=100.0,
-        parameters={"adapters": 123_456_789, "routing": 0},
-    )  # fmt: skip
-    z = run_folder(tmp_path / "z", ADAPT | {"checkpoint": base}, splits=splits_of(7.0, before=33.3), seconds=1.0)
-    lines = compare((base, lora, z)).split("\n")
-    assert len(lines) == 4
-    assert len({len(line) for line in lines}) == 1  # the last column is flush right
-    assert len({line.index("data set" if k == 0 else "strings") for k, line in enumerate(lines)}) == 1
-    cells = lambda end: [line[:end].split()[-1] for line in lines]  # noqa: E731
-    assert cells(lines[0].index("trained") + len("trained")) == ["trained", "123,456,789", "1,000", "1,000"]
-    assert cells(lines[0].index("score") + len("score")) == ["score", "100.0", "3.0", "7.0"]
-    assert lines[3][: lines[0].index("before") + len("before")].endswith("  33.3")
-    assert lines[1][: lines[0].index("before") + len("before")].endswith("  1  " + " " * len("before"))
-
-
-def test_compare_without_scores(tmp_path):
-    """--eval-examples 0: a run without a score is still a line."""
-    (line,) = body(compare((run_folder(tmp_path / "r", TRAIN, loss=1.0),)))
-    assert line.split() == ["mhr", "h=8", R, "strings", "1,000", "1", "12"]
-
-
-def test_compare_names_unfinished_folders(tmp_path):
-    done = run_folder(tmp_path / "done", TRAIN, mean=10.0)
-    unfinished, empty = run_folder(tmp_path / "unfinished", TRAIN), tmp_path / "empty"
-    empty.mkdir()
-    table = compare((unfinished, done, str(empty)))
-    assert len(body(table)) == 2
-    assert table.split("\n")[-1] == f"without result.json: {unfinished}, {empty}"
-
-
-def test_compare_refuses_what_is_no_folder_or_has_nothing_to_show(tmp_path):
-    """A mistyped name beside a finished run, and runs of which none has finished: refused, not an empty table."""
-    done, unfinished = run_folder(tmp_path / "done", TRAIN, mean=10.0), run_folder(tmp_path / "unfinished", TRAIN)
-    with pytest.raises(UserError, match="^.*/typo does not exist: give run folders$"):
-        compare((done, str(tmp_path / "typo")))
-    with pytest.raises(UserError, match="^give a finished run, none of these has finished: .*/unfinished$"):
-        compare((unfinished,))
-
-
-@pytest.mark.parametrize("file", ["config.json", "result.json"])
-def test_compare_names_broken_files(tmp_path, file):
-    folder = run_folder(tmp_path / "r", TRAIN, mean=10.0)
-    (tmp_path / "r" / file).write_text('{"method": ')
-    with pytest.raises(UserError, match=file):
-        compare((folder,))
-
-
-def test_compare_of_an_adaptation_whose_checkpoint_is_gone(tmp_path):
-    folder = run_folder(tmp_path / "r", ADAPT | {"checkpoint": str(tmp_path / "gone")}, mean=10.0)
-    with pytest.raises(UserError, match="gone"):
-        compare((folder,))
-
-
-HUGE = 10**400  # JSON knows no largest number
-
-
-@pytest.mark.parametrize(
-    "odd",
-    [
-        dict(seconds=None), dict(seconds=HUGE), dict(seconds=math.nan), dict(seconds="12"), dict(mean=math.inf),
-        dict(mean=[50.0]), dict(parameters={}), dict(parameters=[1]), dict(parameters={"adapters": HUGE}),
-        dict(parameters={"adapters": "1"}), dict(splits={}), dict(splits=None), dict(splits={"0": {}}),
-        dict(splits={"0": []}), dict(splits={"0": {"before": {"a": 1.0}, "tasks": {}}}),
-        dict(splits={"0": {"before": {"a": None}, "tasks": {"a": 1.0}}}),
-        dict(splits={"0": {"before": {"a": 1.0, "b": 1e308, "c": 1e308}, "tasks": {"a": 1.0}}}),
-        dict(splits={"0": {"before": 5, "tasks": 5}}),
-    ],
-    ids=lambda odd: f"{odd!s:.60}",
-)  # fmt: skip
-def test_compare_names_a_result_that_is_none(tmp_path, odd):
-    """Whatever a result.json holds in place of a run's numbers: one sentence that names the folder."""
-    good = run_folder(tmp_path / "good", TRAIN, mean=10.0)
-    bad = run_folder(tmp_path / "bad", ADAPT | {"checkpoint": good} if "splits" in odd else TRAIN, **odd)
-    with pytest.raises(UserError, match=re.escape(bad)) as refused:
-        compare((good, bad))
-    assert "\n" not in str(refused.value)
-
-
-def test_compare_of_a_run_that_continues_itself(tmp_path):
-    folder = run_folder(tmp_path / "r", TRAIN | {"from_run": str(tmp_path / "r")}, mean=10.0)
-    with pytest.raises(UserError, match=re.escape(folder)):
-        compare((folder,))
-
-
-def test_the_command_prints_the_table(tmp_path, capsys):
-    """`python -m tools.compare RUN`; a flag is refused, and no run at all."""
-    folder = run_folder(tmp_path / "r", TRAIN, mean=10.0)
-    compare_command.main(explicit_flags(compare_command.Config, {}, [folder]))
-    assert capsys.readouterr().out == f"{compare((folder,))}\n"
-    for argv, named in (([folder, "--save", "x.json"], "--save"), ([], "RUN")):
-        with pytest.raises(SystemExit) as end:
-            explicit_flags(compare_command.Config, {}, argv)
-        assert end.value.code == 2 and named in capsys.readouterr().err
-
-
-# --- The command line -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags", [{}, dict(zero_shot=True), dict(constant=True), dict(save="x.json")], ids=str)

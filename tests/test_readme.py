@@ -19,7 +19,7 @@ from experiments.claims import CLAIMS
 from experiments.methods import METHODS
 from plumbing.flags import explicit_flags
 from recipes import FEW_SHOT, PRETRAINING, VARIANTS
-from tools import analyze, compare, count_parameters, estimate_memory, export
+from tools import analyze, compare, count_parameters, estimate_memory, export, show
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -30,7 +30,7 @@ FILES = re.findall(
 CONFIGS = {  # scripts whose flags are a Config, and its recipes
     "train.py": (train.Config, PRETRAINING), "adapt.py": (adapt.Config, FEW_SHOT), "evaluate.py": (evaluate.Config, {}),
     "-m tools.export": (export.Config, {}), "-m tools.compare": (compare.Config, {}),
-    "-m tools.analyze": (analyze.Config, {}),
+    "-m tools.analyze": (analyze.Config, {}), "-m tools.show": (show.Config, {}),
     "-m tools.count_parameters": (count_parameters.Config, {}),
     "-m tools.estimate_memory": (estimate_memory.Config, {}), "-m experiments.babyai": (babyai.Config, {}),
 }  # fmt: skip
