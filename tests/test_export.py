@@ -7,8 +7,10 @@ import pickle
 import re
 import resource
 import shutil
+import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,12 +27,14 @@ from inject import adapted_layers, read_tensors, save_adapters, task_ids, write_
 from methods import average_skills, collapse, load_run
 from plumbing.backbones import load_backbone
 from plumbing.errors import RunError, UserError
+from plumbing.flags import explicit_flags
 from plumbing.folders import read_config, write_config, write_json
 from recipes import FIXED_TABLE, ONE_ADAPTER
 from tests.helpers import (
     GIVEN, HEADS, IDS, LEARNED, NAMES, QUICK, RANK, SINGLE, SKILLS, TABLES, TASKS, adapted, backbone, change_json,
     contents, difference, grid, inputs, layers_of, logits, randomise, read, same_tensors, save_as_backbone, sweep,
 )  # fmt: skip
+from tests.test_counts import XL
 from tools import cards, export
 
 peft = pytest.importorskip("peft")
@@ -328,6 +332,85 @@ def test_a_card_of_a_backbone_of_the_hub(folders, tmp_path):
     assert not blocks_of(cards.card_of_task(source, "a", "scratch", model, 12))
     text = cards.card_of_task(source._replace(adapted=adapt.Config(variant="mu"), split="3"), "a", "tiny", model, 1)
     assert "| split |  | `3` |" in text and "| lr_z | `0.1` |  |" in text  # mu trains no Z
+
+
+# --- docs/serving.md --------------------------------------------------------------------------------------------------
+
+SERVING = (Path(__file__).resolve().parents[1] / "docs" / "serving.md").read_text()
+TASKS_OF_PAGE = ["sort+reverse", "swap+rotate", "drop+rotate", "b.c", "ζ"]
+
+
+@pytest.fixture(scope="module")
+def page(folders, tmp_path_factory):
+    """(folder in which the page's commands and code run, the model of its run)."""
+    root = tmp_path_factory.mktemp("page")
+    (root / "runs").mkdir()
+    model = make_run(folders, root / "runs" / "strings-mhr-0", "t5", "mhr", "lora")
+    write_json(root / "runs" / "strings-mhr-0" / "tasks.json", {"tasks": TASKS_OF_PAGE, "skills": []})
+    return root, model
+
+
+def test_the_page_on_serving_runs(page, monkeypatch):
+    """Its code gives what our model gives: of PEFT, and of the routed model. So does the merged model."""
+    root, model = page
+    monkeypatch.chdir(root)
+    batch = {name: value for name, value in inputs("t5").items() if name != "labels"}
+    commands = re.findall(r"^    python -m tools.export (.*--checkpoint runs/strings-mhr-0 .*)$", SERVING, re.M)
+    for words in commands:
+        export.main(explicit_flags(export.Config, {}, words.split()))
+    assert len(commands) == 2
+    theirs, ours = blocks_of(SERVING)
+    served = run_block(theirs, root, monkeypatch, batch=batch)
+    ids = [TASKS_OF_PAGE.index(name) for name in served["names"]]
+    assert ids == [1, 0, 1, 2] and f"task_ids({ids}, keep=True)" in ours
+    routed = run_block(ours, root, monkeypatch, batch=batch)
+    assert torch.equal(served["outputs"], routed["outputs"])
+    y, labels = logits(model, inputs("t5"), ids), inputs("t5")
+    with torch.no_grad():
+        assert difference(served["model"](**labels, adapter_names=served["names"]).logits, y) < NEAR
+    merged = AutoModelForSeq2SeqLM.from_pretrained(root / "exported" / "model")
+    assert difference(plain_logits(merged, labels), logits(model, labels, [0] * 4)) < NEAR
+
+
+def test_peft_applies_the_adapters_of_a_batch_one_after_another(folders, tmp_path):
+    """As the page says: as many calls of a layer's A as there are distinct tasks."""
+    make_run(folders, tmp_path / "run", "llama", "mhr", "lora")
+    theirs = served("llama", run_export(tmp_path / "run", tmp_path / "out", task="all"), ["ante", "ζ", "b.c"])
+    calls, layer = [], next(m for m in theirs.modules() if isinstance(m, peft.tuners.lora.LoraLayer))
+    for adapter in layer.lora_A.values():
+        adapter.register_forward_hook(lambda *_: calls.append(1))
+    for names in (["ante"] * 4, ["ante", "ζ", "ante", "ζ"], ["b_c", "ζ", "ante", "ζ"]):
+        calls.clear()
+        theirs(**inputs("llama"), adapter_names=names)
+        assert len(calls) == len(set(names))
+
+
+def test_the_line_for_vllm_names_every_task(page, monkeypatch):
+    """The shell's words, from a program of that name that prints them; vLLM itself is not installed."""
+    root, _ = page
+    out = run_export(root / "runs" / "strings-mhr-0", root / "exported" / "superni", task="all")
+    (root / "bin").mkdir()
+    (root / "bin" / "vllm").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (root / "bin" / "vllm").chmod(0o755)
+    (line,) = re.findall(r"^    vllm .*\\\n.*$", SERVING, re.M)
+    env = os.environ | {"PATH": f"{root / 'bin'}:{os.environ['PATH']}"}
+    said = subprocess.run(["bash", "-c", line], cwd=root, env=env, capture_output=True, text=True, check=True).stdout
+    words = said.splitlines()
+    modules = dict(word.split("=", 1) for word in words[words.index("--lora-modules") + 1 :])
+    assert modules == {task: str(out / task) for task in TASKS_OF_PAGE}
+
+
+def test_the_costs_on_the_page():
+    """Its table follows from the counts that tests/test_counts.py computes, its time is the benchmark's."""
+    lora, poly, mhr = (XL[name] for name in ("LoRA", "Poly", "MHR, 64 heads"))
+    rows = [(lora[2], 313 * lora[2])] + [(counts[3], counts[0] + counts[1]) for counts in (poly, mhr)]
+    shown = re.findall(r"^\| (?:exported|routed).*?\| (.*) \| (.*) \| (.*) \|$", SERVING, re.M)
+    assert shown == [(f"{new:,}", f"{every:,}", f"{4 * every / 1e6:,.0f} MB") for new, every in rows]
+    for counts in (poly, mhr):  # "from 9 tasks on"
+        assert counts[0] + 9 * counts[3] < 9 * lora[2] and counts[0] + 8 * counts[3] > 8 * lora[2]
+    bench = (export.TINY.parents[1] / "results" / "bench.md").read_text()
+    _, _, time, _ = re.search(r"b=16 .* h=8, mixed, greedy" + r" +([\d.]+) \([\d.]+\)" * 4, bench).groups()
+    assert f"took {time} times the backbone's" in " ".join(SERVING.split())
 
 
 # --- PEFT's Poly ------------------------------------------------------------------------------------------------------
