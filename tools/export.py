@@ -48,7 +48,7 @@ class Config:
     format: str = flag("peft", "what to write", ("peft", "merged", "peft-poly", "run"))
     output_dir: str = flag("", "new folder to write to", metavar="DIR", required=True)
     task: str = flag(
-        "", "a task of the run; all of them (peft); mu, the average of all skills; a run with one adapter needs none",
+        "", "a task of the run; all (peft): each of them; mu: the average of skills; a run with one adapter needs none",
         group="with --format peft or merged",
     )  # fmt: skip
     split: str = flag("", "which split of an adaptation run, if it has several")
