@@ -216,6 +216,24 @@ def test_one_task_is_held_at_a_time(folders, tmp_path, monkeypatch):
     assert len(before) > 5 * 2 * len(NAMES_OF_TASKS)
 
 
+def test_an_interrupted_export_leaves_no_file(folders, tmp_path, monkeypatch):
+    """Ctrl-C at the third task: the folder is empty, and the same command then works."""
+    make_run(folders, tmp_path / "run", "t5", "mhr", "lora")
+    card, done = export.card_of_task, []
+
+    def interrupted(source, task, *args):
+        done.append(task)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return card(source, task, *args)
+
+    monkeypatch.setattr(export, "card_of_task", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_export(tmp_path / "run", tmp_path / "out", task="all")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"] and not list((tmp_path / "out").iterdir())
+    run_export(tmp_path / "run", tmp_path / "out", task="all")
+
+
 @pytest.mark.parametrize(
     "name", ["..", "../x", "a/b", "", "a\0b", "a\nb", "index.json", "README.md", "ante", "x" * 300]
 )
