@@ -349,6 +349,9 @@ def test_a_card_of_a_backbone_of_the_hub(folders, tmp_path):
     assert "Before an upload" in cards.card_of_task(source, "a", "tiny", model, 12)
     assert not blocks_of(cards.card_of_task(source, "a", "scratch", model, 12))
     text = cards.card_of_task(source._replace(adapted=adapt.Config(variant="mu"), split="3"), "a", "tiny", model, 1)
+    assert "skills are mixed already" in text
+    alone = cards.Source(tmp_path / "run", train.Config(method="lora"))
+    assert "skills" not in cards.card_of_task(alone, "", "tiny", model, 1)
     assert "| split |  | `3` |" in text and "| lr_z | `0.1` |  |" in text  # mu trains no Z
 
 

@@ -14,6 +14,7 @@ import adapt
 import train
 from plumbing.flags import as_flag, unused
 from plumbing.folders import check_numbers, read_json
+from recipes import ROUTED
 
 CITATION = Path(__file__).resolve().parents[1] / "CITATION.bib"
 PAPERS = {"poly": "https://arxiv.org/abs/2202.13914", "mhr": "https://arxiv.org/abs/2211.03831"}
@@ -143,8 +144,9 @@ def origin(source: Source) -> str:
     path = source.pretraining / "tasks.json"
     number = f"{len(read_json(path, tasks=list)['tasks'])} " if path.exists() else ""
     new = f", then on one new task (`adapt.py --variant {run.variant}`)" if run else ""
-    plain = "Skills are mixed already: it is one plain adapter, with nothing left to route."
-    return f"It was trained by the method {method} on {number}tasks of {code(base.dataset)}{new}. {plain}"
+    mixed = " Its skills are mixed already: it is a plain adapter, with nothing left to route."
+    mixed = mixed if base.method in ROUTED else ""
+    return f"It was trained by the method {method} on {number}tasks of {code(base.dataset)}{new}.{mixed}"
 
 
 def scores(source: Source, task: str) -> list[str]:
