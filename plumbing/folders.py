@@ -46,23 +46,29 @@ def whole_file(path: Path):
 
 @contextmanager
 def whole_folder(folder: Path):
-    """`whole_file` for a folder: write under the name that this yields; an older folder of that name is replaced.
+    """`whole_file` for a folder, with all below it: write under the name that this yields; an older folder of that name
+    is replaced.
 
-    Raises OSError if it cannot be written; the older folder stays.
+    Raises OSError if it cannot be written; after that, or any other error, the older folder stays.
     """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        for path in temporary.iterdir():
+        for path in temporary.rglob("*"):
+            if path.is_dir():
+                sync_folder(path)
+                continue
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
         sync_folder(folder.parent)
-    except (OSError, SafetensorError) as error:  # SafetensorError: how safetensors reports a full disk
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, (OSError, SafetensorError)):  # SafetensorError: how safetensors reports a full disk
+            raise
         number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)
         raise OSError(number, f"cannot be written: {reason}", str(folder)) from None
 

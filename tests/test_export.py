@@ -7,10 +7,14 @@ import pickle
 import re
 import resource
 import shutil
+import subprocess
 import sys
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -19,17 +23,19 @@ import benchmarks
 import evaluate
 import train
 from baselines.fixed import FixedRouter
-from inject import adapted_layers, read_tensors, save_adapters, write_tensors
+from inject import adapted_layers, read_tensors, save_adapters, task_ids, write_tensors
 from methods import average_skills, collapse, load_run
 from plumbing.backbones import load_backbone
 from plumbing.errors import RunError, UserError
+from plumbing.flags import explicit_flags
 from plumbing.folders import read_config, write_config, write_json
 from recipes import FIXED_TABLE, ONE_ADAPTER
 from tests.helpers import (
     GIVEN, HEADS, IDS, LEARNED, NAMES, QUICK, RANK, SINGLE, SKILLS, TABLES, TASKS, adapted, backbone, change_json,
-    difference, grid, inputs, layers_of, logits, randomise, read, same_tensors, save_as_backbone, sweep,
+    contents, difference, grid, inputs, layers_of, logits, randomise, read, same_tensors, save_as_backbone, sweep,
 )  # fmt: skip
-from tools import export
+from tests.test_counts import XL
+from tools import cards, export
 
 peft = pytest.importorskip("peft")
 
@@ -138,6 +144,294 @@ def test_target_modules_are_short_and_the_same_every_time(folders, tmp_path):
     content = read(run_export(tmp_path / "gpt2", tmp_path / "b") / "adapter_config.json")
     assert content["target_modules"] == ["c_attn", "mlp.c_proj"]
     assert (content["feedforward_modules"], content["fan_in_fan_out"]) == (["mlp.c_proj"], True)
+
+
+# --- All tasks --------------------------------------------------------------------------------------------------------
+
+
+def served(name, out, tasks):
+    """PEFT's model with the adapters of these tasks of an export, under names without dots."""
+    first, *others = tasks
+    model = peft.PeftModel.from_pretrained(backbone(name), str(out / first), adapter_name=first.replace(".", "_"))
+    for task in others:
+        model.load_adapter(str(out / task), adapter_name=task.replace(".", "_"))
+    return model.eval()
+
+
+@pytest.mark.parametrize("name, method", [("llama", "mhr"), ("t5", "poly"), ("t5", "mhr"), ("gpt2", "poly")])
+def test_tasks_served_in_one_batch(name, method, folders, tmp_path):
+    """Three of the exported tasks in one model of PEFT, one batch: the logits, and the outputs of beam search, of ours
+    under task ids."""
+    model, batch = make_run(folders, tmp_path / "run", name, method, "lora"), inputs(name)
+    out = run_export(tmp_path / "run", tmp_path / "out", task="all")
+    tasks = ["b.c", "ante", "ζ", "b.c"]
+    ids, names = [NAMES_OF_TASKS.index(task) for task in tasks], [task.replace(".", "_") for task in tasks]
+    theirs = served(name, out, ["ante", "b.c", "ζ"])
+    with torch.no_grad():
+        y = theirs(**batch, adapter_names=names).logits
+    ours = logits(model, batch, ids)
+    assert difference(y, ours) < NEAR
+    assert difference(y, logits(model, batch, ids[1:] + ids[:1])) > 0.01  # each row has its own task
+    del batch["labels"]
+    how = dict(max_new_tokens=4, min_new_tokens=4, num_beams=2, do_sample=False)
+    with torch.no_grad(), task_ids(ids, keep=True):
+        expected = model.generate(**batch, **how)
+    assert torch.equal(theirs.generate(**batch, **how, adapter_names=names), expected)
+
+
+@pytest.mark.parametrize("method, adapter", [("poly", "lora"), ("mhr", "lora"), ("poly", "ia3"), ("random", "lora")])
+def test_every_task_has_a_folder(method, adapter, folders, tmp_path):
+    """Each folder is what --task NAME writes, index.json says what they are, and they are as large for MHR as for Poly:
+    r (i + o) numbers a layer."""
+    model = make_run(folders, tmp_path / "run", "t5", method, adapter)
+    out = run_export(tmp_path / "run", tmp_path / "out", task="all")
+    assert sorted(path.name for path in out.iterdir()) == sorted([*NAMES_OF_TASKS, "README.md", "index.json"])
+    rank = {"rank": RANK} if adapter == "lora" else {}
+    assert read(out / "index.json") == rank | {
+        "tasks": {task: task for task in NAMES_OF_TASKS}, "base_model": str(folders / "t5"), "method": method,
+        "adapter": adapter, "checkpoint": str(tmp_path / "run"),
+    }  # fmt: skip
+    for task in NAMES_OF_TASKS[:2]:
+        alone = run_export(tmp_path / "run", tmp_path / task, task=task)
+        assert contents(alone) == contents(out / task)
+    if adapter == "lora":
+        size = sum(RANK * (layer.in_features + layer.out_features) for layer in adapted_layers(model).values())
+        saved = load_file(out / "ante" / "adapter_model.safetensors")
+        assert sum(p.numel() for p in saved.values()) == size
+        assert f"{size:,} parameters" in (out / "ante" / "README.md").read_text()
+
+
+def test_one_task_is_held_at_a_time(folders, tmp_path, monkeypatch):
+    """What was mixed for a task is gone when the next one is mixed."""
+    make_run(folders, tmp_path / "run", "t5", "mhr", "lora")
+    write, before = export.write_peft, []
+
+    def watched(model, params, *args):
+        assert not [1 for reference in before if reference() is not None]
+        before.extend(weakref.ref(p) for layer in params.values() for p in layer.values())
+        write(model, params, *args)
+
+    monkeypatch.setattr(export, "write_peft", watched)
+    run_export(tmp_path / "run", tmp_path / "out", task="all")
+    assert len(before) > 5 * 2 * len(NAMES_OF_TASKS)
+
+
+def test_an_interrupted_export_leaves_no_file(folders, tmp_path, monkeypatch):
+    """Ctrl-C at the third task: the folder is empty, and the same command then works."""
+    make_run(folders, tmp_path / "run", "t5", "mhr", "lora")
+    card, done = export.card_of_task, []
+
+    def interrupted(source, task, *args):
+        done.append(task)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return card(source, task, *args)
+
+    monkeypatch.setattr(export, "card_of_task", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_export(tmp_path / "run", tmp_path / "out", task="all")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"] and not list((tmp_path / "out").iterdir())
+    run_export(tmp_path / "run", tmp_path / "out", task="all")
+
+
+@pytest.mark.parametrize(
+    "name", ["..", "../x", "a/b", "", "a\0b", "a\nb", "index.json", "README.md", "ante", "x" * 300]
+)
+def test_names_that_no_folder_can_have(name, folders, tmp_path):
+    """Nothing is written, above all not outside the output folder. (Too long a name the disk refuses.)"""
+    make_run(folders, tmp_path / "run", "t5", "poly", "lora")
+    write_json(tmp_path / "run" / "tasks.json", {"tasks": ["ante", "b", name, "c", "d"], "skills": []})
+    before = contents(tmp_path)
+    if len(name) > 255:
+        with pytest.raises(OSError, match="cannot be written"):
+            run_export(tmp_path / "run", tmp_path / "out", task="all")
+    else:
+        assert f"task {name!r} cannot have a folder" in refused(tmp_path / "run", tmp_path / "out", task="all")
+    assert contents(tmp_path) == before and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_damaged_task_leaves_nothing(folders, tmp_path):
+    """The second task's file is damaged: also the first one's folder is gone. It can be exported alone."""
+    make_run(folders, tmp_path / "run", "t5", "mhr", "lora")
+    run = adapt.Config(checkpoint=str(tmp_path / "run"), variant="z", device="cpu")
+    base, few = adapt.base_config(run), tmp_path / "few"
+    model, _ = load_run(tmp_path / "run", base)
+    adapt.prepare(model, base, run)
+    (few / "0").mkdir(parents=True)
+    for task in ("a", "b"):
+        save_adapters(model, str(few / "0" / f"{task}.safetensors"))
+    write_config(few, run)
+    (few / "0" / "b.safetensors").write_bytes(b"12345678")
+    assert "b.safetensors" in refused(few, tmp_path / "out", task="all")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["few", "run"]
+    run_export(few, tmp_path / "out", task="a")
+    (few / "result.json").write_text("{")
+    assert "result.json:1 is not valid JSON" in refused(few, tmp_path / "out-2", task="a")
+    assert not list(tmp_path.glob("out-2*"))
+    for path in (few / "0").iterdir():
+        path.unlink()
+    assert refused(few, tmp_path / "out-2", task="all") == f"{few} has no adapters yet"
+
+
+# --- Model cards ------------------------------------------------------------------------------------------------------
+
+
+def blocks_of(card: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", card, re.S)
+
+
+def run_block(block: str, folder, monkeypatch, **scope) -> dict:
+    """Run Python from a card or a page in a folder; returns its variables."""
+    monkeypatch.chdir(folder)
+    exec(block, scope)
+    return scope
+
+
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_the_code_of_the_cards_runs(name, folders, tmp_path, monkeypatch, recwarn):
+    """It loads the task, or all of them, as they are in the run, and asks the hub for none of these folders."""
+    model, batch = make_run(folders, tmp_path / "run", name, "mhr", "lora"), inputs(name)
+    out = run_export(tmp_path / "run", tmp_path / "out", task="all")
+    (block,) = blocks_of((out / "b.c" / "README.md").read_text())
+    scope = run_block(block, out / "b.c", monkeypatch)
+    assert difference(plain_logits(scope["model"], batch), logits(model, batch, [1] * 4)) < NEAR
+    assert scope["tokenizer"]("ab").input_ids
+    (block,) = blocks_of((out / "README.md").read_text())
+    two = {key: batch[key][:2] for key in ("input_ids", "attention_mask")}
+    scope = run_block(block, out, monkeypatch, batch=two)
+    names = [task.replace(".", "_") for task in NAMES_OF_TASKS]
+    assert set(scope["model"].peft_config) == {"default", *names}
+    with torch.no_grad():
+        y = scope["model"](**batch, adapter_names=[names[k] for k in IDS]).logits
+    assert difference(y, logits(model, batch, IDS)) < NEAR
+    assert not [str(warning.message) for warning in recwarn if "remote file" in str(warning.message)]
+
+
+def test_the_code_of_a_card_of_ia3(folders, tmp_path, monkeypatch):
+    """PEFT ignores `adapter_names` under (IA)^3 (tests/test_peft.py), so the card sets one task for all rows."""
+    model, batch = make_run(folders, tmp_path / "run", "t5", "poly", "ia3"), inputs("t5")
+    out = run_export(tmp_path / "run", tmp_path / "out", task="all")
+    (block,) = blocks_of((out / "README.md").read_text())
+    scope = run_block(block, out, monkeypatch)
+    assert difference(plain_logits(scope["model"], batch), logits(model, batch, [0] * 4)) < NEAR
+
+
+def test_what_a_card_says(folders, tmp_path):
+    """The hub's front matter; scores, settings and the commit of the run; nothing that the run does not say."""
+    make_run(folders, tmp_path / "run", "t5", "mhr", "lora", lr_z=0.25)
+    text = (run_export(tmp_path / "run", tmp_path / "plain", task="ante") / "README.md").read_text()
+    assert "## Score" not in text and "| commit" not in text and "| routing | `gumbel` |" in text
+    write_json(tmp_path / "run" / "result.json", {"tasks": {"ante": 87.54, "mu2": 3}, "mean": 45})
+    write_json(tmp_path / "run" / "provenance.json", {"commit": "0ff1ce", "python": "3"})
+    change_json(tmp_path / "run" / "config.json", eval_examples=20)
+    text = (run_export(tmp_path / "run", tmp_path / "out", task="ante") / "README.md").read_text()
+    assert "On 20 test examples: main metric 87.5." in text
+    for row in ("| commit | `0ff1ce` |", "| lr_z | `0.25` |", f"| rank | `{RANK}` |", f"| heads | `{HEADS}` |"):
+        assert row in text
+    assert "[mhr](https://arxiv.org/abs/2211.03831) on 5 tasks of `strings`" in text
+    assert (export.TINY.parents[1] / "CITATION.bib").read_text().strip() in text
+    data = ModelCard(text).data
+    assert (data.library_name, data.tags, data.base_model) == ("peft", ["mhr", "lora"], None)
+    change_json(tmp_path / "run" / "result.json", tasks={"ante": "high"})
+    assert "'main metric' is 'high', no number" in refused(tmp_path / "run", tmp_path / "odd", task="ante")
+
+
+def test_a_card_of_a_backbone_of_the_hub(folders, tmp_path):
+    """Its name is what the hub links to; a local folder's is asked for. A name of a task cannot break the card."""
+    model = make_run(folders, tmp_path / "run", "t5", "poly", "ia3")
+    source = cards.Source(tmp_path / "run", train.Config(method="poly", adapter="ia3", layers="a|b"))
+    task = "a: `b`\n---\n# c"
+    text = cards.card_of_task(source, task, "google/t5-xl-lm-adapt", model, 12)
+    data = ModelCard(text).data
+    assert (data.base_model, data.tags) == ("google/t5-xl-lm-adapt", ["poly", "ia3"])
+    assert "# run: `` a: `b` --- # c ``\n" in text and "Before an upload" not in text
+    assert "| rank" not in text and "| heads" not in text and r"| layers | `a\|b` |" in text
+    assert "Before an upload" in cards.card_of_task(source, "a", "tiny", model, 12)
+    assert not blocks_of(cards.card_of_task(source, "a", "scratch", model, 12))
+    text = cards.card_of_task(source._replace(adapted=adapt.Config(variant="mu"), split="3"), "a", "tiny", model, 1)
+    assert "skills are mixed already" in text
+    alone = cards.Source(tmp_path / "run", train.Config(method="lora"))
+    assert "skills" not in cards.card_of_task(alone, "", "tiny", model, 1)
+    assert "| split |  | `3` |" in text and "| lr_z | `0.1` |  |" in text  # mu trains no Z
+
+
+# --- docs/serving.md --------------------------------------------------------------------------------------------------
+
+SERVING = (Path(__file__).resolve().parents[1] / "docs" / "serving.md").read_text()
+TASKS_OF_PAGE = ["sort+reverse", "swap+rotate", "drop+rotate", "b.c", "ζ"]
+
+
+@pytest.fixture(scope="module")
+def page(folders, tmp_path_factory):
+    """(folder in which the page's commands and code run, the model of its run)."""
+    root = tmp_path_factory.mktemp("page")
+    (root / "runs").mkdir()
+    model = make_run(folders, root / "runs" / "strings-mhr-0", "t5", "mhr", "lora")
+    write_json(root / "runs" / "strings-mhr-0" / "tasks.json", {"tasks": TASKS_OF_PAGE, "skills": []})
+    return root, model
+
+
+def test_the_page_on_serving_runs(page, monkeypatch):
+    """Its code gives what our model gives: of PEFT, and of the routed model. So does the merged model."""
+    root, model = page
+    monkeypatch.chdir(root)
+    batch = {name: value for name, value in inputs("t5").items() if name != "labels"}
+    commands = re.findall(r"^    python -m tools.export (.*--checkpoint runs/strings-mhr-0 .*)$", SERVING, re.M)
+    for words in commands:
+        export.main(explicit_flags(export.Config, {}, words.split()))
+    assert len(commands) == 2
+    theirs, ours = blocks_of(SERVING)
+    served = run_block(theirs, root, monkeypatch, batch=batch)
+    ids = [TASKS_OF_PAGE.index(name) for name in served["names"]]
+    assert ids == [1, 0, 1, 2] and f"task_ids({ids}, keep=True)" in ours
+    routed = run_block(ours, root, monkeypatch, batch=batch)
+    assert torch.equal(served["outputs"], routed["outputs"])
+    y, labels = logits(model, inputs("t5"), ids), inputs("t5")
+    with torch.no_grad():
+        assert difference(served["model"](**labels, adapter_names=served["names"]).logits, y) < NEAR
+    merged = AutoModelForSeq2SeqLM.from_pretrained(root / "exported" / "model")
+    assert difference(plain_logits(merged, labels), logits(model, labels, [0] * 4)) < NEAR
+
+
+def test_peft_applies_the_adapters_of_a_batch_one_after_another(folders, tmp_path):
+    """As the page says: as many calls of a layer's A as there are distinct tasks."""
+    make_run(folders, tmp_path / "run", "llama", "mhr", "lora")
+    theirs = served("llama", run_export(tmp_path / "run", tmp_path / "out", task="all"), ["ante", "ζ", "b.c"])
+    calls, layer = [], next(m for m in theirs.modules() if isinstance(m, peft.tuners.lora.LoraLayer))
+    for adapter in layer.lora_A.values():
+        adapter.register_forward_hook(lambda *_: calls.append(1))
+    for names in (["ante"] * 4, ["ante", "ζ", "ante", "ζ"], ["b_c", "ζ", "ante", "ζ"]):
+        calls.clear()
+        theirs(**inputs("llama"), adapter_names=names)
+        assert len(calls) == len(set(names))
+
+
+def test_the_line_for_vllm_names_every_task(page, monkeypatch):
+    """The shell's words, from a program of that name that prints them; vLLM itself is not installed."""
+    root, _ = page
+    out = run_export(root / "runs" / "strings-mhr-0", root / "exported" / "superni", task="all")
+    (root / "bin").mkdir()
+    (root / "bin" / "vllm").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (root / "bin" / "vllm").chmod(0o755)
+    (line,) = re.findall(r"^    vllm .*\\\n.*$", SERVING, re.M)
+    env = os.environ | {"PATH": f"{root / 'bin'}:{os.environ['PATH']}"}
+    said = subprocess.run(["bash", "-c", line], cwd=root, env=env, capture_output=True, text=True, check=True).stdout
+    words = said.splitlines()
+    modules = dict(word.split("=", 1) for word in words[words.index("--lora-modules") + 1 :])
+    assert modules == {task: str(out / task) for task in TASKS_OF_PAGE}
+
+
+def test_the_costs_on_the_page():
+    """Its table follows from the counts that tests/test_counts.py computes, its time is the benchmark's."""
+    lora, poly, mhr = (XL[name] for name in ("LoRA", "Poly", "MHR, 64 heads"))
+    rows = [(lora[2], 313 * lora[2])] + [(counts[3], counts[0] + counts[1]) for counts in (poly, mhr)]
+    shown = re.findall(r"^\| (?:exported|routed).*?\| (.*) \| (.*) \| (.*) \|$", SERVING, re.M)
+    assert shown == [(f"{new:,}", f"{every:,}", f"{4 * every / 1e6:,.0f} MB") for new, every in rows]
+    for counts in (poly, mhr):  # "from 9 tasks on"
+        assert counts[0] + 9 * counts[3] < 9 * lora[2] and counts[0] + 8 * counts[3] > 8 * lora[2]
+    bench = (export.TINY.parents[1] / "results" / "bench.md").read_text()
+    _, _, time, _ = re.search(r"b=16 .* h=8, mixed, greedy" + r" +([\d.]+) \([\d.]+\)" * 4, bench).groups()
+    assert f"took {time} times the backbone's" in " ".join(SERVING.split())
 
 
 # --- PEFT's Poly ------------------------------------------------------------------------------------------------------
@@ -381,7 +675,7 @@ def test_damaged_files(folders, tmp_path):
 @pytest.mark.parametrize(
     "run,flags,says",
     [
-        (("mhr", "lora"), {}, "--task is missing: choose from mu, ante, b.c"),
+        (("mhr", "lora"), {}, "--task is missing: choose from all, mu, ante, b.c"),
         (("mhr", "lora"), {"task": "c"}, "--task c is no task of"),
         (("mhr", "lora"), {"task": "ante", "split": "0"}, "--split 0 is for runs of adapt.py"),
         (("lora", "lora"), {"task": "ante"}, "one adapter for all tasks"),
@@ -390,6 +684,10 @@ def test_damaged_files(folders, tmp_path):
         (("mhr", "lora"), {"task": "ante", "format": "peft-poly"}, "--task does not fit --format peft-poly"),
         (("mhr", "lora"), {"task": "ante", "format": "run"}, "--task does not fit --format run"),
         (("mhr", "lora"), {"format": "run"}, "adapter_config.json"),
+        (("mhr", "lora"), {"task": "all", "format": "merged"}, "--task all fits --format peft alone"),
+        (("mhr", "lora"), {"task": "all", "format": "peft-poly"}, "--task does not fit --format peft-poly"),
+        (("lora", "lora"), {"task": "all"}, "one adapter for all tasks, leave --task out"),
+        (("mhr", "sft"), {"task": "all"}, "PEFT has no sparse fine-tuning"),
         (("mhr", "ia3"), {"format": "peft-poly"}, "PEFT's Poly has no --adapter ia3"),
         (("task-moe", "lora"), {"format": "peft-poly"}, "has no --method task-moe"),
         (("hyperformer", "lora"), {"format": "peft-poly"}, "has no --method hyperformer"),
@@ -433,7 +731,7 @@ def test_names_of_tasks_that_are_none(names, says, folders, tmp_path):
     assert f"{tmp_path / 'run' / 'tasks.json'}" in said and says in said and "\n" not in said
 
 
-@pytest.mark.parametrize("format", ["merged", "peft", "peft-poly", "run"])
+@pytest.mark.parametrize("format", ["merged", "peft", "all", "peft-poly", "run"])
 def test_a_limit_on_the_size_of_files(format, folders, tmp_path):
     """As on a full disk: one error that names the folder, which stays empty, and the same command then works."""
     make_run(folders, tmp_path / "run", "t5", "poly", "lora")
@@ -441,6 +739,7 @@ def test_a_limit_on_the_size_of_files(format, folders, tmp_path):
     if format == "run":
         source = run_export(source, tmp_path / "poly", "peft-poly")
     flags = dict(format=format, task="" if format in ("peft-poly", "run") else "mu")
+    flags = dict(task="all") if format == "all" else flags
     before, kept = resource.getrlimit(resource.RLIMIT_FSIZE), sorted(p.name for p in tmp_path.iterdir())
     resource.setrlimit(resource.RLIMIT_FSIZE, (600, before[1]))
     try:
@@ -522,11 +821,15 @@ def test_tasks_of_an_adaptation_run(method, adapter, variant, folders, tmp_path)
         save_adapters(model, str(few / split / f"{task}.safetensors"))
     write_config(few, run)
     exports_are(expected, few, "t5", tmp_path)
+    out = run_export(few, tmp_path / "all", task="all", split="1")
+    assert read(out / "index.json")["tasks"] == {"ζ c": "ζ c"} and read(out / "index.json")["variant"] == variant
+    assert contents(out / "ζ c") == contents(tmp_path / "peft-1")
     out = tmp_path / "out"
     assert "--split is missing" in refused(few, out, task="a.b")
+    assert "--split is missing" in refused(few, out, task="all")
     assert "--split 2: " in refused(few, out, task="a.b", split="2")
     assert "--task mu is no task" in refused(few, out, task="mu", split="0")
-    assert refused(few, out, split="1").endswith("--task is missing: choose from ζ c")
+    assert refused(few, out, split="1").endswith("--task is missing: choose from all, ζ c")
     assert "is one of adapt.py" in refused(few, out, format="peft-poly")
 
 

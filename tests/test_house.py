@@ -21,7 +21,10 @@ FLOORS = [  # from the ground up; a file imports only from floors below, or from
     ["train"],
     ["adapt"],
     ["evaluate"],
-    [f"tools.{x}" for x in "measures figures compare count_parameters estimate_memory export show analyze".split()],
+    [
+        f"tools.{x}"
+        for x in "measures figures compare count_parameters estimate_memory cards layouts export show analyze".split()
+    ],
     [f"experiments.{x}" for x in "methods claims reproduce babyai bench larger mixing gpu_items gpu".split()],
     [f"tests.stress.{x}" for x in "kills targets faults longrun scale".split()],
     [f"docs.{x}" for x in "formulas annotate picture".split()],  # for readers: nothing imports them

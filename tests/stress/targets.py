@@ -38,7 +38,7 @@ from plumbing.tasks import TaskRun
 from recipes import FEW_SHOT, PRETRAINING
 from scoring import of_split
 from tests.stress.kills import RUN, quiet, small_backbone
-from tools import analyze, export, figures
+from tools import analyze, export, figures, layouts
 from tools.compare import compare
 
 SAMPLES = Path(__file__).resolve().parents[2] / "assets" / "samples"
@@ -406,7 +406,7 @@ def run_targets(root: Path, run: Path) -> dict[str, tuple[float, Callable]]:
     one = export.Config(checkpoint=str(run), task=task)
     return {
         "config.json": (0.08, files(root, [run / "config.json"], start)),
-        "tasks.json": (0.02, files(root, [run / "tasks.json"], lambda: export.one_adapter(one) and None)),
+        "tasks.json": (0.02, files(root, [run / "tasks.json"], lambda: export.open_run(one) and None)),
         "TASK.json": (0.05, files(root, sorted((few_folder / "0").glob("*.json")), resume, expected=true)),
         "log.jsonl": (0.04, files(root, [run / "log.jsonl"], truncate, expected=true)),
         "--compare": (0.08, files(root, compared, lambda: compare((str(run), str(few_folder))))),
@@ -420,15 +420,15 @@ def import_targets(root: Path) -> dict[str, tuple[float, Callable]]:
     run, or refuse and leave nothing behind."""
     run, peft, path, out = root / "run", root / "peft", root / "authors.pt", root / "new"
     model, _ = load_run(run, train.run_config(str(run), device="cpu"))
-    blocks = {name: export.to_blocks(layer) for name, layer in adapted_layers(model).items()}
-    state = {f"model.{n}.{export.AUTHORS[key]}": p.detach() for n, block in blocks.items() for key, p in block.items()}
+    blocks = {name: layouts.to_blocks(layer) for name, layer in adapted_layers(model).items()}
+    state = {f"model.{n}.{layouts.AUTHORS[key]}": p.detach() for n, block in blocks.items() for key, p in block.items()}
     h, s, _, r = next(iter(blocks.values()))["A"].shape
     hyper = dict(model=str(root / "backbone"), dataset="t0", n_skills=s, n_splits=h, lora_rank=r, lora_alpha=1.0)
     peft.mkdir()
     (peft / "adapter_config.json").write_text(
         json.dumps({"peft_type": "POLY", "base_model_name_or_path": str(root / "backbone"), "r": r})
     )
-    named = {f"base_model.model.{n}.{export.PEFT_POLY[k]}": p for n, block in blocks.items() for k, p in block.items()}
+    named = {f"base_model.model.{n}.{layouts.PEFT_POLY[k]}": p for n, block in blocks.items() for k, p in block.items()}
     save_file({name: p.detach().clone().contiguous() for name, p in named.items()}, peft / "adapter_model.safetensors")
     shutil.copy(run / "config.json", peft / "run.json")
     shutil.copy(run / "tasks.json", peft / "tasks.json")
