@@ -1,7 +1,7 @@
 """The papers' settings: names of methods and variants, and the recipe of each benchmark. Nothing but data.
 
 A run's defaults are what its benchmark says, changed by what (benchmark, method) says; flags override both. Sources
-(benchmarks/README.md): the MHR authors' configuration files (t0: after T-Few) and Polytropon's appendix A.2. "strings"
+(docs/benchmarks.md): the MHR authors' configuration files (t0: after T-Few) and Polytropon's appendix A.2. "strings"
 is ours; a search on dev compositions found its learning rates for each method (results/methods.md; some variants and
 sizes have others, which `experiments/methods.py` gives as flags). Warm-up is a share of the steps (SuperNI: of 25,000).
 

@@ -5,7 +5,7 @@
     superni                   Super-NaturalInstructions (Wang et al. 2022)
     crossfit                  the NLP Few-shot Gym (Ye et al. 2021)
 
-Where to get the files, and the papers' recipes: README.md beside this file.
+Where to get the files, and the papers' recipes: docs/benchmarks.md.
 """
 
 import importlib

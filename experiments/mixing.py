@@ -34,7 +34,7 @@ from plumbing.errors import exit_on_user_error
 from plumbing.tables import aligned
 from recipes import PRETRAINING
 
-WINDOWS, SEEDS, METHODS = (1, 4, 50), (0, 1, 2), ("mhr", "poly")
+WINDOWS, SEEDS, METHODS = (1, 8, 50), (0, 1, 2), ("mhr", "poly")
 BATCHES = 400  # to count over
 TEXT = """# Tasks in a batch
 

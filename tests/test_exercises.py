@@ -350,7 +350,7 @@ def test_a_learners_file(tmp_path):
 
 def test_the_text_names_what_is_checked():
     """Each command of `exercises.md` selects checks, each check has a command, and each signature is the answer's."""
-    text = (Path(__file__).parents[1] / "exercises.md").read_text()
+    text = (Path(__file__).parents[1] / "docs" / "exercises.md").read_text()
     steps = {name for name in globals() if name.startswith("test_step_")}
     selected = [{name for name in steps if key in name} for key in re.findall(r"-k (step_\d\d)\n", text)]
     assert all(selected) and set().union(*selected) == steps

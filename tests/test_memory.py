@@ -117,6 +117,6 @@ def test_the_table_of_the_benchmarks_page(monkeypatch):
     """Its head and its line for LoRA, one of the fastest to compute."""
     monkeypatch.setattr(estimate_memory, "SHOWN", ("LoRA",))
     head, line = estimate_memory.table("t5-xl", 16, (256, 256), 313)
-    page = (Path(__file__).parents[1] / "benchmarks" / "README.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text()
     assert f"| {' | '.join(head[:6])} | step with `--checkpointing` | {head[7]} |" in page
     assert f"| {' | '.join(line)} |" in page

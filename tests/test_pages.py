@@ -308,7 +308,7 @@ def test_formulas_are_mathml_and_equations_have_their_place(module):
     tables = runpy.run_path(str(ROOT / "docs" / "formulas.py"))
     assert "$" not in page.text and not re.search(r"[\\$_]", page.math)
     assert page.tags.count("math") >= sum(text.count("$") // 2 for text in tables["FORMULAS"][module].values())
-    papers, shown = (ROOT / "papers.md").read_text("utf-8"), "".join(page.text.split())
+    papers, shown = (ROOT / "docs" / "papers.md").read_text("utf-8"), "".join(page.text.split())
     for _, begins in tables["EQUATIONS"][module].values():
         (line,) = [line for line in papers.splitlines() if line.startswith(f"| {begins}")]
         place = re.sub("^Pol ", "Polytropon ", line.split("|")[1].strip()).replace("`", "")
@@ -328,7 +328,7 @@ def test_a_page_needs_nothing_from_elsewhere(module):
         elif not target.startswith("https://arxiv.org/abs/"):
             assert (ROOT / "docs" / "html" / target).is_file(), target
     neighbours = {f"{other}.html" for other in PAGES}
-    assert {"../../README.md", f"../../{module}.py", "../../papers.md", *neighbours} <= set(page.all_of("href"))
+    assert {"../../README.md", f"../../{module}.py", "../papers.md", *neighbours} <= set(page.all_of("href"))
     assert all(page.all_of("alt")) and len(page.all_of("alt")) == page.tags.count("img")
 
 
@@ -351,7 +351,7 @@ def test_a_formula_whose_text_is_gone_is_refused(tmp_path):
     for name, old, new, says in (
         ("mhr.py", "w_hs  = z^_hs", "w_hs = z^_hs", "mhr.py no longer has \"w_hs  = z^_hs / sum_s' z^_hs'\""),
         ("mhr.py", "def average_skills", "def mean_skills", "mhr.py no longer has 'MHRLinear.average_skills'"),
-        ("papers.md", "| Pol eq. 2,", "| Pol equation 2,", "0 lines of papers.md begin with 'Pol eq. 2', not one"),
+        ("docs/papers.md", "| Pol eq. 2,", "| Pol equation 2,", "0 lines of papers.md begin with 'Pol eq. 2', not one"),
     ):
         text = (ROOT / name).read_text("utf-8")
         assert old in text

@@ -23,7 +23,7 @@ from tools import analyze, compare, count_parameters, estimate_memory, export, s
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAPERS = (ROOT / "papers.md").read_text()
+PAPERS = (ROOT / "docs" / "papers.md").read_text()
 FILES = re.findall(
     r"^\| ((?:`[\w./]+/?`(?:, )?)+) \|", README.split("## Files")[1].split("\n## ")[0], re.M
 )  # first cells

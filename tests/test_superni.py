@@ -218,7 +218,7 @@ def test_real_sample(real):
 
 @pytest.mark.parametrize("folder", [pytest.param(REAL, marks=needs_real), SAMPLE], ids=["real", "bundled"])
 def test_padding(folder, tokenizer):
-    """At most a tenth of the tokens of an epoch are padding, inputs and outputs together."""
+    """At most 15 % of the tokens of an epoch are padding, inputs and outputs together: the price of mixed batches."""
     tasks = load("superni", str(folder), parts=("train",)).train
     steps = -(-sum(len(task.train) for task in tasks) // 8)
     filled = total = 0
@@ -226,7 +226,7 @@ def test_padding(folder, tokenizer):
         tensors = data.collate([i.example for i in batch], [i.output for i in batch], tokenizer, True, 1024, 128)
         filled += int(tensors["attention_mask"].sum()) + int((tensors["labels"] != -100).sum())
         total += tensors["attention_mask"].numel() + tensors["labels"].numel()
-    assert 1 - filled / total <= 0.10
+    assert 1 - filled / total <= 0.15
 
 
 def test_gold_answers_score_100():
