@@ -121,7 +121,8 @@ def code(text: str) -> str:
 
 def equation(latex: str, begins: str, links: dict[str, str]) -> str:
     """An equation, cut into lines at each double backslash, with the line of papers.md that begins so."""
-    rows = [line for line in (ROOT / "docs" / "papers.md").read_text("utf-8").splitlines() if line.startswith(f"| {begins}")]
+    lines = (ROOT / "docs" / "papers.md").read_text("utf-8").splitlines()
+    rows = [line for line in lines if line.startswith(f"| {begins}")]
     if len(rows) != 1:
         refuse(f"{len(rows)} lines of papers.md begin with '{begins}', not one")
     place, _, test = (cell.strip() for cell in rows[0].strip("|").split("|"))

@@ -68,7 +68,7 @@ def test_hyperformer_on_bart_large():
     assert 4 * 24 * (2 * 1024 * 16 + 2 * 16) * 8 == 25_190_400
 
 
-SHOWN = {  # a row of the README: its numbers, the papers' left out, in the order of its columns
+SHOWN = {  # a row of docs/methods.md: its numbers, the papers' left out, in the order of its columns
     "Full; LoRA after it": ["full 0", "full 2", 2_211_840],
     "(IA)³": ["(IA)^3 0", "(IA)^3 2"],
     "LoRA": ["LoRA 0", "LoRA 2"],
@@ -92,8 +92,8 @@ SHOWN = {  # a row of the README: its numbers, the papers' left out, in the orde
 
 
 def test_the_readmes_table():
-    """Every number of the README's table is the one that is counted for its row and column."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    """Every number of the table of docs/methods.md is the one that is counted for its row and column."""
+    readme = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
     section = readme.split("What is trained, exactly")[1].split("\n## ")[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| ")][1:]
     shown = {row[0].strip(): re.findall(r"\d{1,3}(?:,\d{3})+", "|".join(row[1:4])) for row in rows}
