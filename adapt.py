@@ -105,7 +105,7 @@ from plumbing.large import is_sharded
 from plumbing.machine import peak_memory, record_start, report_dry_run
 from plumbing.run import Log, run_in_folder
 from plumbing.tasks import InStep, TaskRun
-from plumbing.tables import counted
+from plumbing.tables import counted, in_words
 from scoring import all_scores, evaluate_tasks, of_split, over_splits, summary
 
 # --- The starting point -----------------------------------------------------------------------------------------------
@@ -288,8 +288,8 @@ def adapt_in(folder: Path, cfg: Config) -> dict:
     lengths, results = (base.max_input, base.max_output), {}
     print(data.preview(first, tokenizer, model.config.is_encoder_decoder, *lengths))
     few = f"{counted(len(first), 'task')}, each from {len(first[0].train)} examples"
-    print(f"{few}{f' in {len(splits)} splits' * (len(splits) > 1)}; trainable for each:", end=" ")
-    print(*(f"{name} {count:,}" for name, count in counts.items()))
+    print(f"{'adaptation':21}{few}{f', in {len(splits)} splits' * (len(splits) > 1)}")
+    print(f"{'trainable for each':21}{in_words(counts)}")
     if cfg.dry_run:
         return try_task(model.train(), tokenizer, first[0], lengths, cfg, folder)
     scoring = dict(lengths=lengths, limit=cfg.test_examples, batch_size=cfg.eval_batch, beams=cfg.beams)
@@ -312,7 +312,7 @@ def adapt_in(folder: Path, cfg: Config) -> dict:
         write_json(folder / "result.json", result)
         remove_checkpoint(folder)
     processes.wait()
-    print(f"{summary(result, len(first))} ({result['seconds']:.0f} s, saved in {folder})")
+    print(f"{summary(result, len(first))}\n{result['seconds']:.0f} s, saved in {folder}")
     return result
 
 

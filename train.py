@@ -112,6 +112,7 @@ from plumbing.graph import WORTH_COMPILING, graph_of, refuse_what_cannot_compile
 from plumbing.large import precision_here, refuse_what_does_not_fit
 from plumbing.machine import peak_memory, record_start, report_dry_run
 from plumbing.run import Run, refuse_nonfinite, run_in_folder
+from plumbing.tables import counted, in_words
 from scoring import score_training_tasks, tasks_to_score
 
 # --- Optimisation -----------------------------------------------------------------------------------------------------
@@ -307,17 +308,15 @@ def train_in(folder: Path, cfg: Config) -> dict:
         record_start(folder)
     print(data.preview(tasks, tokenizer, model.config.is_encoder_decoder, cfg.max_input, cfg.max_output))
     counts, sizes = count_parameters(model), [len(task.train) for task in tasks if len(task.train)]
-    print(f"{len(sizes)} training tasks, {sum(sizes):,} examples, {steps:,} steps,", end=" ")
-    print(f"{len(routers(model))} routers; trainable:", *(f"{name} {count:,}" for name, count in counts.items()))
+    print(f"{'training':21}{counted(len(sizes), 'task')}, {sum(sizes):,} examples, {counted(steps, 'step')}")
+    print(f"{'trainable':21}{in_words(counts)}; {counted(len(routers(model)), 'router')}")
     if cfg.dry_run:
         few = dataclasses.replace(cfg, log_every=1, keep_every=0, eval_every=0, tensorboard=False)
         train_steps(model.train(), tokenizer, tasks, 3, few, folder)
         first, _, last = (line["seconds"] for line in read_lines(folder / "log.jsonl"))
         return report_dry_run((last - first) / 2, steps)
     if steps >= WORTH_COMPILING and not (cfg.compile or cfg.shard or cfg.precision == "nf4"):
-        print(
-            "--compile would save about a quarter of each step on two CPU cores, after half a minute (results/bench.md)"
-        )
+        print(f"{'faster':21}--compile saves a quarter of a step, after half a minute (docs/gpu.md)")
     done = train_steps(model.train(), tokenizer, tasks, steps, cfg, folder).now
     save_run(model, tokenizer, folder)
     if processes.first() and embeddings is not None:

@@ -50,6 +50,11 @@ def counted(number: int, word: str) -> str:
     return f"{number:,} {word}{'s' * (number != 1)}"
 
 
+def in_words(counts: dict[str, int]) -> str:
+    """{"adapters": 1234, "routing": 5} to "adapters 1,234, routing 5"."""
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+
 def shortened(text: str, width: int) -> str:
     """A text in one line of at most `width` characters, its middle left out if need be."""
     line, head = visible(text), (width - 1) * 2 // 3

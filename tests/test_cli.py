@@ -42,6 +42,7 @@ from plumbing.backbones import load_backbone, tiny_from_scratch
 from plumbing.errors import RunError, UserError, exit_on_user_error
 from plumbing.flags import explicit_flags
 from plumbing.folders import read_config, refuse_other_tasks, write_json
+from plumbing.tables import counted
 from recipes import FEW_SHOT, FIXED_TABLE, PRETRAINING, ROUTED, VARIANTS
 from tests.helpers import (
     change_json, contents, fingerprints_as_metrics, lines_of, read, same_tensors, small_backbone,
@@ -574,7 +575,7 @@ def test_granularity(folder, two_layers, capsys, granularity, number):
     run, few = folder / f"shared-{granularity}", folder / f"shared-{granularity}-few"
     flags = dict(granularity=granularity, backbone=two_layers, steps=2, eval_examples=0, output_dir=str(run))
     train.main(flags_of("poly", **flags))
-    said = f", {number} routers; trainable: adapters {16 * LORA_SIZE:,} routing {64 * 8 * number:,}\n"
+    said = f"adapters {16 * LORA_SIZE:,}, routing {64 * 8 * number:,}; {counted(number, 'router')}\n"
     assert said in capsys.readouterr().out
     assert sum(key.endswith(".router.Z") for key in load_file(run / "adapter.safetensors")) == number
     result = adapt.main(FEW | dict(checkpoint=str(run), tasks=HELD_OUT[0], output_dir=str(few), variant="z"))
