@@ -43,7 +43,7 @@ def predict(
         return outputs
     order = sorted(range(len(examples)), key=lambda k: -len(examples[k].input))
     outputs, name = [None] * len(examples), "choose" if by_choice else "generate"
-    for start in tqdm(range(0, len(order), batch_size), desc=name, unit="batch", disable=None, leave=False):
+    for start in tqdm(range(0, len(order), batch_size), desc=name, unit="batch", disable=None, leave=False, delay=2):
         rows = order[start : start + batch_size]
         batch = [examples[k] for k in rows]
         with task_ids([ids[k] for k in rows], keep=True):

@@ -72,7 +72,7 @@ class TaskRun(Log):
         self.own = {}
         (self.folder / split).mkdir(parents=True, exist_ok=True)
         mine = processes.share(tasks) if self.in_step == 1 else tasks
-        form = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}"  # at 80 columns the score must be seen
+        form = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"  # at 80 columns the score must be seen
         for task in (bar := tqdm(mine, desc=title, bar_format=form, disable=None)):
             self.split, self.file_of_task = split, (path := self.folder / split / f"{task.name}.json")
             self.made = self.made_with | {"data set": marks_of_tasks([task])}
