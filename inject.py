@@ -25,8 +25,9 @@ import re
 import reprlib
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
+from functools import wraps
 from typing import NamedTuple
 
 import torch
@@ -100,6 +101,28 @@ def _checked(ids) -> Tensor:
     if ids.min() < 0:
         raise ValueError(f"task ids must not be negative, got {int(ids.min())}")
     return ids.long()
+
+
+def accept_task_ids(model: nn.Module):
+    """Let a model take `task_ids=` in its call and in `generate`, as a column of the batch: for a Trainer.
+
+    `model(**batch, task_ids=ids)` is then `with task_ids(ids): model(**batch)`. Without it the context around the call
+    counts, as before. The model becomes one of a subclass of the same name, which can be copied, not pickled.
+    """
+    model = unwrapped(model)
+
+    def within(method):
+        @wraps(method)
+        def call(self, *args, **kwargs):
+            ids = kwargs.pop("task_ids", None)
+            with nullcontext() if ids is None else task_ids(ids):
+                return method(self, *args, **kwargs)
+
+        return call
+
+    kind = type(model)
+    own = {name: within(getattr(kind, name)) for name in ("__call__", "generate") if hasattr(kind, name)}
+    model.__class__ = type(kind.__name__, (kind,), own | {"__module__": kind.__module__})
 
 
 # --- One mix for all layers -------------------------------------------------------------------------------------------

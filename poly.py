@@ -129,7 +129,7 @@ class PolyRouter(nn.Module):
 
     def extra_repr(self) -> str:
         settings = {"tasks": self.tasks} | {k: v for k, v in vars(self).items() if k[0] != "_" and k != "training"}
-        return ", ".join(f"{name}={value}" for name, value in settings.items())
+        return ", ".join(v if isinstance(v, str) else f"{k}={v}" for k, v in settings.items())
 
     @torch.no_grad()
     def add_tasks(self, count: int, keep: bool = True):
