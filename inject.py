@@ -12,9 +12,10 @@ one has a `.router` and wants task ids.
     save_adapters(model, "adapter.safetensors")
 
 A pattern or a list says which layers (`layers.py` has patterns). Task ids travel through a context instead of the
-model's arguments, for no Hugging Face model would pass them on. A hook on the model reads the innermost context at
-every call and mixes the adapters of all layers; a hook on each layer gives it its own. The hooks stay for good (PEFT's
-Poly removes its hooks before backward, and then gradient checkpointing fails), and nothing is written to a layer.
+model's arguments, for no Hugging Face model would pass them on (`accept_task_ids` opens it around the call). A hook on
+the model reads the innermost context at every call and mixes the adapters of all layers; a hook on each layer gives it
+its own. The hooks stay for good (PEFT's Poly removes its hooks before backward, and then gradient checkpointing fails),
+and nothing is written to a layer.
 """
 
 import hashlib
@@ -461,7 +462,7 @@ def inject(model: nn.Module, make_layer, pattern: str | list[str]) -> list[str]:
             raise ValueError(f"layer {name}: {error}") from None
         except (TypeError, AttributeError) as error:
             raise TypeError(f"layer {name}: make_layer(name, linear) failed: {error}") from error
-        if getattr(layer, "linear", None) is not module or not hasattr(layer, "merged"):
+        if getattr(layer, "linear", None) is not module:
             what = f"which this {type(layer).__name__} is not"
             raise TypeError(f"layer {name}: make_layer(name, linear) must return a layer around this `linear`, {what}")
         made.append((name, layer))
