@@ -84,10 +84,10 @@ def make_trainer(folder: str, steps: int = 120) -> Trainer:
     )
 
 
-def main(folder: str = "runs/hf-trainer"):
+def main(folder: str = "runs/hf-trainer", steps: int = 120):
     """Train, or resume where a run in the folder was stopped."""
     last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
-    trainer = make_trainer(folder)
+    trainer = make_trainer(folder, steps)
     trainer.train(resume_from_checkpoint=last)
     print(f"loss on new words: {trainer.evaluate()['eval_loss']:.3f}")
 

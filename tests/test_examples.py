@@ -81,6 +81,17 @@ def test_a_resumed_trainer_ends_as_an_uninterrupted_one(whole, tmp_path):
         assert not torch.equal(cut[name], p), name  # three steps did change something
 
 
+def test_the_script_resumes_by_itself(tmp_path, capsys):
+    """Started anew after its last step it trains nothing, and says the same."""
+    for _ in range(2):
+        hf_trainer.main(str(tmp_path), steps=4)
+    first, second = re.findall(r"^loss on new words: ([\d.]+)$", capsys.readouterr().out, re.M)
+    assert first == second
+    hf_trainer.main(str(tmp_path), steps=8)  # more steps: it goes on
+    assert re.findall(r"^loss on new words: ([\d.]+)$", capsys.readouterr().out, re.M) != [first]
+    assert (tmp_path / "checkpoint-8").is_dir()
+
+
 def test_a_checkpoint_holds_adapters_alone(whole):
     trainer, folder, _, _ = whole
     last = folder / "checkpoint-8"
