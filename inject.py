@@ -12,9 +12,10 @@ one has a `.router` and wants task ids.
     save_adapters(model, "adapter.safetensors")
 
 A pattern or a list says which layers (`layers.py` has patterns). Task ids travel through a context instead of the
-model's arguments, for no Hugging Face model would pass them on. A hook on the model reads the innermost context at
-every call and mixes the adapters of all layers; a hook on each layer gives it its own. The hooks stay for good (PEFT's
-Poly removes its hooks before backward, and then gradient checkpointing fails), and nothing is written to a layer.
+model's arguments, for no Hugging Face model would pass them on (`accept_task_ids` opens it around the call). A hook on
+the model reads the innermost context at every call and mixes the adapters of all layers; a hook on each layer gives it
+its own. The hooks stay for good (PEFT's Poly removes its hooks before backward, and then gradient checkpointing fails),
+and nothing is written to a layer.
 """
 
 import hashlib
@@ -22,10 +23,12 @@ import json
 import math
 import os
 import re
+import reprlib
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
+from functools import wraps
 from typing import NamedTuple
 
 import torch
@@ -88,16 +91,39 @@ def task_ids(ids, among=None, keep=False):
 
 def _checked(ids) -> Tensor:
     """Task ids as a tensor (n,) of int64. Raises ValueError as `task_ids` says."""
+    given = _kind(ids) if isinstance(ids, Tensor) else reprlib.repr(ids)
     try:
         ids = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"task ids must be a flat list of integers, not {ids!r}") from None
+        ids = torch.empty(0)
     integers = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
     if ids.dim() != 1 or len(ids) == 0 or not integers:
-        raise ValueError(f"task ids must be a flat list of integers, not {_kind(ids)}")
+        raise ValueError(f"task ids must be a flat list of integers, one for each example, not {given}")
     if ids.min() < 0:
         raise ValueError(f"task ids must not be negative, got {int(ids.min())}")
     return ids.long()
+
+
+def accept_task_ids(model: nn.Module):
+    """Let a model take `task_ids=` in its call and in `generate`, as a column of the batch: for a Trainer.
+
+    `model(**batch, task_ids=ids)` is then `with task_ids(ids): model(**batch)`. Without it the context around the call
+    counts, as before. The model becomes one of a subclass of the same name, which can be copied, not pickled.
+    """
+    model = unwrapped(model)
+
+    def within(method):
+        @wraps(method)
+        def call(self, *args, **kwargs):
+            ids = kwargs.pop("task_ids", None)
+            with nullcontext() if ids is None else task_ids(ids):
+                return method(self, *args, **kwargs)
+
+        return call
+
+    kind = type(model)
+    own = {name: within(getattr(kind, name)) for name in ("__call__", "generate") if hasattr(kind, name)}
+    model.__class__ = type(kind.__name__, (kind,), own | {"__module__": kind.__module__})
 
 
 # --- One mix for all layers -------------------------------------------------------------------------------------------
@@ -402,8 +428,8 @@ def compiled(function, model: nn.Module, **options):
 
 
 def freeze(model: nn.Module):
-    """No parameter of the model is trained from here on; adapters that are injected afterwards are."""
-    for p in model.parameters():
+    """No parameter of the model is trained from here on, also none of its adapters; those injected afterwards are."""
+    for p in unwrapped(model).parameters():
         p.requires_grad_(False)
 
 
@@ -414,11 +440,14 @@ def inject(model: nn.Module, make_layer, pattern: str | list[str]) -> list[str]:
     GPT-2's Conv1D, a linear layer with its weight stored (i, o), becomes an nn.Linear that shares its memory.
     Returns the names replaced, in model order. Raises ValueError, with the model unchanged, if nothing matches, a
     match is no linear layer or would not be called (`_refuse_unused`), the model already has adapters, or make_layer
-    refuses a layer (its name is added).
+    refuses a layer (its name is added); TypeError if make_layer is no such function.
     """
     model = unwrapped(model)
     if adapted_layers(model):
-        raise ValueError("this model already has adapters")
+        raise ValueError("this model already has adapters: load it anew, or train those")
+    if not callable(make_layer) or isinstance(make_layer, type):
+        example = "lambda name, linear: LoRALinear(linear, LoRA(rank=1))"
+        raise TypeError(f"make_layer must be a function, such as {example}, not {reprlib.repr(make_layer)}")
     made = []
     for name, module in _matches(model, pattern):
         if type(module).__name__ == "Conv1D":
@@ -428,9 +457,15 @@ def inject(model: nn.Module, make_layer, pattern: str | list[str]) -> list[str]:
             raise ValueError(f"{what} is a {type(module).__name__}, only linear layers can be adapted: {pattern!r}")
         _refuse_unused(model, name)
         try:
-            made.append((name, make_layer(name, module)))
+            layer = make_layer(name, module)
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from None
+        except (TypeError, AttributeError) as error:
+            raise TypeError(f"layer {name}: make_layer(name, linear) failed: {error}") from error
+        if getattr(layer, "linear", None) is not module:
+            what = f"which this {type(layer).__name__} is not"
+            raise TypeError(f"layer {name}: make_layer(name, linear) must return a layer around this `linear`, {what}")
+        made.append((name, layer))
     first = set()  # the routers so far
     for name, layer in made:
         if hasattr(layer, "router"):
@@ -454,9 +489,9 @@ def _matches(model: nn.Module, pattern: str | list[str]) -> list[tuple[str, nn.M
     if isinstance(pattern, re.Pattern):
         pattern = pattern.pattern
     if not isinstance(pattern, str):
-        names = list(pattern)
+        names = list(pattern) if isinstance(pattern, Iterable) and not isinstance(pattern, Mapping) else []
         if not names or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"give a pattern, or a list of names of layers, not {pattern!r}")
+            raise ValueError(f"give a pattern, or a list of names of layers, not {reprlib.repr(pattern)}")
         pattern = "|".join(rf"(?:.*\.)?{re.escape(name)}" for name in names)
     try:
         matches = [(name, module) for name, module in model.named_modules() if re.fullmatch(pattern, name)]
@@ -491,7 +526,12 @@ def _refuse_unused(model: nn.Module, name: str):
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside what wraps it whole: torch.compile's, DistributedDataParallel's, or the like."""
+    """The model inside what wraps it whole: torch.compile's, DistributedDataParallel's, or the like.
+
+    Raises TypeError for what is no model.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"give a loaded model, such as AutoModel.from_pretrained(...), not a {type(model).__name__}")
     while list(model._modules) in (["module"], ["_orig_mod"]) and not model._parameters:
         model = next(iter(model._modules.values()))
     return model
@@ -552,10 +592,14 @@ def check(model: nn.Module, forward: Callable):
     forward(): a call of the model with three examples of seven tokens each, best returning its output. It is called in
     training mode, and in evaluation mode, where some models take a faster path; random states stay as they were.
     Raises ValueError, with the layer's name, for a layer that is never called, whose output is not used, or (routed)
-    whose rows are not those of the examples in their order.
+    whose rows are not those of the examples in their order; and if there are no adapters.
     """
     model = unwrapped(model)
     layers, training = adapted_layers(model), {module: module.training for module in model.modules()}
+    if not callable(forward):
+        raise TypeError(f"check takes a function, such as lambda: model(**batch), not a {type(forward).__name__}")
+    if not layers:
+        raise ValueError("nothing to check: this model has no adapters, inject them first")
     gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
         with torch.random.fork_rng(gpus), task_ids([0, 0, 0]):
@@ -671,8 +715,11 @@ def _refuse_unused_outputs(calls: dict[str, list], output):
 def add_tasks(model: nn.Module, count: int, keep: bool = True):
     """Every router gets `count` fresh tasks: after the old ones, which stay bit for bit, or in their place.
 
-    Z is then a new parameter: make the optimiser afterwards.
+    Z is then a new parameter: make the optimiser afterwards. Without routers nothing is to be done. Raises ValueError
+    unless count is an integer of at least 1.
     """
+    if not hasattr(count, "__index__") or count < 1:
+        raise ValueError(f"add_tasks takes how many tasks to add, an integer of at least 1, not {count!r}")
     for router in routers(model):
         router.add_tasks(count, keep)
 
@@ -685,10 +732,13 @@ def merge(model: nn.Module, task: int) -> dict[str, nn.Module]:
 
     The model is then an ordinary Hugging Face model. Returns the adapted layers for `unmerge`: they keep the original
     weights, untouched, so undoing is exact to the bit, at the price of a second copy of those weights meanwhile.
-    Raises ValueError if there are no adapters or a weight is not whole, IndexError if the task is out of range.
+    Raises ValueError if there are no adapters or a weight is not whole, IndexError if the task is out of range,
+    TypeError if it is no integer.
     """
     model = unwrapped(model)
     layers = adapted_layers(model)
+    if isinstance(task, bool) or not hasattr(task, "__index__"):
+        raise TypeError(f"merge takes the id of one task, an integer, not {task!r}")
     if not layers:
         raise ValueError("nothing to merge: this model has no adapters")
     for name, layer in layers.items():
@@ -764,7 +814,7 @@ def save_adapters(model: nn.Module, path: str):
     """
     tensors = {_plain(name): p.detach().contiguous().cpu() for name, p in adapter_parameters(model).items()}
     if not tensors:
-        raise ValueError("nothing to save: this model has no adapters (a merged one must be unmerged first)")
+        raise ValueError("nothing to save: this model has no adapters: inject them, or unmerge those that are merged")
     write_tensors(tensors, path, backbone=fingerprint(model))
 
 
@@ -774,8 +824,9 @@ def write_tensors(tensors: dict[str, Tensor], path: str, **metadata: str):
     A digest of the tensors, and of the metadata's `state`, goes with it. Raises OSError if it cannot be written; an
     older file of that name stays.
     """
-    temporary = f"{path}.tmp"
+    temporary = f"{os.fspath(path)}.tmp"
     try:
+        open(temporary, "wb").close()  # fails in the words of the system, not of safetensors
         sha = digest(tensors, metadata.get("state", ""))
         one = json.dumps(metadata | {"sha256": sha})  # one entry: safetensors writes several in any order
         save_file(tensors, temporary, metadata={"saved": one})
@@ -805,7 +856,7 @@ def read_tensors(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from None
     whole = isinstance(metadata, dict) and metadata.get("sha256") == digest(tensors, str(metadata.get("state", "")))
     if not whole:
-        raise ValueError(f"{path} is damaged: its content is not what was saved")
+        raise ValueError(f"{path} is damaged: its content is not what was saved, or something else has written it")
     return tensors, metadata
 
 
@@ -838,8 +889,8 @@ def load_adapters(model: nn.Module, path: str):
     named = adapter_parameters(model)
     full, own = {_plain(name): name for name in named}, {_plain(name): p for name, p in named.items()}
     for name in sorted(saved.keys() ^ own.keys()):
-        where = "file" if name in saved else "model"
-        raise ValueError(f"{path}: {name} is only in the {where}: it was saved with other adapter settings")
+        at = "file" if name in saved else "model"
+        raise ValueError(f"{path}: {name} is only in the {at}: it was saved with other adapter settings, inject those")
     for name, p in own.items():
         free = name.endswith((".router.Z", ".params.value", ".params.place"))  # the length of the first axis is free
         if saved[name].dtype != p.dtype or saved[name].dim() != p.dim() or saved[name].shape[free:] != p.shape[free:]:

@@ -81,8 +81,10 @@ LAYER_SETS = {
 def named_layers(name: str, model_type: str) -> str:
     """The pattern of a named set of layers (a key of LAYER_SETS) in a model of `model_type` (config.model_type).
 
-    "lora" and "ia3" are what these adapters change by default. Raises ValueError for an unknown model type.
+    "lora" and "ia3" are what these adapters change by default. Raises ValueError for an unknown name or model type.
     """
+    if name not in LAYER_SETS:
+        raise ValueError(f"no set of layers is called {name!r}: choose {', '.join(LAYER_SETS)}")
     for family, members in FAMILIES.items():
         if model_type in members:
             return LAYER_SETS[name][family]
@@ -97,7 +99,9 @@ def pattern_of(layers: str, model: nn.Module) -> str:
     """--layers as a pattern for `inject`: a named set, "all-linear", or the pattern that it is."""
     if layers == "all-linear":
         return all_linear(model)
-    return named_layers(layers, model.config.model_type) if layers in LAYER_SETS else layers
+    if layers not in LAYER_SETS:
+        return layers
+    return named_layers(layers, getattr(getattr(model, "config", None), "model_type", None))
 
 
 def all_linear(model: nn.Module) -> str:

@@ -85,8 +85,8 @@ class LoRA:
     feature_axis = {"A": 0, "B": 1}
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, not {self.rank}")
+        if not hasattr(self.rank, "__index__") or self.rank < 1:
+            raise ValueError(f"rank must be an integer of at least 1, not {self.rank!r}")
 
     def init(self, linear: nn.Linear) -> dict[str, Tensor]:
         """Fresh float32 parameters of one adapter: A (i, r) uniform within +-1/sqrt(3 i), B (r, o) zero.
@@ -137,6 +137,9 @@ class LoRALinear(nn.Module):
     bias = property(lambda self: self.linear.bias)
     in_features = property(lambda self: self.linear.in_features)
     out_features = property(lambda self: self.linear.out_features)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.in_features} -> {self.out_features}, {self.adapter})"
 
     def forward(self, x: Tensor) -> Tensor:
         return self.adapter.apply(self.linear, x, **self.params)

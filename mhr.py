@@ -84,16 +84,16 @@ def rows_of(Z: Tensor, tasks: Tensor, axis: int = 0) -> Tensor:
 class MHRRouter(nn.Module):
     """The task-skill allocation per head, Z (t, h, s), learned as logits ([2] section 3).
 
-    tasks: t. skills: s. heads: h. routing: see `soft_partition`. Raises ValueError for sizes below 1 or an unknown
-    routing.
+    tasks: t. skills: s. heads: h. routing: see `soft_partition`.
+    Raises ValueError for sizes that are no integers of at least 1, or an unknown routing.
     """
 
     per_example = False  # whether the layer asks for weights for each example, not for each distinct task
 
     def __init__(self, tasks: int, skills: int, heads: int, routing: str = "gumbel"):
         super().__init__()
-        if tasks < 1 or skills < 1 or heads < 1:
-            raise ValueError(f"a router needs at least 1 task, skill and head, not {tasks}, {skills} and {heads}")
+        if not all(hasattr(size, "__index__") and size >= 1 for size in (tasks, skills, heads)):
+            raise ValueError(f"tasks, skills and heads must be integers of at least 1, not {tasks}, {skills}, {heads}")
         if routing not in ("gumbel", "sigmoid", "straight-through"):
             raise ValueError(f"unknown routing {routing!r}: choose gumbel, sigmoid or straight-through")
         self.skills, self.heads, self.routing = skills, heads, routing
@@ -115,6 +115,10 @@ class MHRRouter(nn.Module):
         """
         rows = rows_of(self.Z, tasks) if Z is None else rows_of(Z, tasks, axis=1)
         return soft_partition(rows, self.routing, self.training if sample is None else sample)
+
+    def extra_repr(self) -> str:
+        settings = {"tasks": self.tasks} | {k: v for k, v in vars(self).items() if k[0] != "_" and k != "training"}
+        return ", ".join(v if isinstance(v, str) else f"{k}={v}" for k, v in settings.items())
 
     @torch.no_grad()
     def add_tasks(self, count: int, keep: bool = True):
@@ -153,6 +157,9 @@ class MHRLinear(nn.Module):
     bias = property(lambda self: self.linear.bias)
     in_features = property(lambda self: self.linear.in_features)
     out_features = property(lambda self: self.linear.out_features)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.in_features} -> {self.out_features}, {self.adapter}, {self.router})"
 
     def mix(self, w: Tensor, inventory=None) -> dict[str, Tensor]:
         """Weights (n, h, s) to n adapters: {name: (n, ...)}, head by head the sum over s of w_hs Phi_s[h].
@@ -213,7 +220,7 @@ class MHRLinear(nn.Module):
 
     @torch.no_grad()
     def average_skills(self) -> dict[str, Tensor]:
-        """MHR-mu ([2] section 5.3): ONE adapter, the mean over s of the inventory. {name: (...)}.
+        """mu ([2] section 5.3): ONE adapter, the mean over s of the inventory. {name: (...)}.
 
         Routing is dropped: train the result as a `LoRALinear`, `IA3Linear` or `SFTLinear`. The authors' code instead
         continues to train all s skills under uniform weights, s times as many parameters as the papers count.

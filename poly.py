@@ -95,15 +95,16 @@ def rows_of(Z: Tensor, tasks: Tensor, axis: int = 0) -> Tensor:
 class PolyRouter(nn.Module):
     """The task-skill allocation Z (t, s), learned as logits ([1] section 2.1).
 
-    tasks: t. skills: s. routing: see `soft_partition`. Raises ValueError for sizes below 1 or an unknown routing.
+    tasks: t. skills: s. routing: see `soft_partition`.
+    Raises ValueError for sizes that are no integers of at least 1, or an unknown routing.
     """
 
     per_example = False  # whether the layer asks for weights for each example, not for each distinct task
 
     def __init__(self, tasks: int, skills: int, routing: str = "gumbel"):
         super().__init__()
-        if tasks < 1 or skills < 1:
-            raise ValueError(f"a router needs at least 1 task and 1 skill, not {tasks} and {skills}")
+        if not all(hasattr(size, "__index__") and size >= 1 for size in (tasks, skills)):
+            raise ValueError(f"tasks and skills must be integers of at least 1, not {tasks}, {skills}")
         if routing not in ("gumbel", "sigmoid", "straight-through"):
             raise ValueError(f"unknown routing {routing!r}: choose gumbel, sigmoid or straight-through")
         self.skills, self.routing = skills, routing
@@ -126,6 +127,10 @@ class PolyRouter(nn.Module):
         rows = rows_of(self.Z, tasks) if Z is None else rows_of(Z, tasks, axis=1)
         return soft_partition(rows, self.routing, self.training if sample is None else sample)
 
+    def extra_repr(self) -> str:
+        settings = {"tasks": self.tasks} | {k: v for k, v in vars(self).items() if k[0] != "_" and k != "training"}
+        return ", ".join(v if isinstance(v, str) else f"{k}={v}" for k, v in settings.items())
+
     @torch.no_grad()
     def add_tasks(self, count: int, keep: bool = True):
         """Give Z `count` fresh rows: after the old ones, which stay bit for bit, or (keep=False) in their place."""
@@ -143,6 +148,8 @@ class PolyLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, adapter, router: PolyRouter):
         super().__init__()
+        if hasattr(router, "heads"):
+            raise TypeError(f"{type(router).__name__} has heads: give PolyLinear a PolyRouter, or take MHRLinear")
         self.linear = linear.requires_grad_(False)
         self.adapter = adapter
         self.router = router
@@ -157,6 +164,9 @@ class PolyLinear(nn.Module):
     bias = property(lambda self: self.linear.bias)
     in_features = property(lambda self: self.linear.in_features)
     out_features = property(lambda self: self.linear.out_features)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.in_features} -> {self.out_features}, {self.adapter}, {self.router})"
 
     def mix(self, w: Tensor, inventory=None) -> dict[str, Tensor]:
         """Weights (n, s) to n adapters: {name: (n, ...)}, the sum over s of w_s Phi_s.
@@ -211,7 +221,7 @@ class PolyLinear(nn.Module):
 
     @torch.no_grad()
     def average_skills(self) -> dict[str, Tensor]:
-        """Poly-mu ([2] section 5.3): ONE adapter, the mean over s of the inventory. {name: (...)}.
+        """mu ([2] section 5.3): ONE adapter, the mean over s of the inventory. {name: (...)}.
 
         Routing is dropped: train the result as a `LoRALinear`, `IA3Linear` or `SFTLinear`. The authors' code instead
         continues to train all s skills under uniform weights, s times as many parameters as the papers count.

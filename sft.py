@@ -120,6 +120,9 @@ class SFTLinear(nn.Module):
     in_features = property(lambda self: self.linear.in_features)
     out_features = property(lambda self: self.linear.out_features)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.in_features} -> {self.out_features}, {self.adapter})"
+
     def forward(self, x: Tensor) -> Tensor:
         return self.adapter.apply(self.linear, x, **self.params)
 

@@ -27,6 +27,8 @@ class FixedRouter(nn.Module):
 
     def __init__(self, table: Tensor):
         super().__init__()
+        if not isinstance(table, Tensor):
+            raise TypeError(f"give FixedRouter a tensor, torch.tensor(table), not a {type(table).__name__}")
         good = table.is_meta or bool((table >= 0).all()) and bool((table.sum(-1) > 0).all())  # meta: has no values
         if table.dim() != 2 or not good:
             raise ValueError("a table (tasks, skills) needs entries of 0 or more, and in each row one above 0")
@@ -43,6 +45,9 @@ class FixedRouter(nn.Module):
         """
         rows = rows_of(self.Z, tasks) if Z is None else rows_of(Z, tasks, axis=1)
         return rows / rows.sum(-1, keepdim=True)
+
+    def extra_repr(self) -> str:
+        return f"tasks={self.tasks}, skills={self.skills}"
 
     @torch.no_grad()
     def add_tasks(self, count: int, keep: bool = True):

@@ -34,6 +34,9 @@ class HyperRouter(PolyRouter):
         super().__init__(tasks, skills)
         self.hidden, self.last = nn.Linear(skills, skills), nn.Linear(skills, skills)
 
+    def __repr__(self) -> str:
+        return f"HyperRouter(tasks={self.tasks}, skills={self.skills})"
+
     def fresh(self, tasks: int) -> Tensor:
         """Embeddings (tasks, e) of new tasks, normally distributed."""
         return torch.randn(tasks, self.skills)

@@ -29,6 +29,9 @@ class TaskMoERouter(PolyRouter):
         super().__init__(tasks, skills)
         self.k = k
 
+    def extra_repr(self) -> str:
+        return f"tasks={self.tasks}, skills={self.skills}, k={self.k}"
+
     def forward(self, tasks: Tensor, sample: bool | None = None, Z: Tensor | None = None) -> Tensor:
         """Task ids (u,) to weights (u, s), at most k of them above 0, each row summing to 1. sample: there is no noise.
 

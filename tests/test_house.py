@@ -26,6 +26,7 @@ FLOORS = [  # from the ground up; a file imports only from floors below, or from
         for x in "measures figures compare count_parameters estimate_memory cards layouts export show analyze".split()
     ],
     [f"experiments.{x}" for x in "methods claims reproduce babyai bench larger mixing gpu_items gpu".split()],
+    [f"examples.{x}" for x in "own_model hf_trainer".split()],
     [f"tests.stress.{x}" for x in "kills targets faults longrun scale".split()],
     [f"docs.{x}" for x in "formulas annotate picture".split()],  # for readers: nothing imports them
 ]
@@ -38,7 +39,7 @@ def module_of(path: Path) -> str:
 
 def modules() -> dict[str, Path]:
     """{name: file} of all own code but the tests; an __init__.py that only says what its folder is is left out."""
-    folders = ("", "plumbing", "benchmarks", "baselines", "tools", "experiments", "tests/stress", "docs")
+    folders = ("", "plumbing", "benchmarks", "baselines", "tools", "experiments", "examples", "tests/stress", "docs")
     paths = [path for folder in folders for path in (ROOT / folder).glob("*.py")]
     return {module_of(path): path for path in paths if len(ast.parse(path.read_text()).body) > 1}
 

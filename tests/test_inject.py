@@ -21,12 +21,13 @@ from transformers import (
 import adapt
 import inject as inject_module
 import train
+from baselines.fixed import FixedRouter
 from ia3 import IA3, IA3Linear
 from inject import (
     adapted_layers, adapter_parameters, add_tasks, fingerprint, freeze, inject, load_adapters, merge, merged,
     read_tensors, routers, save_adapters, task_ids, unmerge, write_tensors,
 )  # fmt: skip
-from layers import GRANULARITIES, LORA_LAYERS, named_layers
+from layers import GRANULARITIES, LORA_LAYERS, named_layers, pattern_of
 from lora import LoRA, LoRALinear
 from methods import add_adapters, average_skills
 from mhr import MHRRouter
@@ -993,6 +994,17 @@ def test_the_default_layers_are_replaced_and_no_others(name, method, adapter):
             assert layer.adapter.side == ("in" if scaled_at_input else "out")
 
 
+@models
+def test_a_model_prints_a_line_for_each_layer(name):
+    """Blocks that are alike are printed once, as torch does: two lines of T5's, which differ in their first block."""
+    printed = str(adapted(name, "mhr", "lora")).splitlines()
+    mine = [line for line in printed if "MHR" in line]
+    assert all(
+        re.fullmatch(r" +\(\w+\): MHRLinear\(\d+ -> \d+, LoRA\(.*\), MHRRouter\(tasks=5, .*\)\)", x) for x in mine
+    )
+    assert len(printed) == len(str(backbone(name)).splitlines()) and max(map(len, mine)) <= 120
+
+
 def test_an_unknown_family_has_no_default():
     for adapter in ("lora", "ia3"):
         with pytest.raises(ValueError, match="no layers of a model of type 'bert' are named here"):
@@ -1066,6 +1078,93 @@ def test_heads_that_do_not_divide_a_layer_are_refused(name, adapter, heads, laye
         inject(model, layer_maker("mhr", adapter, heads=heads), layers_of(adapter, name))
     assert dict(model.named_modules()) == modules
     assert_same_state(model, before)
+
+
+# --- Slips: what is given is of another kind --------------------------------------------------------------------------
+
+poly = lambda name, linear: PolyLinear(linear, LoRA(1), PolyRouter(TASKS, SKILLS))  # noqa: E731
+bare = lambda make, pattern="a|b": inject(Two(), make, pattern)  # noqa: E731
+one_argument = lambda linear: LoRALinear(linear)  # noqa: E731
+NO_MODEL = "give a loaded model, such as AutoModel.from_pretrained(...), not a str"
+NO_FUNCTION = "make_layer must be a function, such as lambda name, linear: LoRALinear(linear, LoRA(rank=1)), not "
+FAILED = "layer a: make_layer(name, linear) failed: "
+NO_LAYER = "layer a: make_layer(name, linear) must return a layer around this `linear`, which this "
+SLIPS = [  # what somebody calls, and the kind and the sentence of the error
+    *((lambda task=task: merge(two(), task), TypeError, f"merge takes the id of one task, an integer, not {task!r}")
+      for task in ("boolq", [3], 3.0, True, None)),
+    (lambda: merge(two("lora"), "boolq"), TypeError, "merge takes the id of one task, an integer, not 'boolq'"),
+    (lambda: merged(two(), "boolq").__enter__(), TypeError, "merge takes the id of one task, an integer, not 'boolq'"),
+    *((lambda ids=ids: task_ids(ids).__enter__(), ValueError,
+       f"task ids must be a flat list of integers, one for each example, not {ids!r}")
+      for ids in ("boolq", [0, "1"], 3, None, [], [[0], [1, 2]], [0.5], {"a": 1})),
+    *((lambda count=count: add_tasks(two(), count), ValueError,
+       f"add_tasks takes how many tasks to add, an integer of at least 1, not {count!r}")
+      for count in (-1, 0, 1.5, "boolq", ["boolq"])),
+    (lambda: bare(LoRA(1)), TypeError, NO_FUNCTION + "LoRA(rank=1, alpha=1.0)"),
+    (lambda: bare(LoRALinear), TypeError, NO_FUNCTION + "<class 'lora.LoRALinear'>"),
+    (lambda: bare("a|b", poly), TypeError, NO_FUNCTION + "'a|b'"),
+    (lambda: bare(one_argument), TypeError, FAILED + "<lambda>() takes 1 positional argument but 2 were given"),
+    (lambda: bare(lambda _, linear: PolyLinear(linear, PolyRouter(5, 3), LoRA(1))), TypeError,
+     FAILED + "'LoRA' object has no attribute 'skills'"),
+    (lambda: bare(lambda _, linear: PolyLinear(linear, LoRA(1), MHRRouter(5, 3, 4))), TypeError,
+     FAILED + "MHRRouter has heads: give PolyLinear a PolyRouter, or take MHRLinear"),
+    (lambda: bare(lambda name, linear: None), TypeError, NO_LAYER + "NoneType is not"),
+    (lambda: bare(lambda name, linear: LoRA(1)), TypeError, NO_LAYER + "LoRA is not"),
+    (lambda: bare(lambda name, linear: linear), TypeError, NO_LAYER + "Linear is not"),
+    (lambda: bare(lambda name, _: poly(name, nn.Linear(8, 12))), TypeError, NO_LAYER + "PolyLinear is not"),
+    (lambda: bare(poly, None), ValueError, "give a pattern, or a list of names of layers, not None"),
+    (lambda: inject("gpt2", poly, "a"), TypeError, NO_MODEL),
+    (lambda: freeze("gpt2"), TypeError, NO_MODEL),
+    (lambda: save_adapters("a.safetensors", two()), TypeError, NO_MODEL),
+    (lambda: save_adapters(Two(), "a.safetensors"), ValueError,
+     "nothing to save: this model has no adapters: inject them, or unmerge those that are merged"),
+    (lambda: save_adapters(two(), "no/a.safetensors"), OSError,
+     "[Errno 2] cannot be written: No such file or directory: 'no/a.safetensors'"),
+    (lambda: save_adapters(two(), None), TypeError, "expected str, bytes or os.PathLike object, not NoneType"),
+    (lambda: load_adapters(two(), "a.safetensors"), ValueError,
+     "a.safetensors is no whole safetensors file: No such file or directory: a.safetensors"),
+    (lambda: inject_module.check(Two(), lambda: None), ValueError,
+     "nothing to check: this model has no adapters, inject them first"),
+    (lambda: inject_module.check(two(), {}), TypeError,
+     "check takes a function, such as lambda: model(**batch), not a dict"),
+    (lambda: named_layers("lorra", "t5"), ValueError,
+     "no set of layers is called 'lorra': choose lora, ia3, light, attention, self-attention"),
+    (lambda: LoRA("1"), ValueError, "rank must be an integer of at least 1, not '1'"),
+    (lambda: PolyRouter(["boolq"], 8), ValueError, "tasks and skills must be integers of at least 1, not ['boolq'], 8"),
+    (lambda: MHRRouter(5, 8, 0.5), ValueError, "tasks, skills and heads must be integers of at least 1, not 5, 8, 0.5"),
+    (lambda: FixedRouter([[1, 0]]), TypeError, "give FixedRouter a tensor, torch.tensor(table), not a list"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call, kind, sentence", SLIPS)
+def test_a_slip_gets_one_sentence(call, kind, sentence, tmp_path, monkeypatch):
+    """And leaves no file behind."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(kind) as error:
+        call()
+    assert str(error.value) == sentence
+    assert not os.listdir(tmp_path)
+
+
+def test_adapters_are_not_saved_as_a_folder(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="cannot be written: Is a directory: '.*folder'"):
+        save_adapters(two(), str(tmp_path / "folder"))
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_slip_in_make_layer_leaves_the_model_unchanged():
+    model = Two()
+    before = dict(model.named_modules())
+    for make in (lambda name, linear: poly(name, linear) if name == "a" else None, lambda linear: linear, LoRALinear):
+        with pytest.raises(TypeError):
+            inject(model, make, "a|b")
+        assert dict(model.named_modules()) == before
+
+
+def test_a_model_that_is_none_of_the_known_has_no_named_layers():
+    with pytest.raises(ValueError, match="no layers of a model of type None are named here"):
+        pattern_of("lora", Two())
 
 
 # --- Which layers share a router --------------------------------------------------------------------------------------

@@ -13,10 +13,14 @@ from torch import nn
 
 import mhr
 import poly
+from baselines.fixed import FixedRouter, RandomRouter
+from baselines.hyperformer import HyperRouter
+from baselines.task_moe import TaskMoERouter
 from ia3 import IA3, IA3Linear
 from lora import LoRA, LoRALinear
 from mhr import MHRLinear, MHRRouter
 from poly import PolyLinear, PolyRouter
+from sft import SFT, SFTLinear
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUTINGS = ("gumbel", "sigmoid", "straight-through")
@@ -717,6 +721,23 @@ def test_differences_from_peft_are_as_stated():
 
 
 # --- The two files ----------------------------------------------------------------------------------------------------
+
+
+def test_a_layer_prints_as_one_line():
+    """Its sizes, its adapter and its router with all settings that count."""
+    linear, router = nn.Linear(8, 12), MHRRouter(5, 3, 4)
+    layer, other = MHRLinear(linear, LoRA(2), router), PolyLinear(linear, IA3("in"), PolyRouter(5, 3, "sigmoid"))
+    assert str(layer) == "MHRLinear(8 -> 12, LoRA(rank=2, alpha=1.0), MHRRouter(tasks=5, skills=3, heads=4, gumbel))"
+    assert str(other) == "PolyLinear(8 -> 12, IA3(side='in'), PolyRouter(tasks=5, skills=3, sigmoid))"
+    router.add_tasks(2)
+    assert "MHRRouter(tasks=7, " in str(layer)
+    assert str(LoRALinear(linear, LoRA(2))) == "LoRALinear(8 -> 12, LoRA(rank=2, alpha=1.0))"
+    assert str(IA3Linear(linear)) == "IA3Linear(8 -> 12, IA3(side='out'))"
+    assert str(SFTLinear(linear, SFT(0.5))) == "SFTLinear(8 -> 12, SFT(density=0.5))"
+    assert str(FixedRouter(torch.eye(3))) == "FixedRouter(tasks=3, skills=3)"
+    assert str(RandomRouter(3, 4)) == "RandomRouter(tasks=3, skills=4)"
+    assert str(HyperRouter(3, 4)) == "HyperRouter(tasks=3, skills=4)"
+    assert str(TaskMoERouter(3, 4)) == "TaskMoERouter(tasks=3, skills=4, k=2)"
 
 
 def functions(file, prefix):

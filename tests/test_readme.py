@@ -40,7 +40,10 @@ PARSERS = (  # modules whose main() has a parser of its own
     "experiments.mixing",
     "tests.stress.faults", "tests.stress.longrun", "tests.stress.scale",
 )  # fmt: skip
-NO_COMMANDS = ("-m pytest", "-m tools.NAME", "-m experiments.NAME", "-m experiments.gpu_items")
+NO_COMMANDS = (  # those of examples take no flags: `test_examples.py` runs them
+    "-m pytest", "-m tools.NAME", "-m experiments.NAME", "-m experiments.gpu_items", "-m examples.own_model",
+    "-m examples.hf_trainer",
+)  # fmt: skip
 PLACEHOLDERS = {  # of the documents: what they stand for here
     "$method": "mhr", "$variant": "z", "$seed": "0", "runs/*": "runs/a", "runs/strings-*": "runs/a",
     "runs/babyai-*": "runs/a", "DIR_OR_FILE": "x",
