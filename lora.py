@@ -1,8 +1,8 @@
-"""LoRA: a low-rank update beside a frozen linear layer.
+"""LoRA: a low-rank update beside a frozen linear layer, y + scale * (x @ A) @ B for the layer's output y.
 
 Paper: Hu et al. 2021 [1]; MHR paper [2] section 2.1, equation "LoRA":  y = W0 x + alpha * A B^T x.
 
-Two things live here, and the same two in `ia3.py`:
+Two things live here, and the same two in `ia3.py`; last, `AddLowRank`, the sum above in a faster form:
 
 * `LoRA`        what an ADAPTER is: the shapes and initial values of its parameters, and one pure function that
                 applies them to one linear layer. It holds no tensors, so `poly.py` and `mhr.py` can stack,
@@ -43,34 +43,6 @@ from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
 
-class AddLowRank(torch.autograd.Function):
-    """y + scale (x A) B for y (b, l, o), x (b, l, i), A (b, i, r), B (b, r, o).
-
-    Autograd finds the same gradients from the expression itself. Written down by hand they need fewer passes over
-    tensors as large as y, which are most of what a LoRA of low rank costs; and each product has its thin matrix, of r
-    rows, on the left, the faster order for a batch of matrices on a CPU. overwrite: y is nobody else's, add to it in
-    place. Second derivatives are an error: for those write `y + scale * (x @ A @ B)`.
-    """
-
-    @staticmethod
-    def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, overwrite: bool) -> Tensor:
-        low = torch.bmm(A.mT, x.mT)  # (b, r, l)
-        ctx.save_for_backward(x, A, B, low)
-        ctx.scale = scale
-        if overwrite:
-            ctx.mark_dirty(y)
-        return (y.baddbmm_ if overwrite else y.baddbmm)(low.mT, B, alpha=scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        x, A, B, low = ctx.saved_tensors
-        scaled = dict(beta=0, alpha=ctx.scale)  # beta 0: the first argument only gives the shape
-        by_low = torch.baddbmm(low, B, grad.mT, **scaled)  # (b, r, l)
-        by_x = torch.bmm(by_low.mT, A.mT) if ctx.needs_input_grad[1] else None
-        return grad, by_x, torch.bmm(by_low, x).mT, torch.baddbmm(B, low, grad, **scaled), None, None
-
-
 @dataclass(frozen=True)
 class LoRA:
     """The low-rank adapter: which parameters it has and how they change one linear layer.
@@ -109,7 +81,7 @@ class LoRA:
         if A.dim() == 2:  # all rows are those of one long example
             y = self.apply(linear, x.reshape(1, -1, x.shape[-1]), A[None], B[None])
             return y.view(*x.shape[:-1], y.shape[-1])
-        y = linear(x)
+        y = linear(x)  # then y + (alpha / r) * (x @ A) @ B:
         overwrite = type(linear) is nn.Linear and not (is_compiling() or linear._forward_hooks or y._is_view())
         return AddLowRank.apply(y, *(p.to(y.dtype) for p in (x, A, B)), self.alpha / self.rank, overwrite)
 
@@ -152,3 +124,34 @@ class LoRALinear(nn.Module):
         plain.weight = nn.Parameter(weight, requires_grad=False)
         plain.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
         return plain
+
+
+# --- The same, faster ------------------------------------------------------------------------------------------------
+
+
+class AddLowRank(torch.autograd.Function):
+    """y + scale (x A) B for y (b, l, o), x (b, l, i), A (b, i, r), B (b, r, o).
+
+    Autograd finds the same gradients from the expression itself. Written down by hand they need fewer passes over
+    tensors as large as y, which are most of what a LoRA of low rank costs; and each product has its thin matrix, of r
+    rows, on the left, the faster order for a batch of matrices on a CPU. overwrite: y is nobody else's, add to it in
+    place. Second derivatives are an error: for those write `y + scale * (x @ A @ B)`.
+    """
+
+    @staticmethod
+    def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, overwrite: bool) -> Tensor:
+        low = torch.bmm(A.mT, x.mT)  # (b, r, l)
+        ctx.save_for_backward(x, A, B, low)
+        ctx.scale = scale
+        if overwrite:
+            ctx.mark_dirty(y)
+        return (y.baddbmm_ if overwrite else y.baddbmm)(low.mT, B, alpha=scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, A, B, low = ctx.saved_tensors
+        scaled = dict(beta=0, alpha=ctx.scale)  # beta 0: the first argument only gives the shape
+        by_low = torch.baddbmm(low, B, grad.mT, **scaled)  # (b, r, l)
+        by_x = torch.bmm(by_low.mT, A.mT) if ctx.needs_input_grad[1] else None
+        return grad, by_x, torch.bmm(by_low, x).mT, torch.baddbmm(B, low, grad, **scaled), None, None

@@ -10,8 +10,12 @@ axis (A along i, B along o), each block is mixed with its own weights, and the b
     A     = concat(A_1, ..., A_h)    (i, r)       and B likewise, from blocks of e = o/h columns
     y     = the layer adapted by (A, B)                                                              `MHRLinear.forward`
 
-With h = 1 this is `poly.py` exactly. More heads add only rows to Z, no parameters to the skills. `diff poly.py mhr.py`
-shows the head axis, in four functions (both `__init__`, `fresh`, `mix`); the rest of it is names and docstrings.
+With h = 1 this is `poly.py` exactly: `diff poly.py mhr.py` shows the head axis, in four functions (both `__init__`,
+`fresh`, `mix`); the rest of it is names and docstrings. MHR-z trains only Z on a new task (`router.parameters()`).
+
+The PARAMETERS are averaged, then applied. Averaging the outputs of the skills is another function: with LoRA,
+(sum w A)(sum w B) is not sum w (A B). Any adapter works (`lora.LoRA`, `ia3.IA3`): the layer sees named tensors and
+one pure function.
 
 Shape key, the same in every file:
     b examples, l sequence length, i in_features, o out_features, r rank,
@@ -22,12 +26,22 @@ Shape key, the same in every file:
     layer = MHRLinear(linear, LoRA(rank=1), router)           # one router per layer, or one shared by several
     y = layer(x, torch.tensor([3, 3, 0, 7]))                  # x (4, l, i): the task of each example
 
-MHR-z trains only Z on a new task (`router.parameters()`); MHR-mu trains the average of the skills (`average_skills`).
-
-Deviations: those of `poly.py`, and
+Deviations:
+* [1] read literally (section 2.4, eq. 4: Phi = flatten(A B)) averages LoRA's products, sum_s w_s A_s B_s. A and B
+  averaged apart are equation "Poly" of [2] and the authors' code; the mixture of LoRAs of rank r has rank r.
+* A new task's row of Z starts within +-1e-3 (`fresh`), every skill half on. [1] appendix A.2 starts it as "a vector of
+  0.5", the same if these are probabilities (logits would give 0.62, as even a mixture); [2]: "randomly".
+* One relaxed Bernoulli sample per entry of `tasks`, and `inject.task_ids` passes each distinct task once: so one per
+  task, layer and forward pass, as eq. 2 is indexed (i = task, j = skill). The authors' code and PEFT draw one per
+  example, so two examples of a task in one batch get different adapters.
+* The row sum S gets EPS = 1e-12 added, as in the authors' code, so a row of zeros gives weights of zero, not NaN. The
+  weights then sum to S / (S + EPS): 1 within 1e-6 while a logit is above -13.8 (without noise), 1/2 where S is EPS.
+* PEFT and the authors' code accept a negative task id and use the last task's row. Here it is an error.
 * A number of heads that does not divide a layer is an error when the layer is made, not in a later reshape.
 
-[1] https://arxiv.org/abs/2202.13914   [2] https://arxiv.org/abs/2211.03831
+The dual-speed learning rate ([1] section 2.3) is two parameter groups of the optimiser: see `train.py`.
+
+[1] https://arxiv.org/abs/2202.13914   [2] https://arxiv.org/abs/2211.03831 (2022: https://arxiv.org/abs/2211.03831v1)
 """
 
 import torch
@@ -92,8 +106,9 @@ class MHRRouter(nn.Module):
 
     def __init__(self, tasks: int, skills: int, heads: int, routing: str = "gumbel"):
         super().__init__()
-        if not all(hasattr(size, "__index__") and size >= 1 for size in (tasks, skills, heads)):
-            raise ValueError(f"tasks, skills and heads must be integers of at least 1, not {tasks}, {skills}, {heads}")
+        sizes = (tasks, skills, heads)
+        if not all(hasattr(size, "__index__") and size >= 1 for size in sizes):
+            raise ValueError(f"the sizes of a router must be integers of at least 1, not {sizes}")
         if routing not in ("gumbel", "sigmoid", "straight-through"):
             raise ValueError(f"unknown routing {routing!r}: choose gumbel, sigmoid or straight-through")
         self.skills, self.heads, self.routing = skills, heads, routing
@@ -131,12 +146,12 @@ class MHRLinear(nn.Module):
     """A frozen linear layer, an inventory of s adapters, and a router that mixes them for each task.
 
     linear: the layer to adapt; it is kept, not copied. adapter: a `LoRA`, an `IA3`, or anything with their
-    `init`, `apply`, `merge` and `feature_axis`. router: a `MHRRouter`; the same object may serve several layers,
-    which then share their allocation (coarser granularity).
+    `init`, `apply`, `merge` and `feature_axis`. router: the same object may serve several layers, which then share
+    their allocation (coarser granularity).
     Raises ValueError if the heads do not divide the layer.
     """
 
-    def __init__(self, linear: nn.Linear, adapter, router: MHRRouter):
+    def __init__(self, linear: nn.Linear, adapter, router: nn.Module):
         super().__init__()
         self.linear = linear.requires_grad_(False)
         self.adapter = adapter
@@ -164,8 +179,8 @@ class MHRLinear(nn.Module):
     def mix(self, w: Tensor, inventory=None) -> dict[str, Tensor]:
         """Weights (n, h, s) to n adapters: {name: (n, ...)}, head by head the sum over s of w_hs Phi_s[h].
 
-        For LoRA: A (s, i, r) is cut into (s, h, d, r), mixed to (n, h, d, r) and concatenated to (n, i, r);
-        B (s, r, o) is cut into (s, r, h, e), mixed to (n, r, h, e) and concatenated to (n, r, o).
+        For LoRA: A (s, i, r) is cut into (s, h, d, r), mixed by "nhs,shdr->nhdr" and concatenated to (n, i, r);
+        B (s, r, o) is cut into (s, r, h, e), mixed by "nhs,srhe->nrhe" and concatenated to (n, r, o).
         inventory: that of k layers like this one, stacked, {name: (k, s, ...)}, for weights (k, n, h, s) and adapters
         {name: (k, n, ...)}; None: its own.
         """
@@ -173,7 +188,7 @@ class MHRLinear(nn.Module):
         for name, p in (inventory or self.inventory).items():
             axis = first + self.adapter.feature_axis[name]
             blocks = p.unflatten(axis, (self.router.heads, -1))
-            before, after = "abc"[: axis - first], "def"[: p.dim() - axis]  # the other axes: A has h d e, B has a h d
+            before, after = "abc"[: axis - first], "def"[: p.dim() - axis]  # of A: nhs,shde->nhde; of B: nhs,sahd->nahd
             joined = torch.einsum(f"...nhs,...s{before}h{after}->...n{before}h{after}", w, blocks)
             mixed[name] = joined.flatten(axis, axis + 1)
         return mixed

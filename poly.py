@@ -38,7 +38,7 @@ Deviations:
 
 The dual-speed learning rate ([1] section 2.3) is two parameter groups of the optimiser: see `train.py`.
 
-[1] https://arxiv.org/abs/2202.13914   [2] https://arxiv.org/abs/2211.03831
+[1] https://arxiv.org/abs/2202.13914   [2] https://arxiv.org/abs/2211.03831 (2022: https://arxiv.org/abs/2211.03831v1)
 """
 
 import torch
@@ -103,8 +103,9 @@ class PolyRouter(nn.Module):
 
     def __init__(self, tasks: int, skills: int, routing: str = "gumbel"):
         super().__init__()
-        if not all(hasattr(size, "__index__") and size >= 1 for size in (tasks, skills)):
-            raise ValueError(f"tasks and skills must be integers of at least 1, not {tasks}, {skills}")
+        sizes = (tasks, skills)
+        if not all(hasattr(size, "__index__") and size >= 1 for size in sizes):
+            raise ValueError(f"the sizes of a router must be integers of at least 1, not {sizes}")
         if routing not in ("gumbel", "sigmoid", "straight-through"):
             raise ValueError(f"unknown routing {routing!r}: choose gumbel, sigmoid or straight-through")
         self.skills, self.routing = skills, routing
@@ -142,11 +143,11 @@ class PolyLinear(nn.Module):
     """A frozen linear layer, an inventory of s adapters, and a router that mixes them for each task.
 
     linear: the layer to adapt; it is kept, not copied. adapter: a `LoRA`, an `IA3`, or anything with their
-    `init`, `apply`, `merge` and `feature_axis`. router: a `PolyRouter`; the same object may serve several layers,
-    which then share their allocation (coarser granularity).
+    `init`, `apply`, `merge` and `feature_axis`. router: the same object may serve several layers, which then share
+    their allocation (coarser granularity).
     """
 
-    def __init__(self, linear: nn.Linear, adapter, router: PolyRouter):
+    def __init__(self, linear: nn.Linear, adapter, router: nn.Module):
         super().__init__()
         if hasattr(router, "heads"):
             raise TypeError(f"{type(router).__name__} has heads: give PolyLinear a PolyRouter, or take MHRLinear")
