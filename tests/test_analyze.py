@@ -693,6 +693,7 @@ def runs(tmp_path_factory):
     for name, flags in {
         "poly": dict(method="poly", skills=2), "mhr": dict(method="mhr", heads=4, keep_every=2),
         "mhr1": dict(method="mhr", heads=4, keep_every=2, seed=1), "lora": dict(method="lora"),
+        "random": dict(method="random", random_by="task", keep_every=2),
     }.items():  # fmt: skip
         train.main(small | flags | dict(output_dir=str(root / name)))
     tasks = "sort+reverse+swap,rotate+shift+upper,sort+double,double+upper"
@@ -838,8 +839,15 @@ def test_tasks_without_a_true_table_have_no_recovery(runs, monkeypatch, tmp_path
 def test_a_fixed_table_is_not_said_to_be_learned():
     """Of a random or given table the report says that it is fixed."""
     result = of_many_routers() | {"method": "random"}
-    assert analyze.report(result, 64).splitlines()[0].endswith("whose table is fixed, not learned")
+    assert analyze.report(result, 64).splitlines()[0].endswith("Z is fixed, not learned")
     assert "fixed" not in analyze.report(of_many_routers(), 64)
+
+
+def test_a_fixed_table_has_no_measures_over_steps(runs, tmp_path):
+    """It is the same at all of them: no table, no figure."""
+    result = look(runs / "random", alignment=False, output_dir=str(tmp_path))
+    assert result["mean"]["discreteness"] == 1 and "over_steps" not in result
+    assert pictures(tmp_path) == {"allocation", "tasks", "layers", "similarity"}
 
 
 def test_how_to_read_the_measures_is_true():

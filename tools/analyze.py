@@ -257,8 +257,8 @@ def report(result: dict, tasks: int, routers: bool = False) -> str:
     parts, layers = [], result.get("layers", {})
     if layers:
         of = f"means over {len(layers)} routers" if len(layers) > 1 else "one router"
-        table = "" if result["method"] in LEARNED else ", whose table is fixed, not learned"
-        parts.append(f"method {result['method']}, {tasks} tasks; of Z: {of}{table}")
+        fixed = "" if result["method"] in LEARNED else "; Z is fixed, not learned"
+        parts.append(f"method {result['method']}, {tasks} tasks; of Z: {of}{fixed}")
     else:
         parts.append(f"method {result['method']} has no probabilities of skills: no measures of Z")
     rows = [("measure", "value", "how to read it"), *(rows_of_z(result) if layers else [])]
