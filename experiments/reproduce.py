@@ -44,7 +44,7 @@ from experiments.claims import (
 from experiments.methods import (
     KEEP_EVERY, METHODS, RATES, ROOT, RUNS, adapt, few_shot_rates, pretrain, run, workers,
 )  # fmt: skip
-from plumbing.errors import UserError, exit_on_user_error
+from plumbing.errors import RunError, UserError, exit_on_user_error
 from plumbing.folders import check_numbers
 from recipes import FEW_SHOT, PRETRAINING, VARIANTS
 from tools import analyze, figures
@@ -136,6 +136,8 @@ def ask(measure: Measure, checkpoint: Path, trained: dict, seed: int) -> tuple[f
         return {line["step"]: line[measure.then] for line in analysis["over_steps"]}, None, 0.0, analysis["commit"]
     value = analysis
     for key in measure.then.split("."):
+        if "undefined" in value:
+            raise RunError(f"{folder}: {measure.then} is undefined ({value['undefined']}), look at this run's losses")
         value = value[key]
     return value, None, 0.0, analysis["commit"]
 
@@ -363,7 +365,8 @@ SCORE = "exact match on held-out tasks (%)"
 
 def draw_dots(measured: dict[str, Values], stem: Path, label: str):
     reference = next((name for name in ("LoRA (Shared)", "LoRA (Shared), told") if name in measured), "")
-    figures.by_method({name: list(of.values) for name, of in measured.items()}, stem, label, reference)
+    values = {name: list(of.values) for name, of in measured.items()}
+    figures.by_method(values, stem, label, figures.PERCENT, reference)
 
 
 def by_size(method: str, unit: str, sizes: tuple[int, ...], own: int) -> dict[str, str]:
@@ -393,8 +396,8 @@ CURVES = {  # {panel: {curve: {point: its measure}}}; MHR with one head is Poly
 
 
 def draw_parameters(measured: dict[str, Values], stem: Path, which: str, when: str):
-    def point(name: str) -> tuple[float, float, float]:
-        return measured[name].lines[0][which], *figures.mean_std(measured[name].values)
+    def point(name: str) -> tuple[float, list[float]]:
+        return measured[name].lines[0][which], list(measured[name].values)
 
     panels = {
         title: {label: {mark: point(name) for mark, name in of.items()} for label, of in curves.items()}
@@ -411,7 +414,7 @@ def draw_alignment(measured: dict[str, Values], stem: Path):
         }
         for of, title in (("inventory", "the shared inventory"), ("mixtures", "each task's own mixture"))
     }
-    figures.over_steps(panels, stem, "cosine of tasks' gradients")
+    figures.over_steps(panels, stem, "cosine of tasks' gradients", figures.COSINE)
 
 
 LABELS = {"discreteness": "discreteness", "sparsity": "sparsity (share on)", "usage": "usage"}  # of SHAPES
@@ -431,7 +434,7 @@ def draw_zero_shot(measured: dict[str, Values], stem: Path):
     for name in AS_ONE.values():
         values = np.array([measured[f"{name}, told, +{k} steps"].values for k in EXTRA])
         series[name] = [(EXTRA, seed) for seed in values.T.tolist()]
-    figures.over_steps({"": series}, stem, SCORE, "steps of training after averaging")
+    figures.over_steps({"": series}, stem, SCORE, figures.PERCENT, "steps of training after averaging")
 
 
 def draw_recovery(measured: dict[str, Values], stem: Path):
@@ -440,7 +443,9 @@ def draw_recovery(measured: dict[str, Values], stem: Path):
         values[name] = list(measured[f"recovery by {name}"].values)
         bars[name] = tuple(measured[f"recovery by {name}, {bound} bound"].values.mean() for bound in ("lower", "upper"))
         values[f"{name}, chance (95 % point)"] = list(measured[f"recovery by {name}, chance (95 % point)"].values)
-    figures.by_method(values, stem, "rank correlation of Z and the true table", bars=bars)
+    says = "Bars: 95 % interval of a bootstrap over tasks, mean over seeds; chance: ± one standard deviation."
+    label = "rank correlation of Z and the true table"
+    figures.by_method(values, stem, label, figures.UNIT, bars=bars, says=says)
 
 
 def draw_two_speeds(measured: dict[str, Values], stem: Path):
@@ -449,7 +454,7 @@ def draw_two_speeds(measured: dict[str, Values], stem: Path):
         for what, label, scale in (("discreteness", "discreteness", 1), SEEN)
         for of, speeds in (("4 skills", "two speeds"), ("one speed", "one speed"))
     }
-    figures.by_method(values, stem, "measure of Z; share of exact matches")
+    figures.by_method(values, stem, "measure of Z; share of exact matches", figures.UNIT)
 
 
 FIGURES = {

@@ -8,8 +8,11 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.path import Path as Outline
+from matplotlib.text import Text
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -25,6 +28,7 @@ from methods import SINGLE as ONE_LAYER
 from methods import make_adapter, make_router, routed_layer
 from plumbing.backbones import tiny_from_scratch
 from recipes import ONE_ADAPTER
+from tools import figures
 
 NAMES = ("t5", "bart", "llama", "gpt2")
 VOCAB, WIDTH = 100, 32
@@ -301,3 +305,59 @@ def same_run(folder: Path, reference: Path):
     assert results[0] == results[1]
     examples = [f / "predictions.jsonl" for f in (folder, reference) if (f / "predictions.jsonl").exists()]
     assert len({path.read_bytes() for path in examples}) <= 1
+
+
+# --- Figures ----------------------------------------------------------------------------------------------------------
+
+
+def drawn(monkeypatch, draw):
+    """The figure that a function of tools/figures.py would save, laid out."""
+    saved = []
+    with monkeypatch.context() as patched:
+        patched.setattr(figures, "save", lambda figure, stem: saved.append(figure))
+        draw()
+    saved[0].draw_without_rendering()
+    return saved[0]
+
+
+def numbers_of(axis) -> list:
+    """The texts at an axis that are in view."""
+    low, high = sorted(axis.get_view_interval())
+    shown = [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    return [text for text in shown if text.get_text() and text.get_visible()]
+
+
+def texts_of(figure) -> list:
+    """All texts of a laid out figure that can be seen."""
+    texts = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
+    for ax in figure.axes:
+        texts += [*ax.texts, ax.title, ax.xaxis.label, ax.yaxis.label, *numbers_of(ax.xaxis), *numbers_of(ax.yaxis)]
+    return [text for text in texts if text.get_text().strip() and text.get_visible()]
+
+
+def bars_of(ax) -> list[np.ndarray]:
+    """The error bars that are drawn in a panel, in pixels: (2, 2), their ends."""
+    bars = [collection for container in ax.containers for collection in container[2]]
+    return [bar.get_transform().transform(ends) for bar in bars for ends in bar.get_segments()]
+
+
+def boxes_of(texts: list) -> list:
+    return [Text.get_window_extent(text) for text in texts]  # of an annotation: without its line
+
+
+def check_legible(figure):
+    """No text is cut off, tiny, or over another one; none in a panel lies on an error bar; bars are explained."""
+    texts = texts_of(figure)
+    boxes, frame = boxes_of(texts), figure.bbox
+    for k, (text, box) in enumerate(zip(texts, boxes, strict=True)):
+        where = text.get_text()
+        assert text.get_fontsize() >= 7, where
+        assert frame.padded(1).containsx(box.x0) and frame.padded(1).containsx(box.x1), where
+        assert frame.padded(1).containsy(box.y0) and frame.padded(1).containsy(box.y1), where
+        covered = [texts[j].get_text() for j in range(k) if box.padded(-1).overlaps(boxes[j].padded(-1))]
+        assert not covered, (where, covered)
+    for ax in figure.axes:
+        for text, box in zip(ax.texts, boxes_of(ax.texts), strict=True):
+            assert not any(Outline(bar).intersects_bbox(box) for bar in bars_of(ax)), text.get_text()
+    if any(bars_of(ax) for ax in figure.axes):
+        assert any(word in text.get_text() for text in figure.texts for word in ("deviation", "interval"))

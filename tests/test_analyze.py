@@ -1,6 +1,7 @@
 """Measures of routing with known answers, gradient alignment against a direct computation, figures, the command."""
 
 import json
+import re
 import shutil
 import xml.etree.ElementTree as xml
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from matplotlib.image import imread
+from matplotlib.path import Path as Outline
 from safetensors.torch import load_file
 from scipy.cluster.hierarchy import fcluster
 from scipy.spatial.distance import pdist, squareform
@@ -26,12 +28,16 @@ from inject import adapted_layers, adapter_parameters, routers, task_ids
 from methods import build_model
 from plumbing.errors import RunError, UserError
 from plumbing.folders import write_config
+from poly import PolyRouter
 from tests import helpers
-from tests.helpers import change_json, small_backbone
+from tests.helpers import (
+    bars_of, boxes_of, change_json, check_legible, drawn, numbers_of, small_backbone, texts_of,
+)  # fmt: skip
 from tools import analyze, figures
 from tools.analyze import choose, gradient_alignment
 from tools.measures import (
-    MEASURES, allocations, discreteness, hierarchy, overlap, recovery, sparsity, spearman, task_similarity, usage,
+    MEASURES, allocations, discreteness, hierarchy, measure, overlap, recovery, sparsity, spearman, task_similarity,
+    usage,
 )  # fmt: skip
 
 BLOCKS = np.kron(np.eye(2), np.ones((4, 2)))  # 8 tasks, 4 skills: the first four tasks use the first two skills
@@ -49,14 +55,14 @@ BLOCKS = np.kron(np.eye(2), np.ones((4, 2)))  # 8 tasks, 4 skills: the first fou
         (np.ones((6, 4)), (1, 1, 1)),
         (np.eye(4)[[0, 0, 0]], (1, 1 / 4, 0)),  # one skill does it all
         (np.zeros((3, 4)), (1, 0, 0)),
-        (np.ones((3, 1)), (1, 1, 1)),  # there is but one skill
+        (np.ones((3, 1)), (1, 1, None)),  # there is but one skill: nothing to share out
         (np.array([[1, 0], [1, 0], [1, 0], [0, 1]]), (1, 1 / 2, 0.811278)),  # H(3/4, 1/4) in bits
         (np.array([[0.25, 0.75]]), (1 - 0.811278, 1 / 2, 0.811278)),
     ],
 )
 def test_measures_by_hand(p, expected):
     """Discreteness, sparsity and usage have the values that equations 5 (one less it) to 7 give by hand."""
-    assert [f(p) for f in MEASURES.values()] == pytest.approx(expected, abs=1e-6)
+    assert [f(p) for f in MEASURES.values()] == [x if x is None else pytest.approx(x, abs=1e-6) for x in expected]
 
 
 def test_usage_is_taken_in_each_head():
@@ -76,9 +82,18 @@ PROBABILITIES = st.one_of(st.tuples(*[st.integers(1, 6)] * 2), st.tuples(*[st.in
 @settings(max_examples=60, deadline=None)
 def test_measures_are_between_0_and_1_whatever_tasks_and_skills_are_called(p):
     """Every measure is in [0, 1] and stays the same when tasks and skills change places."""
-    for f in (discreteness, sparsity, usage):
+    for f in (discreteness, sparsity, usage) if p.shape[-1] > 1 else (discreteness, sparsity):
         assert 0 <= f(p) <= 1
         assert f(p[::-1, ..., ::-1]) == pytest.approx(f(p), abs=1e-9)
+
+
+def test_means_are_of_the_routers_where_a_measure_is_defined():
+    """A router of one skill has no usage, and does not count in its mean; if all are such, there is none."""
+    one, two = np.ones((3, 1)), np.array([[0.9, 0.1], [0.8, 0.2], [0.1, 0.9]])
+    measured = measure({"a": one, "b": two})
+    assert measured["layers"]["a"]["usage"] is None and measured["mean"]["usage"] == usage(two)
+    assert measured["mean"]["sparsity"] == (sparsity(one) + sparsity(two)) / 2
+    assert measure({"a": one})["mean"]["usage"] is None
 
 
 @given(st.floats(0, 0.5), st.floats(0, 0.5))
@@ -243,11 +258,24 @@ def test_recovery_is_seeded():
     assert first["correlation"] == other["correlation"]
 
 
-def test_what_is_the_same_for_all_pairs_recovers_nothing():
-    """Constant similarity, as before training: correlation 0 and p 1, not NaN."""
-    table = random_table(np.random.default_rng(0))
-    nothing = recovery(task_similarity({"a": np.full((20, 4), 0.5)}).round(9), table, draws=20)
-    assert nothing["correlation"] == nothing["chance"] == 0 and nothing["p"] == 1
+def test_recovery_of_what_is_the_same_for_all_pairs_is_undefined():
+    """A constant similarity, also but for rounding or for the noise of a fresh Z, or a constant table: no number."""
+    rng = np.random.default_rng(0)
+    table = random_table(rng)
+    fresh = 1 / (1 + np.exp(-rng.uniform(-1e-3, 1e-3, (20, 32))))  # poly.INIT
+    for p in (np.full((20, 4), 0.3), np.full((20, 4), 0.3) + rng.normal(0, 1e-12, (20, 4)), fresh):
+        assert recovery(task_similarity({"a": p}), table, 20) == {"undefined": "all pairs of tasks are equally similar"}
+    learned = task_similarity({"a": rng.random((20, 4))})
+    for same in (np.ones((20, 3)), np.eye(20)):
+        why = {"undefined": "in the true table all pairs are equally similar"}
+        assert recovery(learned, same, 20) == why
+
+
+def test_the_bootstrap_leaves_draws_without_an_order_out():
+    """Of three tasks most draws have one pair, or pairs that are all alike: no correlation of 0 among the others."""
+    similarity = np.array([[1, 0.9, 0.1], [0.9, 1, 0.2], [0.1, 0.2, 1]])
+    found = recovery(similarity, np.array([[1, 1, 0], [1, 1, 0], [0, 1, 1]]), draws=200)
+    assert found["low"] == found["high"] == found["correlation"] == pytest.approx(np.sqrt(3) / 2)
 
 
 @pytest.mark.parametrize("tasks, rows", [(2, 2), (5, 4)])
@@ -262,6 +290,7 @@ def test_spearman_is_scipys():
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 4, 30), rng.integers(0, 9, 30)
     assert spearman(x, y) == pytest.approx(spearmanr(x, y).statistic)
+    assert np.isnan(spearman(x, np.ones(30))) and np.isnan(spearman(x[:0], y[:0]))
 
 
 # --- Gradient alignment -----------------------------------------------------------------------------------------------
@@ -400,6 +429,8 @@ RNG = np.random.default_rng(0)
 NAMES = [f"task-{k}" for k in range(8)]
 TREE = hierarchy(task_similarity({"a": RNG.random((8, 4))}))
 LINES = {name: [([1, 2, 3], RNG.random(3)) for _ in range(n)] for name, n in {"LoRA": 1, "MHR": 3}.items()}
+LONG = {m: [(range(1, 41), 1 + RNG.random(40)) for _ in range(2)] for m in ("LoRA", "Poly", "MHR")}
+LAYERS = [f"{c}.block.{k}.q" for c in ("encoder", "decoder") for k in (0, 1)]
 DRAWINGS = {
     "allocation": lambda stem: figures.allocation(BLOCKS, "encoder.block.0.q", RNG.random((8, 40)), NAMES, TREE, stem),
     "allocation-heads": lambda stem: figures.allocation(
@@ -408,16 +439,21 @@ DRAWINGS = {
     "task_tree": lambda stem: figures.task_tree(TREE, NAMES, stem),
     "matrices": lambda stem: figures.matrices({"a": RNG.random((8, 8)), "b": overlap(BLOCKS)}, stem, "similarity"),
     "matrices-signed": lambda stem: figures.matrices({"": RNG.normal(size=(8, 8))}, stem, "cosine", signed=True),
-    "by_layer": lambda stem: figures.by_layer(
-        {m: RNG.random(4) for m in MEASURES}, [f"{c}.block.{k}.q" for c in ("encoder", "decoder") for k in (0, 1)], stem
-    ),
-    "over_steps": lambda stem: figures.over_steps({"": LINES}, stem, "alignment"),
-    "over_steps-log": lambda stem: figures.over_steps({"a": LINES, "b": LINES}, stem, "loss", log=True),
+    "by_layer": lambda stem: figures.by_layer({m: RNG.random(4) for m in MEASURES}, LAYERS, stem),
+    "over_steps": lambda stem: figures.over_steps({"": LINES}, stem, "alignment", figures.COSINE),
+    "over_steps-log": lambda stem: figures.over_steps({"a": LONG, "b": LONG}, stem, "loss", figures.LOSS),
     "over_skills": lambda stem: figures.over_skills(LINES, stem, "usage"),
     "performance": lambda stem: figures.performance(
-        {"": {"LoRA": {"": (10, 3.0, 0)}, "MHR": {"2": (99, 5, 1), "4": (120, 6, 1)}}}, stem, "score"
+        {"": {"LoRA": {"": (10, [3.0])}, "MHR": {"2": (99, [4, 6.0]), "4": (120, [5, 7.0])}}}, stem, "score"
     ),
-    "by_method": lambda stem: figures.by_method({"LoRA": [3.0], "MHR": [5, 6.0]}, stem, "score", reference="LoRA"),
+    "by_method": lambda stem: figures.by_method(
+        {"LoRA": [3.0], "MHR": [5, 6.0]}, stem, "score", figures.PERCENT, reference="LoRA"
+    ),
+    "by_episodes": lambda stem: figures.by_episodes(
+        {level: {m: [np.linspace(0, 1, 50)] for m in ("skilled", "shared lr=0.1")} for level in ("GoTo", "all")},
+        stem,
+        100,
+    ),
 }
 
 
@@ -431,6 +467,12 @@ def test_a_figure_is_written_as_png_and_svg_and_not_empty(name, tmp_path):
     assert xml.parse(tmp_path / f"{name}.svg").getroot().tag.endswith("svg")
 
 
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_a_figure_is_legible(name, monkeypatch):
+    """No text is cut off or lies on another or on an error bar, and every figure with bars says what they are."""
+    check_legible(drawn(monkeypatch, lambda: DRAWINGS[name]("unused")))
+
+
 def test_a_figure_has_the_same_bytes_again(tmp_path):
     """Made anew from the same numbers, a figure changes nothing in a repository."""
     for stem in ("a", "b"):
@@ -439,13 +481,113 @@ def test_a_figure_has_the_same_bytes_again(tmp_path):
         assert (tmp_path / f"a.{ending}").read_bytes() == (tmp_path / f"b.{ending}").read_bytes()
 
 
-def drawn(monkeypatch, draw) -> list:
-    """The figure that a function of figures.py would save, laid out, and its renderer."""
-    saved = []
-    monkeypatch.setattr(figures, "save", lambda figure, stem: saved.append(figure))
-    draw()
-    saved[0].draw_without_rendering()
-    return [saved[0], figures.FigureCanvasAgg(saved[0]).get_renderer()]
+@pytest.mark.parametrize(
+    "counts, says",
+    [([1, 1], "One seed: no bars."), ([5, 5], "Bars: ± one standard deviation over 5 seeds."),
+     ([3, 5], "Bars: ± one standard deviation over 3 to 5 seeds."),
+     ([1, 3], "Bars: ± one standard deviation over 1 to 3 seeds, none for one seed.")],
+)  # fmt: skip
+def test_figures_say_what_bars_are(counts, says, monkeypatch):
+    """By the number of seeds; and the bars are so long: the standard deviation (n - 1)."""
+    assert figures.deviation(counts) == says
+    series = {f"m{k}": [([1, 2], RNG.random(2)) for _ in range(n)] for k, n in enumerate(counts)}
+    figure = drawn(monkeypatch, lambda: figures.over_steps({"": series}, "", "y", figures.COSINE))
+    assert [text.get_text() for text in figure.texts] == [says]
+    found = [container[2][0].get_segments() for container in figure.axes[0].containers if container[2]]
+    several = [np.array([values for _, values in seeds]) for seeds in series.values() if len(seeds) > 1]
+    assert len(found) == len(several)
+    for segments, values in zip(found, several, strict=True):
+        ends = np.array([segment[:, 1] for segment in segments])
+        np.testing.assert_allclose(ends[:, 1] - ends[:, 0], 2 * values.std(0, ddof=1))
+        np.testing.assert_allclose(ends.mean(1), values.mean(0))
+
+
+@pytest.mark.parametrize("least", [figures.PERCENT, figures.UNIT, figures.COSINE, figures.SIMILARITY])
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_range_holds_all_values_and_spans_enough(least, data):
+    """Never less than its span, every value inside, and no further out than its bounds if the values are within."""
+    low, high = sorted(data.draw(st.tuples(*[st.floats(least.low, least.high)] * 2)))
+    start, end = least.around(low, high)
+    assert end - start >= least.span - 1e-9 and start <= low + 1e-9 and end >= high - 1e-9
+    assert start >= least.low - 1e-9 and end <= least.high + 1e-9
+    beyond = least.around(least.low - 9, least.high + 9)
+    assert beyond == (least.low - 9, least.high + 9)
+
+
+def test_values_that_hardly_differ_look_alike(monkeypatch):
+    """Scores, measures, cosines, similarities and losses: an axis, or the colours, span what is meaningful."""
+    near = lambda of: [([1, 2, 3], [of, of + 1e-4, of])]  # noqa: E731
+
+    def over(of, least):
+        figure = drawn(monkeypatch, lambda: figures.over_steps({"": {"a": near(of)}}, "", "y", least))
+        return figure.axes[0].get_ylim()
+
+    assert np.ptp(over(0.5, figures.UNIT)) >= 1 and np.ptp(over(0.02, figures.COSINE)) >= 0.2
+    low, high = over(2, figures.LOSS)
+    assert high / low >= 4
+    points = {"a": {"": (99, [50, 50.05])}, "b": {"": (99, [50.01, 50.04])}}
+    figure = drawn(monkeypatch, lambda: figures.performance({"": points}, "", "score"))
+    low, high = figure.axes[0].get_ylim()
+    assert high - low >= 20 and low < 50 < high
+    matrix = 0.98 + RNG.random((8, 8)) / 100
+    figure = drawn(monkeypatch, lambda: figures.matrices({"a": matrix}, "", "similarity"))
+    low, high = figure.axes[0].images[0].get_clim()
+    assert high - low == pytest.approx(0.2) and high == 1
+    figure = drawn(monkeypatch, lambda: figures.matrices({"a": matrix - 0.98}, "", "cosine", signed=True))
+    assert figure.axes[0].images[0].get_clim() == (-0.2, 0.2)
+    similar = hierarchy(task_similarity({"a": 1 + RNG.random((8, 4)) / 100}))
+    figure = drawn(monkeypatch, lambda: figures.task_tree(similar, NAMES, ""))
+    assert np.ptp(figure.axes[0].get_xlim()) >= 0.2
+
+
+@pytest.mark.parametrize("counts", [[64_512], [64_512, 64_600], [216, 1_728], [32, 259_776], [9, 3 * 10**9]])
+def test_the_logarithmic_axis_has_numbers(monkeypatch, counts):
+    """Two or more, whatever the parameters, and none over another; also where losses hardly differ."""
+    points = {f"m{k}": {"": (count, [50.0])} for k, count in enumerate(counts)}
+    for panels in ({"": points}, {"a": points, "b": points}):
+        figure = drawn(monkeypatch, lambda panels=panels: figures.performance(panels, "", "score"))
+        check_legible(figure)
+        for ax in figure.axes:
+            assert len(numbers_of(ax.xaxis)) >= 2
+    losses = {"": {"a": [([1, 2, 3], [1 + n / 1e12 for n in (*counts, 1, 1, 1)][:3])]}}
+    figure = drawn(monkeypatch, lambda: figures.over_steps(losses, "", "loss", figures.LOSS))
+    assert len(numbers_of(figure.axes[0].yaxis)) >= 2
+
+
+def test_numbers_in_short():
+    assert [figures.in_short(x) for x in (0.5, 32, 200, 3000, 2e6, 1e9)] == ["0.5", "32", "200", "3k", "2M", "1B"]
+
+
+@pytest.mark.parametrize("steps", [[20, 40, 60], list(range(10, 1510, 10))])
+def test_error_bars_do_not_cover_each_other(monkeypatch, steps):
+    """Those of three methods at the same steps stand apart: beside each other, or at other steps if there are many."""
+    series = {m: [(steps, RNG.random(len(steps))) for _ in range(3)] for m in ("LoRA", "Poly", "MHR")}
+    figure = drawn(monkeypatch, lambda: figures.over_steps({"": series}, "", "cosine", figures.COSINE))
+    places = sorted(bar[0, 0] for bar in bars_of(figure.axes[0]))
+    assert len(places) <= 3 * 10 and min(np.diff(places)) > 2
+    shown = {container.get_label() for container in figure.axes[0].containers}
+    assert shown == set(series) and not figure.axes[0].patches
+
+
+def test_a_matrix_without_differences_says_so(monkeypatch):
+    """Its panel has its one value in words and no colours; the other panel is drawn."""
+    panels = {"learned": np.eye(8), "true": overlap(BLOCKS)}
+    figure = drawn(monkeypatch, lambda: figures.matrices(panels, "", "similarity"))
+    check_legible(figure)
+    learned, true = figure.axes[:2]
+    assert not learned.images and true.images
+    assert [text.get_text() for text in learned.texts] == ["not drawn:\n0.000\nfor all pairs of tasks"]
+    tree = hierarchy(np.eye(8))
+    figure = drawn(monkeypatch, lambda: figures.task_tree(tree, NAMES, ""))
+    assert "order means nothing" in figure.texts[0].get_text()
+
+
+def test_an_undefined_measure_is_not_drawn(monkeypatch):
+    """No line, and no name in the legend."""
+    measures = {"discreteness": [0.5] * 4, "usage": [None] * 4}
+    figure = drawn(monkeypatch, lambda: figures.by_layer(measures, LAYERS, ""))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["discreteness"]
 
 
 def test_labels_of_points_cover_neither_each_other_nor_points(monkeypatch):
@@ -453,56 +595,53 @@ def test_labels_of_points_cover_neither_each_other_nor_points(monkeypatch):
     places = {"LoRA": (64512, 30.5), "LoRA-big": (258048, 35), "Poly": (258264, 72.5), "Poly-z": (216, 62.4),
               "Poly-mu": (64512, 61), "MHR": (259776, 69.6), "MHR-z": (1728, 65.2), "MHR-mu": (64512, 59.9),
               "(IA)^3": (14000, 20), "AdapterSoup": (64512, 25)}  # fmt: skip
-    points = {label: {"": (*place, 1.5)} for label, place in places.items()}
-    figure, renderer = drawn(monkeypatch, lambda: figures.performance({"": points}, "", "score"))
+    points = {label: {"": (count, [score - 1, score + 1])} for label, (count, score) in places.items()}
+    figure = drawn(monkeypatch, lambda: figures.performance({"": points}, "", "score"))
+    check_legible(figure)
     ax = figure.axes[0]
-    boxes = {text.get_text(): text.get_window_extent(renderer) for text in ax.texts}
+    boxes = dict(zip([text.get_text() for text in ax.texts], boxes_of(ax.texts), strict=True))
     assert boxes.keys() == places.keys()
     for label, box in boxes.items():
-        assert not any(box.overlaps(other) for name, other in boxes.items() if name != label), label
         assert not any(box.contains(*ax.transData.transform(place)) for place in places.values()), label
 
 
 def test_marks_of_curves_stand_at_their_own_points(monkeypatch):
-    """Of two curves that meet, the first has its marks above its bars, the second below; none covers another."""
-    heads = {"1": (216, 71.8, 3.7), "2": (432, 75.0, 0.2), "8": (1728, 74.9, 4), "32": (6912, 73.8, 3)}
-    skills = {"4": (216, 71.8, 3.7), "8": (432, 73.5, 2.5), "16": (864, 74.2, 1.6), "32": (1728, 75.6, 3.1)}
-    whole = {"linear": (1728, 74.9, 4), "model": (32, 58.4, 6)}
-    panels = {"a": {"heads": heads, "skills": skills}, "b": {"sharing": whole, "MHR": {"": (259776, 76.7, 6.4)}}}
-    figure, renderer = drawn(monkeypatch, lambda: figures.performance(panels, "", "score"))
-    texts = {text.get_text(): text.get_window_extent(renderer) for text in figure.axes[1].texts}
-    assert texts.keys() == {"linear", "model", "MHR"}
+    """Of two curves that meet, no mark lies on a bar, a line or another mark, and each is nearest to its own point."""
+    heads = {"1": (216, [68, 75.6]), "2": (432, [74.8, 75.2]), "8": (1728, [71, 79]), "32": (6912, [71, 77])}
+    skills = {"4": (216, [68, 75.6]), "8": (432, [71, 76]), "16": (864, [72.6, 75.8]), "32": (1728, [72.5, 78.7])}
+    whole = {"linear": (1728, [71, 79]), "layer": (900, [70, 76]), "model": (32, [52, 64.8])}
+    panels = {"a": {"heads": heads, "skills": skills}, "b": {"sharing": whole, "MHR": {"": (259776, [70, 83])}}}
+    figure = drawn(monkeypatch, lambda: figures.performance(panels, "", "score"))
+    check_legible(figure)
+    assert [text.get_text() for text in figure.axes[1].texts] == ["linear", "layer", "model", "MHR"]
     ax = figure.axes[0]
-    marks = [(text.xy, text.get_window_extent(renderer)) for text in ax.texts]
-    ends = [(x, y + std) for x, y, std in heads.values()] + [(x, y - std) for x, y, std in skills.values()]
-    assert sorted(xy for xy, _ in marks) == sorted(ends)
-    for k, (_, box) in enumerate(marks):
-        assert not any(box.overlaps(other) for _, other in marks[:k])
-        assert abs((box.x0 + box.x1) / 2 - ax.transData.transform(marks[k][0])[0]) < 2  # above or below its point
+    curves = [container[0].get_transform().transform(container[0].get_xydata()) for container in ax.containers]
+    owners = [(k, point) for k, curve in enumerate(curves) for point in curve]
+    colours = [container[0].get_color() for container in ax.containers]
+    for (k, (x, _)), text, box in zip(owners, ax.texts, boxes_of(ax.texts), strict=True):
+        assert text.get_color() == colours[k] and abs((box.x0 + box.x1) / 2 - x) < 30
+        assert not any(Outline(curve).intersects_bbox(box, filled=False) for curve in curves), text.get_text()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["heads", "skills", "sharing"]
-    assert inside(figure.legends[0], figure, renderer)
-
-
-def inside(artist, figure, renderer) -> bool:
-    """Whether nothing of it is cut off."""
-    box, frame = artist.get_window_extent(renderer), figure.bbox
-    return frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
 
 
 @pytest.mark.parametrize("names", [["MHR", "Poly"], [f"alignment of method {k}" for k in range(6)]])
 def test_the_legend_and_the_axis_of_lines_are_not_cut(monkeypatch, names):
     """With as many and as long labels as any figure of the repository, of several seeds."""
     series = {name: [([2, 4, 8], RNG.random(3)) for _ in range(5)] for name in names}
-    for draw, of in ((figures.over_steps, {"": series}), (figures.over_skills, series)):
-        figure, renderer = drawn(monkeypatch, lambda draw=draw, of=of: draw(of, "", "cosine of tasks' gradients"))
-        assert inside(figure.legends[0], figure, renderer)
-        assert inside(figure.axes[0].yaxis.label, figure, renderer)
-        monkeypatch.undo()
+    label = "cosine of tasks' gradients"
+    for draw in (
+        lambda: figures.over_steps({"": series}, "", label, figures.COSINE),
+        lambda: figures.over_skills(series, "", label),
+    ):
+        figure = drawn(monkeypatch, draw)
+        check_legible(figure)
+        assert {*names, label} <= {text.get_text() for text in texts_of(figure)}
 
 
 def test_the_first_and_the_last_method_are_whole(monkeypatch):
     """Their lines are half a row inside the axes."""
-    figure, _ = drawn(monkeypatch, lambda: figures.by_method({"Poly": [1.0, 2], "MHR": [3, 4.0]}, "", "score"))
+    values = {"Poly": [1.0, 2], "MHR": [3, 4.0]}
+    figure = drawn(monkeypatch, lambda: figures.by_method(values, "", "score", figures.PERCENT))
     assert figure.axes[0].get_ylim() == (1.5, -0.5)
 
 
@@ -511,26 +650,33 @@ def test_names_of_tasks_do_not_overlap(monkeypatch, count):
     """The tree of up to 120 tasks has readable labels: all of them, none covers another, none is cut off."""
     tree = hierarchy(task_similarity({"a": np.random.default_rng(0).random((count, 4))}))
     names = [f"superglue-of-middling-length-{k}" for k in range(count)]
-    figure, renderer = drawn(monkeypatch, lambda: figures.task_tree(tree, names, ""))
-    labels = figure.axes[0].get_yticklabels()
-    boxes = sorted((label.get_window_extent(renderer) for label in labels), key=lambda box: box.y0)
-    assert sorted(label.get_text() for label in labels) == sorted(names)
-    assert all(below.y1 <= above.y0 + 1 for below, above in zip(boxes, boxes[1:], strict=False))
-    assert all(box.x1 <= figure.bbox.x1 + 1 for box in boxes)
+    figure = drawn(monkeypatch, lambda: figures.task_tree(tree, names, ""))
+    check_legible(figure)
+    assert sorted(label.get_text() for label in figure.axes[0].get_yticklabels()) == sorted(names)
 
 
 @pytest.mark.parametrize("shape", [(2,), (4,), (8,), (32,), (64,), (3, 4), (16, 4), (64, 8)])
-def test_numbers_of_skills_and_heads_do_not_overlap(monkeypatch, shape):
-    """In the heat map of one router, whose first one is always said; its title is not cut off."""
-    one, names = RNG.random((5, *shape)), [f"a task of middling length {k}" for k in range(5)]
+@pytest.mark.parametrize("count, name", [(3, "wiki_hop_original_choose_best_object_interrogative_"), (9, "task-")])
+def test_numbers_of_skills_and_heads_do_not_overlap(monkeypatch, shape, count, name):
+    """In the heat map of one router, whose first one is always said; no title and no label is cut off, also not for few
+    tasks or long names."""
+    one, names = RNG.random((count, *shape)), [f"{name}{k}" for k in range(count)]
     tree, layer = hierarchy(task_similarity({"a": one})), "encoder.block.11.layer.0.SelfAttention.q"
-    every = one.reshape(5, -1)
-    figure, renderer = drawn(monkeypatch, lambda: figures.allocation(one, layer, every, names, tree, ""))
+    every = one.reshape(count, -1)
+    figure = drawn(monkeypatch, lambda: figures.allocation(one, layer, every, names, tree, ""))
+    check_legible(figure)
     labels = figure.axes[0].get_xticklabels()
-    boxes = [label.get_window_extent(renderer) for label in labels]
+    boxes = boxes_of(labels)
     assert labels[0].get_text() == "1" and len(labels) == min(shape[0], len(labels)) >= min(shape[0], 6)
     assert all(left.x1 + 2 < right.x0 for left, right in zip(boxes, boxes[1:], strict=False))
-    assert inside(figure.axes[0].title, figure, renderer) and inside(figure.axes[1].title, figure, renderer)
+
+
+def test_long_names_keep_both_ends():
+    """32 letters at most, an ellipsis between, so that names that differ at an end stay apart."""
+    name = "wiki_hop_original_choose_best_object_interrogative_2"
+    short = figures.shortened(name)
+    assert len(short) == 32 and name.startswith(short.split("…")[0]) and name.endswith(short.split("…")[1])
+    assert figures.shortened(name[:32]) == name[:32]
 
 
 # --- The command ------------------------------------------------------------------------------------------------------
@@ -547,6 +693,7 @@ def runs(tmp_path_factory):
     for name, flags in {
         "poly": dict(method="poly", skills=2), "mhr": dict(method="mhr", heads=4, keep_every=2),
         "mhr1": dict(method="mhr", heads=4, keep_every=2, seed=1), "lora": dict(method="lora"),
+        "random": dict(method="random", random_by="task", keep_every=2),
     }.items():  # fmt: skip
         train.main(small | flags | dict(output_dir=str(root / name)))
     tasks = "sort+reverse+swap,rotate+shift+upper,sort+double,double+upper"
@@ -602,16 +749,116 @@ def test_the_rows_of_the_chosen_tasks_are_measured(runs, of_mhr):
 
 
 def test_the_report_has_the_numbers(of_mhr):
-    """A line a router, the mean, recovery, and alignment, to three places."""
-    text = analyze.report(of_mhr)
-    lines = {line.split()[0]: line.split()[1:] for line in text.splitlines()}
+    """Means, recovery and alignment to three places; a line a router only if asked for."""
+    text, with_routers = analyze.report(of_mhr, 4), analyze.report(of_mhr, 4, routers=True)
+    lines = {line.split()[0]: line.split() for line in text.splitlines() if line}
+    assert {m: lines[m][1] for m in MEASURES} == {m: f"{of_mhr['mean'][m]:.3f}" for m in MEASURES}
+    assert lines["recovery"][1] == f"{of_mhr['recovery']['correlation']:.3f}"
+    assert lines["alignment"][1] == f"{of_mhr['alignment']['mean']:.3f}"
+    assert f"  of mixtures  {of_mhr['alignment']['mixed']:.3f}" in text
+    assert f"by chance 95 % are below {of_mhr['recovery']['chance_95']:.3f}" in text
+    steps = [line.split() for line in text.splitlines() if line.split()[:1] in (["2"], ["4"])]
+    assert steps == [
+        [str(line["step"]), *(f"{line[k]:.3f}" for k in (*MEASURES, "alignment", "alignment_mixed"))]
+        for line in of_mhr["over_steps"]
+    ]
+    assert not any(name in text for name in of_mhr["layers"]) and with_routers.startswith(text)
+    lines = {line.split()[0]: line.split()[1:] for line in with_routers.splitlines() if line}
     assert {name: lines[name] for name in of_mhr["layers"]} == {
         name: [f"{values[m]:.3f}" for m in MEASURES] for name, values in of_mhr["layers"].items()
     }
-    assert lines["mean"] == [f"{of_mhr['mean'][m]:.3f}" for m in MEASURES]
-    assert f"correlation {of_mhr['recovery']['correlation']:.3f}" in text
-    assert f"95 % of the time below {of_mhr['recovery']['chance_95']:.3f}" in text
-    assert f"over pairs of tasks: {of_mhr['alignment']['mean']:.3f}" in text
+
+
+def test_the_command_prints_routers_if_asked(runs, capsys, monkeypatch, tmp_path):
+    """--routers; and the measures come before anything by layer."""
+    monkeypatch.setattr(figures, "save", lambda *_: None)  # to save time
+    layer = "encoder.block.0.layer.0.SelfAttention.q"
+    for asked in (False, True):
+        look(runs / "poly", alignment=False, routers=asked, output_dir=str(tmp_path))
+        text = capsys.readouterr().out
+        assert (layer in text) == asked and text.startswith(
+            "method poly, 4 tasks; of Z: means over 4 routers\n\nmeasure"
+        )
+
+
+def of_many_routers(granularity="linear", steps=5) -> dict:
+    """The analysis of the bundled model in results/, with kept steps and an alignment."""
+    result = json.loads((Path(__file__).parents[1] / "results" / "routing-poly.json").read_text())
+    result["over_steps"] = [result["over_steps"][0] | {"step": 100_000 - k} for k in range(steps)][::-1]
+    return result | {"granularity": granularity, "alignment": {"mean": -0.0039, "mixed": 0.5}}
+
+
+def test_the_report_of_the_bundled_model_fits_a_terminal():
+    """40 lines of 80 columns, however many steps were kept; the means of kinds are those of their routers."""
+    result = of_many_routers(steps=300)
+    text = analyze.report(result, 64)
+    lines = text.splitlines()
+    assert len(lines) + 2 <= 40 and max(map(len, lines)) <= 80
+    assert "8 of 300 kept steps" in text
+    steps = [line.split()[0] for line in lines[-8:]]
+    assert (steps[0], steps[-1]) == ("99701", "100000") and len(set(steps)) == 8
+    assert max(map(len, analyze.report(result, 64, routers=True).splitlines())) <= 80
+    rows = {" ".join(line.split()[:-4]): line.split()[-4:] for line in lines if "Attention" in line or "Dense" in line}
+    assert rows.keys() == {f"{coder} {kind}" for coder, kind in (
+        ("encoder", "SelfAttention"), ("encoder", "DenseReluDense"), ("decoder", "SelfAttention"),
+        ("decoder", "EncDecAttention"), ("decoder", "DenseReluDense"),
+    )}  # fmt: skip
+    own = [v for name, v in result["layers"].items() if name.startswith("decoder") and "EncDec" in name]
+    means = [f"{np.mean([v[m] for v in own]):.3f}" for m in MEASURES]
+    assert rows["decoder EncDecAttention"] == [str(len(own)), *means]
+
+
+@pytest.mark.parametrize("granularity", ["block", "blocks-2", "coder", "model"])
+def test_routers_of_more_than_a_sub_layer_have_no_kind(granularity):
+    """Their name is that of their first layer only."""
+    assert "by kind" in analyze.report(of_many_routers("layer"), 64)
+    assert "by kind" not in analyze.report(of_many_routers(granularity), 64)
+
+
+@pytest.mark.parametrize("p, table, why", [
+    (np.full((4, 2), 0.4), BLOCKS[2:6], "all pairs of tasks are equally similar"),
+    (BLOCKS[2:6], np.eye(4), "in the true table all pairs are equally similar"),
+])  # fmt: skip
+def test_what_is_undefined_says_why(p, table, why):
+    """No number, no p, in 80 columns; usage of one skill too."""
+    result = {"method": "poly", "granularity": "model", "recovery": recovery(task_similarity({"a": p}), table)}
+    text = analyze.report(result | measure({"a": p[:, :1]}), 4)
+    assert re.search(rf"^recovery +undefined +\({why}\)$", text, re.M)
+    assert re.search(r"^usage +undefined +\(there is one skill\)$", text, re.M)
+    assert "chance 95" not in text and "interval" not in text and max(map(len, text.splitlines())) <= 80
+
+
+def test_tasks_without_a_true_table_have_no_recovery(runs, monkeypatch, tmp_path):
+    """The analysis says so, on the page and in its file; nothing is drawn of it."""
+    monkeypatch.setattr(analyze, "true_table", lambda tasks: None)
+    result = look(runs / "poly", alignment=False, output_dir=str(tmp_path))
+    assert result["recovery"] == {"undefined": "these tasks have no true table"}
+    assert "undefined  (these tasks have no true table)" in analyze.report(result, 4)
+
+
+def test_a_fixed_table_is_not_said_to_be_learned():
+    """Of a random or given table the report says that it is fixed."""
+    result = of_many_routers() | {"method": "random"}
+    assert analyze.report(result, 64).splitlines()[0].endswith("Z is fixed, not learned")
+    assert "fixed" not in analyze.report(of_many_routers(), 64)
+
+
+def test_a_fixed_table_has_no_measures_over_steps(runs, tmp_path):
+    """It is the same at all of them: no table, no figure."""
+    result = look(runs / "random", alignment=False, output_dir=str(tmp_path))
+    assert result["mean"]["discreteness"] == 1 and "over_steps" not in result
+    assert pictures(tmp_path) == {"allocation", "tasks", "layers", "similarity"}
+
+
+def test_how_to_read_the_measures_is_true():
+    """A fresh Z has a discreteness of 0 and uses skills alike; by chance half of the probabilities are above 1/2."""
+    fresh = torch.sigmoid(PolyRouter(500, 8).Z.detach().double()).numpy()
+    assert discreteness(fresh) == pytest.approx(0, abs=1e-5) and usage(fresh) == pytest.approx(1, abs=1e-5)
+    assert sparsity(fresh) == pytest.approx(0.5, abs=0.05)
+    at_random = np.random.default_rng(0).random((500, 8))
+    assert sparsity(at_random) == pytest.approx(0.5, abs=0.05) and usage(at_random) > 0.99
+    gradients = torch.randn(20, 10_000, generator=torch.Generator().manual_seed(0))
+    assert analyze.cosines(gradients)[0] == pytest.approx(0, abs=0.01)
 
 
 def test_an_earlier_step(runs, of_mhr, tmp_path, monkeypatch):
@@ -797,7 +1044,7 @@ def test_a_look_at_a_part_does_not_replace_the_whole(tmp_path, monkeypatch):
     wrote = []
     monkeypatch.setattr(analyze, "script_of", lambda folder: "train.py")
     monkeypatch.setattr(analyze, "_pretrained", lambda cfg, folder: ({}, [], {}))
-    monkeypatch.setattr(analyze, "report", lambda result: "")
+    monkeypatch.setattr(analyze, "report", lambda *_: "")
     monkeypatch.setattr(analyze, "write_json", lambda path, content: wrote.append(path.parent.name))
     for flags in ({}, {"step": 300}, {"tasks": "a,b,c"}, {"step": 300, "tasks": "a,b,c"}):
         analyze.analyze(analyze.Config(checkpoint=str(tmp_path), **flags))

@@ -23,6 +23,7 @@ from inject import read_tensors, write_tensors
 from plumbing.errors import RunError, UserError
 from plumbing.flags import explicit_flags
 from plumbing.folders import CHECKPOINT, write_json
+from tests.helpers import check_legible, drawn
 
 try:
     babyai.need_minigrid()
@@ -1051,21 +1052,27 @@ def test_the_figure_has_the_papers_window_but_in_long_runs(episodes, window, tmp
 
 
 def test_the_figures_lines_are_means_and_its_bands_the_seeds(monkeypatch):
-    """From the window-th episode on, as far as all seeds go: the mean, from the lowest to the highest; `all` too."""
-    drawn = []
-    monkeypatch.setattr(babyai.figures, "save", lambda fig, stem: drawn.append(fig))
-    seeds = [np.linspace(0, 1, 50), np.linspace(1, 0.5, 80)]
-    babyai.figures.by_episodes({"GoTo": {"skilled": seeds}, "all": {"skilled": seeds}}, "unused", 100)
-    axes = drawn[0].axes
-    assert [ax.get_title() for ax in axes] == ["GoTo", "all"]
-    for ax in axes:
-        (solved, line), (band,) = ax.lines, ax.collections
+    """A row for each level, a column for each method. From the window-th episode on, as far as all seeds go: the mean,
+    from the lowest to the highest, before the means of the others in grey. It says so."""
+    two, other = [np.linspace(0, 1, 50), np.linspace(1, 0.5, 80)], [np.linspace(0, 0.5, 60)] * 2
+    of = {"skilled": two, "shared": other}
+    draw = lambda: babyai.figures.by_episodes({"GoTo": of, "all": of}, "unused", 100)  # noqa: E731
+    figure = drawn(monkeypatch, draw)
+    check_legible(figure)
+    axes = figure.axes
+    assert [ax.get_title() for ax in axes] == ["skilled", "shared", "", ""]
+    assert [ax.get_ylabel() for ax in axes] == ["GoTo", "", "all", ""]
+    for ax in axes[::2]:
+        (solved, grey, line), (band,) = ax.lines, ax.collections
         assert list(solved.get_ydata()) == [0.99, 0.99]
         at = np.arange(50)
         assert line.get_xdata().tolist() == (at + 100).tolist()
-        np.testing.assert_allclose(line.get_ydata(), (seeds[0] + seeds[1][:50]) / 2)
+        np.testing.assert_allclose(line.get_ydata(), (two[0] + two[1][:50]) / 2)
+        np.testing.assert_allclose(grey.get_ydata(), other[0])
         corners = {(x, round(y, 6)) for x, y in band.get_paths()[0].vertices}
-        assert {(k + 100, round(s[k], 6)) for k in at for s in seeds} <= corners
+        assert {(k + 100, round(s[k], 6)) for k in at for s in two} <= corners
+    (says,) = [text.get_text() for text in figure.texts if "band" in text.get_text()]
+    assert "mean over 2 seeds" in says and "lowest to the highest" in says and "Grey" in says
 
 
 def test_frames_that_differ_and_settings_that_are_alike_are_said(tmp_path, capsys, monkeypatch):

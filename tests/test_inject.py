@@ -1130,7 +1130,8 @@ SLIPS = [  # what somebody calls, and the kind and the sentence of the error
     (lambda: named_layers("lorra", "t5"), ValueError,
      "no set of layers is called 'lorra': choose lora, ia3, light, attention, self-attention"),
     (lambda: LoRA("1"), ValueError, "rank must be an integer of at least 1, not '1'"),
-    (lambda: PolyRouter(["boolq"], 8), ValueError, "the sizes of a router must be integers of at least 1, not (['boolq'], 8)"),
+    (lambda: PolyRouter(["boolq"], 8), ValueError,
+     "the sizes of a router must be integers of at least 1, not (['boolq'], 8)"),
     (lambda: MHRRouter(5, 8, 0.5), ValueError, "the sizes of a router must be integers of at least 1, not (5, 8, 0.5)"),
     (lambda: FixedRouter([[1, 0]]), TypeError, "give FixedRouter a tensor, torch.tensor(table), not a list"),
 ]  # fmt: skip

@@ -14,9 +14,10 @@ import adapt
 import train
 from experiments import claims, methods, reproduce
 from experiments.claims import CLAIMS, MEASURES
-from plumbing.errors import UserError
+from plumbing.errors import RunError, UserError
 from plumbing.flags import explicit_flags, unused
 from recipes import FEW_SHOT, PRETRAINING, VARIANTS
+from tests.helpers import check_legible, drawn
 from tools import figures
 
 VALUES = st.lists(st.floats(0, 100).map(lambda x: round(x, 3)), min_size=5, max_size=5).map(np.array)
@@ -344,6 +345,34 @@ def test_the_page_has_every_claim(workshop, monkeypatch):
     assert re.search(r"\| MHR \| `--method mhr --heads 8 .*` \| 9 \| 4 \| 51.0 ± 1.0 \|", page)
     assert "Commit abc1234, def5678." in page and "nan" not in page
     assert "Not blind" not in page  # that is the history of results/, not of a page that another makes
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_the_figures_of_the_results_are_legible(name, monkeypatch):
+    """From the committed values: no text is cut or lies on another or on a bar, and the figure says what bars are."""
+    raw = reproduce.read_raw(reproduce.ROOT / "results" / "claims.jsonl")
+    measured = reproduce.collect(raw, claims.measures_of(CLAIMS[name]), reproduce.SEEDS)
+    figure = drawn(monkeypatch, lambda: reproduce.FIGURES[CLAIMS[name].figure](measured, "unused"))
+    check_legible(figure)
+    assert any("5 seeds" in text.get_text() or "interval" in text.get_text() for text in figure.texts)
+
+
+def test_a_score_span_of_noise_is_shown_as_small(monkeypatch):
+    """A tenth of a point is a two hundredth of the axis, or less."""
+    measured = {name: reproduce.Values(np.array([50, 50.1, 50.2]) + k / 10, []) for k, name in enumerate("ab")}
+    figure = drawn(monkeypatch, lambda: reproduce.draw_dots(measured, "unused", reproduce.SCORE))
+    low, high = figure.axes[0].get_xlim()
+    assert high - low >= 20 and low < 50 < high
+
+
+def test_a_measure_that_is_undefined_is_one_sentence(workshop, monkeypatch):
+    """A run whose Z did not move has no recovery: its name and the reason, no traceback and no line."""
+    folder, _ = workshop
+    undefined = {"recovery": {"undefined": "all pairs of tasks are equally similar"}, "commit": "abc1234"}
+    monkeypatch.setattr(reproduce, "run", lambda *_: undefined)
+    with pytest.raises(RunError, match=r"recovery.correlation is undefined \(all pairs"):
+        reproduce.make_missing(["recovery by Poly"], (0,), folder / "claims.jsonl", folder, 1)
+    assert not (folder / "claims.jsonl").exists()
 
 
 def test_the_page_tells_what_is_not_made(workshop):

@@ -4,9 +4,10 @@
     python -m tools.analyze --checkpoint runs/NAME --step 300     the same after step 300 (train.py --keep-every)
     python -m tools.analyze --compare runs/*            training curves, score against trained parameters, alignment
 
-Prints one line per router and the mean. Writes analysis.json and figures (PNG and SVG) to the run's folder analysis/:
-Z as a heat map, the tree of tasks, the measures by layer, task similarities and gradient alignment. If train.py kept
-adapters during training, also alignment and measures over steps.
+Prints the measures, each with how to read it, and their means by kind of sub-layer; with --routers also those of every
+router. What is undefined says why. Writes analysis.json and figures (PNG and SVG) to the run's folder analysis/: Z as a
+heat map, the tree of tasks, the measures by layer, task similarities and gradient alignment. If train.py kept adapters
+during training, also alignment and measures over steps.
 
 `tools/measures.py` has the measures of Z (Polytropon section 4.3), this file `gradient_alignment` (MHR section 5.2,
 figure 3). Shape key, as in poly.py: t tasks, s skills, h heads.
@@ -36,6 +37,7 @@ class Config:
     tasks: str = flag("all", "all, or at least three tasks of the run, joined by commas", metavar="NAMES", group="how")
     examples: int = flag(32, "training examples per task for the gradient alignment")
     alignment: bool = flag(True, "measure the gradient alignment, the slow part")
+    routers: bool = flag(False, "print one line a router")
     data_dir: str = flag("", "folder of the benchmark's files, if it has moved since training", metavar="DIR")
     output_dir: str = flag("", "where to write; none: CHECKPOINT/analysis, with --compare runs/analysis", metavar="DIR")
     device: str = flag("auto", "auto: cuda if there is one, else cpu", ("auto", "cpu", "cuda", "mps"))
@@ -66,14 +68,26 @@ from inject import adapted_layers, routers, task_ids
 from methods import build_model, load_adapter_file
 from plumbing.backbones import advice_on_memory
 from plumbing.tables import aligned
+from recipes import LEARNED
 from tools import compare as comparison
 from tools import figures
-from tools.measures import MEASURES, allocations, flat, hierarchy, measure, overlap, recovery, task_similarity
+from tools.measures import (
+    MEASURES, allocations, flat, hierarchy, mean_of, measure, overlap, recovery, task_similarity,
+)  # fmt: skip
 
 ALIGNMENT = "gradient alignment (mean cosine)"  # a label of figures
+READ = {  # how to read a measure
+    "discreteness": "0: probabilities are 1/2 (at the start); 1: 0 or 1",
+    "sparsity": "share of probabilities above 1/2; by chance about 1/2",
+    "usage": "1: skills used alike (also by chance); 0: only one",
+    "recovery": "rank correlation of Z with the true table, -1 to 1",
+    "alignment": "mean cosine of tasks' gradients, -1 to 1; by chance 0",
+    "of mixtures": "the same, of each task's own mixture of skills",
+}
+SHOWN = 8  # rows of a table that may be long
 USES = {  # the companion flags of each job
     "compare": ("output_dir",),
-    "checkpoint": ("step", "tasks", "examples", "alignment", "data_dir", "output_dir", "device"),
+    "checkpoint": ("step", "tasks", "examples", "alignment", "routers", "data_dir", "output_dir", "device"),
 }
 
 # --- Gradients --------------------------------------------------------------------------------------------------------
@@ -150,21 +164,20 @@ def analyze(cfg: Config) -> dict:
     names = [task.name for task in tasks]
     out.mkdir(parents=True, exist_ok=True)
     if by_router:
-        similarity = task_similarity(by_router)
+        similarity, table = task_similarity(by_router), true_table(tasks)
         result |= measure(by_router) | {"similarity": similarity.round(4).tolist()}
-        table = true_table(tasks)
-        if table is not None:
-            result["recovery"] = recovery(similarity, table)
+        unknown = {"undefined": "these tasks have no true table"}
+        result["recovery"] = unknown if table is None else recovery(similarity, table)
         draw_routing(by_router, result["layers"], similarity, table, names, out)
     draw_alignment(result, out)
     write_json(out / "analysis.json", {"checkpoint": str(folder), "step": cfg.step, "tasks": names} | result)
-    print(report(result))
-    print(f"analysis.json and figures are in {out}")
+    print(report(result, len(names), cfg.routers))
+    print(f"\nanalysis.json and figures are in {out}")
     return result
 
 
 def _pretrained(cfg: Config, folder: Path):
-    """A run of train.py: ({"method", "alignment", "over_steps"}, tasks, allocations of the tasks)."""
+    """A run of train.py: ({"method", "granularity", "alignment", "over_steps"}, tasks, allocations of the tasks)."""
     base = train.run_config(cfg.checkpoint, cfg.data_dir, cfg.device)
     if base.method == "full":
         raise UserError(f"--checkpoint {folder} is of method full: it has no adapters to look at")
@@ -178,27 +191,27 @@ def _pretrained(cfg: Config, folder: Path):
     ids = choose(all_tasks, cfg.tasks)
     tasks, lengths = [all_tasks[t] for t in ids], (base.max_input, base.max_output)
     model, tokenizer = build_model(base, tasks=1)  # routers then take the file's number of tasks
-    over_steps, result = [], {"method": base.method}
+    over_steps, result = [], {"method": base.method, "granularity": base.granularity}
     for step in sorted(kept) if not cfg.step else []:
         load_adapter_file(model, kept[step])
         line, by_router = {"step": step}, {name: p[ids] for name, p in allocations(model).items()}
         if cfg.alignment:
             cosine = gradient_alignment(model, tokenizer, tasks, ids, cfg.examples, lengths)
             line |= {"alignment": cosine["shared"][0], "alignment_mixed": cosine["mixed"][0]}
-        over_steps.append(line | (measure(by_router)["mean"] if by_router else {}))
+        over_steps.append(line | (measure(by_router)["mean"] if base.method in LEARNED and by_router else {}))
     load_adapter_file(model, path)
     if cfg.alignment:
         cosine = gradient_alignment(model, tokenizer, tasks, ids, cfg.examples, lengths)
         mean, matrix = cosine["shared"]
         result["alignment"] = {"mean": mean, "mixed": cosine["mixed"][0], "examples": cfg.examples}
         result["alignment"]["matrix"] = matrix.round(4).tolist()
-    if over_steps and len(over_steps[0]) > 1:  # one adapter without alignment has nothing to measure
+    if over_steps and len(over_steps[0]) > 1:  # without alignment one adapter, or a fixed table, has nothing to say
         result["over_steps"] = over_steps
     return result, tasks, {name: p[ids] for name, p in allocations(model).items()}
 
 
 def _adapted(cfg: Config, folder: Path):
-    """The first split of a run of adapt.py: ({"method"}, tasks, allocations of the tasks, each from its own file)."""
+    """The first split of a run of adapt.py: (as `_pretrained`, tasks, allocations, each task's from its own file)."""
     run = adapted_config(folder, cfg.data_dir, cfg.device)
     if run.variant not in ("all", "z") or cfg.step:
         what = f"--step {cfg.step} is for runs of train.py" if cfg.step else f"variant {run.variant} has no routing"
@@ -213,7 +226,8 @@ def _adapted(cfg: Config, folder: Path):
     if not parts:
         raise UserError(f"--checkpoint {folder} is of a method without probabilities of skills: nothing to look at")
     ids = choose(tasks, cfg.tasks)
-    return {"method": base.method}, [tasks[t] for t in ids], {name: np.concatenate(p)[ids] for name, p in parts.items()}
+    result = {"method": base.method, "granularity": base.granularity}
+    return result, [tasks[t] for t in ids], {name: np.concatenate(p)[ids] for name, p in parts.items()}
 
 
 def choose(tasks: list[data.Task], names: str) -> list[int]:
@@ -238,25 +252,67 @@ def true_table(tasks: list[data.Task]) -> np.ndarray | None:
     return None if (table == table[0]).all() else table
 
 
-def report(result: dict) -> str:
-    """The measures as text: one line per router and their mean, recovery, alignment."""
-    lines = []
-    if "layers" in result:
-        rows = [(name, *(f"{v[m]:.3f}" for m in MEASURES)) for name, v in result["layers"].items()]
-        rows.append(("mean", *(f"{result['mean'][m]:.3f}" for m in MEASURES)))
-        lines.append(aligned([("router, by its first layer", *MEASURES), *rows], left=1))
+def report(result: dict, tasks: int, routers: bool = False) -> str:
+    """The measures of so many tasks as text of at most 80 columns. routers: with a line for each of them."""
+    parts, layers = [], result.get("layers", {})
+    if layers:
+        of = f"means over {len(layers)} routers" if len(layers) > 1 else "one router"
+        fixed = "" if result["method"] in LEARNED else "; Z is fixed, not learned"
+        parts.append(f"method {result['method']}, {tasks} tasks; of Z: {of}{fixed}")
     else:
-        lines.append(f"method {result['method']} has no probabilities of skills: no measures of Z")
-    if "recovery" in result:
-        text = "correlation {correlation:.3f}, 95 % interval {low:.3f} to {high:.3f}, p {p:.4f}; by chance {chance:.3f}"
-        text = f"recovery of the true table: {text}, 95 % of the time below {{chance_95:.3f}}"
-        lines.append(text.format(**result["recovery"]))
-    for line in result.get("over_steps", []):
-        lines.append(f"step {line['step']}: " + ", ".join(f"{k} {v:.3f}" for k, v in line.items() if k != "step"))
+        parts.append(f"method {result['method']} has no probabilities of skills: no measures of Z")
+    rows = [("measure", "value", "how to read it"), *(rows_of_z(result) if layers else [])]
     if "alignment" in result:
-        mean, mixed = (result["alignment"][key] for key in ("mean", "mixed"))
-        lines.append(f"gradient alignment, mean cosine over pairs of tasks: {mean:.3f}, of their mixtures {mixed:.3f}")
-    return "\n".join(lines)
+        mean, mixed = (shown(result["alignment"][key]) for key in ("mean", "mixed"))
+        rows += [("alignment", mean, READ["alignment"])]
+        rows += [("  of mixtures", mixed, READ["of mixtures"])] if layers else []
+    if len(rows) > 1:
+        parts.append(aligned(rows, left=3))
+    if kinds := by_kind(result):
+        parts.append(aligned([("by kind of sub-layer", "routers", *MEASURES), *kinds], left=1))
+    if "over_steps" in result:
+        parts.append(table_over_steps(result["over_steps"], with_mixtures=bool(layers)))
+    if routers and layers:
+        each = [(name, *(shown(v[m]) for m in MEASURES)) for name, v in layers.items()]
+        parts.append(aligned([("router, by its first layer", *MEASURES), *each], left=1))
+    return "\n\n".join(parts)
+
+
+def rows_of_z(result: dict) -> list[tuple[str, str, str]]:
+    """The rows (measure, value, how to read it) of Z; the last column says why a value is undefined."""
+    rows = [(m, shown(v), READ[m] if v is not None else "(there is one skill)") for m, v in result["mean"].items()]
+    found = result["recovery"]
+    if "undefined" in found:
+        return [*rows, ("recovery", "undefined", f"({found['undefined']})")]
+    rows.append(("recovery", shown(found["correlation"]), READ["recovery"]))
+    rows.append(("", "", "95 % interval {low:.3f} to {high:.3f}".format(**found)))
+    return [*rows, ("", "", "by chance 95 % are below {chance_95:.3f}; p {p:.4f}".format(**found))]
+
+
+def shown(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
+
+
+def by_kind(result: dict) -> list[tuple[str, ...]]:
+    """Rows (kind of sub-layer, routers, means of the measures); none if routers serve more than a sub-layer, or if the
+    kinds are one or many."""
+    kinds = defaultdict(list)
+    for name, values in result.get("layers", {}).items():
+        kinds[f"{figures.block(name)[0]} {'.'.join(name.split('.')[-2:-1])}".strip()].append(values)
+    if result["granularity"] not in ("linear", "layer") or not 1 < len(kinds) <= SHOWN:
+        return []
+    means = {kind: mean_of(rows) for kind, rows in kinds.items()}
+    return [(kind, str(len(kinds[kind])), *(shown(mean[m]) for m in MEASURES)) for kind, mean in means.items()]
+
+
+def table_over_steps(lines: list[dict], with_mixtures: bool) -> str:
+    """The values at kept steps, at most SHOWN of them: the first, the last and some between."""
+    some = sorted({round(k) for k in np.linspace(0, len(lines) - 1, min(SHOWN, len(lines)))})
+    names = {m: m for m in MEASURES} | {"alignment": "alignment", "alignment_mixed": "of mixtures"}
+    names = {key: name for key, name in names.items() if key in lines[0] and (with_mixtures or "mix" not in key)}
+    rows = [(str(lines[k]["step"]), *(shown(lines[k][key]) for key in names)) for k in some]
+    title = "" if len(some) == len(lines) else f"{len(some)} of {len(lines)} kept steps; analysis.json has all\n"
+    return title + aligned([("step", *names.values()), *rows], left=0)
 
 
 def draw_routing(by_router, layers: dict, similarity: np.ndarray, table, names: list[str], out: Path):
@@ -279,15 +335,16 @@ def draw_alignment(result: dict, out: Path):
     if "alignment" in result:
         matrix = np.array(result["alignment"]["matrix"])
         order = figures.leaves_list(hierarchy(np.array(result.get("similarity", (1 + matrix) / 2))))
-        panels = {"": matrix[order][:, order]}
+        panels = {"gradients of what tasks share": matrix[order][:, order]}
         figures.matrices(panels, out / "alignment", "cosine of two tasks' gradients", signed=True)
     if lines := result.get("over_steps"):
         if "alignment" in lines[0]:
             over = {result["method"]: [columns(lines, "alignment")]}
-            figures.over_steps({"": over}, out / "alignment-over-steps", ALIGNMENT)
+            figures.over_steps({"": over}, out / "alignment-over-steps", ALIGNMENT, figures.COSINE)
         if "usage" in lines[0]:
-            series = {m: [columns(lines, m)] for m in MEASURES}
-            figures.over_steps({"": series}, out / "measures-over-steps", "measure of Z, mean over layers")
+            series = {m: [columns(lines, m)] for m in MEASURES if lines[0][m] is not None}
+            label = "measure of Z, mean over layers"
+            figures.over_steps({"": series}, out / "measures-over-steps", label, figures.UNIT)
 
 
 # --- Several runs -----------------------------------------------------------------------------------------------------
@@ -318,11 +375,11 @@ def compare(cfg: Config):
             raise UserError(f"--compare: the runs of {label} have no step in common to draw: give one of them")
     out.mkdir(parents=True, exist_ok=True)
     if curves:
-        figures.over_steps({"": curves}, out / "training", "training loss (nats per token)", log=True)
+        figures.over_steps({"": curves}, out / "training", "training loss (nats per token)", figures.LOSS)
     if alignment:
-        figures.over_steps({"": alignment}, out / "alignment-over-steps", ALIGNMENT)
+        figures.over_steps({"": alignment}, out / "alignment-over-steps", ALIGNMENT, figures.COSINE)
     if points:
-        places = {label: {"": (v[0][0], *figures.mean_std([s for _, s in v]))} for label, v in points.items()}
+        places = {label: {"": (seeds[0][0], [score for _, score in seeds])} for label, seeds in points.items()}
         figures.performance({"": places}, out / "performance", "mean score of held-out tasks (%)")
     print(f"figures are in {out}")
 

@@ -5,6 +5,7 @@ probability that a task uses a skill (in a head).
 """
 
 import statistics
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -58,15 +59,15 @@ def sparsity(p: np.ndarray) -> float:
     return float((p > 0.5).mean())
 
 
-def usage(p: np.ndarray) -> float:
+def usage(p: np.ndarray) -> float | None:
     """H(u) / log s, where u is the sum of p over tasks, divided by its total (Polytropon equation 7).
 
     1 if all skills are used equally, 0 if only one is, or none. With heads: the mean over heads, since a head that
-    always takes the same skill is not balanced, even if another head always takes another. A single skill gives 1.
+    always takes the same skill is not balanced, even if another head always takes another. None for a single skill.
     """
     s = p.shape[-1]
     if s == 1:
-        return 1.0
+        return None
     columns = p.sum(0)  # (s,) or (h, s)
     total = columns.sum(-1, keepdims=True)
     share = columns / np.where(total > 0, total, 1)
@@ -76,10 +77,16 @@ def usage(p: np.ndarray) -> float:
 MEASURES = {"discreteness": discreteness, "sparsity": sparsity, "usage": usage}
 
 
-def measure(allocations: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """{"layers": {router: {measure: value}}, "mean": {measure: mean over routers}}."""
+def measure(allocations: dict[str, np.ndarray]) -> dict[str, dict]:
+    """{"layers": {router: {measure: value}}, "mean": {measure: mean over routers}}, None where undefined."""
     layers = {name: {m: f(p) for m, f in MEASURES.items()} for name, p in allocations.items()}
-    return {"layers": layers, "mean": {m: statistics.fmean(v[m] for v in layers.values()) for m in MEASURES}}
+    return {"layers": layers, "mean": mean_of(layers.values())}
+
+
+def mean_of(rows: Iterable[dict[str, float | None]]) -> dict[str, float | None]:
+    """The mean of each measure over routers where it is defined; None where it is not."""
+    defined = {m: [row[m] for row in rows if row[m] is not None] for m in MEASURES}
+    return {m: statistics.fmean(values) if values else None for m, values in defined.items()}
 
 
 # --- Tasks compared ---------------------------------------------------------------------------------------------------
@@ -119,16 +126,17 @@ def overlap(table: np.ndarray) -> np.ndarray:
     return both / np.maximum(sizes[:, None] + sizes[None] - both, 1)
 
 
-def recovery(similarity: np.ndarray, table: np.ndarray, draws: int = 1000, seed: int = 0) -> dict[str, float]:
+def recovery(similarity: np.ndarray, table: np.ndarray, draws: int = 1000, seed: int = 0) -> dict[str, float | str]:
     """How much of a true task-skill table (t, s') is in the similarity (t, t) that a model learned for the tasks.
 
     correlation        Spearman's, over all pairs of different tasks, between similarity and `overlap` of the table: two
                        tasks should be similar if they share skills. Learned skills need not match true ones, and may be
-                       fewer or more. 0 if similarity or overlap is the same for all pairs
+                       fewer or more
     chance, chance_95  mean and 95 % point of the correlation if the tasks' names are permuted (Mantel's test)
     p                  share of permutations that reach the correlation, which counts as one of them
     low, high          95 % percentile interval of a bootstrap over tasks; a task drawn twice makes no pair with itself,
                        which would be similar whatever was learned
+    Only {"undefined": why} if similarity or overlap is the same for all pairs: there is then no order to compare.
     Raises ValueError for fewer than three tasks, or a table of another number of tasks.
     """
     t = len(table)
@@ -136,6 +144,10 @@ def recovery(similarity: np.ndarray, table: np.ndarray, draws: int = 1000, seed:
         raise ValueError(f"recovery needs three or more tasks, not {t}, and their similarity, not {similarity.shape}")
     truth, rng = overlap(table), np.random.default_rng(seed)
     a, b = np.triu_indices(t, 1)
+    if constant(similarity[a, b]):
+        return {"undefined": "all pairs of tasks are equally similar"}
+    if constant(truth[a, b]):
+        return {"undefined": "in the true table all pairs are equally similar"}
     observed = spearman(similarity[a, b], truth[a, b])
     orders = [rng.permutation(t) for _ in range(draws)]
     chance = np.array([spearman(similarity[o[a], o[b]], truth[a, b]) for o in orders])
@@ -144,14 +156,19 @@ def recovery(similarity: np.ndarray, table: np.ndarray, draws: int = 1000, seed:
         i, j = drawn[a], drawn[b]
         different = i != j
         again.append(spearman(similarity[i, j][different], truth[i, j][different]))
-    low, high = np.percentile(again, [2.5, 97.5])
+    low, high = np.nanpercentile(again, [2.5, 97.5])
     p = (1 + (chance >= observed - 1e-12).sum()) / (1 + draws)
     values = dict(correlation=observed, low=low, high=high, chance=chance.mean(), chance_95=np.percentile(chance, 95))
     return {name: float(value) for name, value in (values | {"p": p}).items()}
 
 
+def constant(values: np.ndarray) -> bool:
+    """Whether all values are the same but for rounding."""
+    return len(values) == 0 or bool(np.ptp(values) < 1e-6)
+
+
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's rank correlation of two vectors; 0 where it is undefined: one of them is constant or empty."""
-    if len(x) == 0 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return 0.0
+    """Spearman's rank correlation of two vectors; NaN where it is undefined: one of them is constant or empty."""
+    if constant(x) or constant(y):
+        return np.nan
     return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])
