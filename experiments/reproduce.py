@@ -253,7 +253,7 @@ def render(raw: dict[tuple[str, int], dict], seeds: tuple[int, ...], names: list
 
     with_history: for results/claims.md, what its numbers have behind them.
     """
-    summary, sections, used = [], [], []
+    summary, stories, sections, used = [], [], [], []
     for name in names:
         claim, measured = CLAIMS[name], collect(raw, measures_of(CLAIMS[name]), seeds)
         if measured.keys() != set(measures_of(claim)):
@@ -265,6 +265,7 @@ def render(raw: dict[tuple[str, int], dict], seeds: tuple[int, ...], names: list
               for says in ("holds", "fails", "undecided")}  # fmt: skip
         cells = (f"{len(by['holds'])} of {len(parts)}", "; ".join(by["fails"]), "; ".join(by["undecided"]))
         summary.append(f"| [{name}](#{name}) | {verdict(parts)} | {' | '.join(cells)} | {claim.place} |")
+        stories.append(story(name, claim, parts))
         sections.append(section(name, claim, measured, parts))
         used += [line for of in measured.values() for line in of.lines]
     commits = ", ".join(sorted({commit for line in used for commit in line["commits"]}))
@@ -274,7 +275,7 @@ def render(raw: dict[tuple[str, int], dict], seeds: tuple[int, ...], names: list
     about |= dict(shots=few["shots"], few_steps=few["steps"], few_batch=few["batch_size"], few_every=few["eval_every"])
     about |= dict(seen=recipe["eval_examples"], keep=KEEP_EVERY, examples=analyze.Config.examples)
     about |= dict(history=HISTORY if with_history else "")
-    return PAGE.format(**about, summary="\n".join(summary)) + "\n".join(sections)
+    return PAGE.format(**about, summary="\n".join(summary), stories="\n".join(stories)) + "\n".join(sections)
 
 
 def hours(lines: list[dict]) -> float:
@@ -285,6 +286,25 @@ def hours(lines: list[dict]) -> float:
 
 
 PAGE = """# The papers' claims at laptop scale
+
+The papers make claims about routing; each is tested here with five runs of every method that it compares, on a
+benchmark of string-editing tasks whose skills are known (`strings`) and a model of 1.2 million parameters. That is
+small: MHR's tables are of T5-XL, 3 billion parameters (Tab. 3: T0-11B), on T0's and Super-NaturalInstructions' tasks;
+those of its 2022 version of BART-large on CrossFit and T5-Large on Natural Instructions; Polytropon's of BART-large
+on CrossFit, and of an agent. A claim is a list of comparisons between two methods:
+
+* **holds**: all come out as the paper says, by more than chance makes likely. In this setting you may rely on it.
+* **does not hold here**: at least one comes out the other way round, by more than chance makes likely.
+* **undecided**: neither. The claim may be true or not; five runs do not tell.
+
+None of this says what a large model does. Rules, caveats and numbers are below: [how it was judged](#how-it-was-judged).
+
+| claim | verdict | comparisons that hold | that fail | that are undecided | the papers |
+|---|---|---|---|---|---|
+{summary}
+
+{stories}
+# How it was judged
 
 Made by `python -m experiments.reproduce --claim all`; raw numbers, each with its flags and the commits of its training
 and of what was then asked of it, are in `claims.jsonl`, and what is there is not made again.
@@ -315,9 +335,7 @@ those of 90 %, which are narrower.
 Pre-training and few-shot adaptation took {hours:.1f} hours of one core by the clock; analyses, zero-shot runs and
 scores are not counted. Commit {commits}.
 
-| claim | verdict | comparisons that hold | that fail | that are undecided | the papers |
-|---|---|---|---|---|---|
-{summary}
+# Numbers
 
 """
 
@@ -336,19 +354,32 @@ Poly are close together, and LoRA is above both.
 """  # of results/claims.md alone, not of a page that a reader makes
 
 
+def story(name: str, claim: Claim, parts: list[Verdict]) -> str:
+    """A claim for people who do not do statistics: what the papers say, what came out here, a figure."""
+    by = {"fails": [], "undecided": [], "holds": []}
+    for (a, relation, b), part in zip(claim.compare, parts, strict=True):
+        by[part.says].append(f"{a} {relation} {b} ({part.difference:+.{digits_of(part)}f} on average)")
+    agree = sum(part.says == "holds" for part in parts)
+    out = f"{agree} of {len(parts)} comparisons agree with the papers."
+    out += f" The other way round: {'; '.join(by['fails'])}." if by["fails"] else ""
+    out += f" Not decided: {'; '.join(by['undecided'])}." if by["undecided"] else ""
+    text = f"## {name}\n\nThe papers: {claim.says[0].lower()}{claim.says[1:]} ({claim.place}.)\n\n"
+    text += f"Here: **{verdict(parts)}**. {out} {claim.note}".rstrip()
+    return f"{text}\n\n![{claim.says}](claim-{name}.png)\n"
+
+
+def digits_of(part: Verdict) -> int:
+    """The digits behind the point of a comparison: one of percent, three of a measure between 0 and 1."""
+    return 1 if max(map(abs, (part.difference, *part.interval))) > 1 else 3
+
+
 def section(name: str, claim: Claim, measured: dict[str, Values], parts: list[Verdict]) -> str:
-    """A claim's part of the page: sentence, verdict, comparisons, values, figure."""
+    """The numbers of a claim: comparisons and values."""
     spent = hours([line for of in measured.values() for line in of.lines])
-    text = [
-        f"## {name}",
-        "",
-        f"{claim.says} ({claim.place}.) **{verdict(parts).capitalize()}.** {claim.note}".rstrip(),
-        f"({spent:.1f} hours of one core, some for other claims too.)",
-        "",
-    ]
+    text = [f"## {name}: numbers", "", f"({spent:.1f} hours of one core, some for other claims too.)", ""]
     text += ["| comparison | difference | 95 % interval | | seed by seed |", "|---|---:|---:|---|---|"]
     for (a, relation, b), part in zip(claim.compare, parts, strict=True):
-        digits = 1 if max(map(abs, (part.difference, *part.interval))) > 1 else 3
+        digits = digits_of(part)
         low, high = (f"{x:+.{digits}f}" for x in part.interval)
         mean, *each = (f"{x:+.{digits}f}" for x in (part.difference, *part.seeds))
         text.append(f"| {a} {relation} {b} | {mean} | {low} to {high} | {part.says} | {' '.join(each)} |")
@@ -357,7 +388,7 @@ def section(name: str, claim: Claim, measured: dict[str, Values], parts: list[Ve
         first, flags = of.lines[0], of.lines[0]["flags"].rsplit(" | ", 1)[0].replace("|", "→")
         new = f"{first['new task']:,}" if first["new task"] else ""
         text.append(f"| {measure} | `{flags}` | {first['trained']:,} | {new} | {of} |")
-    return "\n".join([*text, "", f"![{name}](claim-{name}.png)", "", ""])
+    return "\n".join([*text, "", ""])
 
 
 SCORE = "exact match on held-out tasks (%)"
@@ -495,7 +526,7 @@ def main():
     if not args.page:
         make_missing(measures, tuple(args.seeds), args.results / "claims.jsonl", args.runs, args.jobs)
     write_page(args.results, tuple(args.seeds), list(CLAIMS))
-    print((args.results / "claims.md").read_text().split("## ")[0])
+    print((args.results / "claims.md").read_text().split("\n## ")[0])
 
 
 if __name__ == "__main__":
