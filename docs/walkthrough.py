@@ -37,7 +37,7 @@ W = torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 1]])
 A = torch.tensor([[1.0, 0, 2, 0], [0, 1, 0, 2], [2, 1, -1, 0]])[:, :, None]  # three LoRAs: (s, i, r)
 B = torch.tensor([[1.0, 0, 0, 1], [0, 2, 1, 0], [0, 1, -2, 3]])[:, None, :]  # (s, r, o)
 show("x", "b i", x)
-print(f"  {'W':15} i o  (4, 4)   {W.int().tolist()}")
+print(f"  {'W':15} i o  (4, 4)   {str(W.int().tolist()).replace(',', '')}")
 show("x W", "b o", x @ W)
 for s in range(3):
     show(f"A_{s + 1}", "i r", A[s])
@@ -137,10 +137,10 @@ def train(A, B, Z, truth, few=None, lr=0.02, lr_z=0.2, noise=True):
 def report(name, A, B, Z, losses, lr=0.02):
     """How many numbers were trained, and losses. A single skill has the weight 1: no Z is trained."""
     sizes = (A.numel() + B.numel()) * (lr > 0), Z.numel() * (len(A) > 1)
-    print(f"  {name:15} {sizes[0]:7} {sizes[1]:5}  ", "".join(f"{v:8.3f}" for v in losses))
+    print(f"  {name:15} {sizes[0]:7} {sizes[1]:5}  ", "".join(f"{v:7.3f}" for v in losses))
 
 
-print("  trained:         skills     Z    loss: 0      25      50     100     200     300 steps")
+print("  trained:         skills     Z   loss: 0     25     50    100    200    300 steps")
 world, runs = (old, true_A, true_B), {}
 for name, heads, skills in ("LoRA", 1, 1), ("Poly", 1, 3), ("Poly, 6 skills", 1, 6), ("MHR", 2, 3):
     runs[name] = train(*fresh(40, heads, skills), world)
@@ -158,7 +158,7 @@ for t in range(3):
     show(f"task {t}: true w", "h s", true_w[t], 2, 0)
     show("learned w", "h s", w[t], 2, 0)
 print(f"  Largest difference, in all {len(old)} tasks: {(w - true_w).abs().max():.3f}")
-print("  three more starts:     loss           sigmoid(Z) is off 0 or 1 by")
+print("  three more starts:   loss             sigmoid(Z) is off 0 or 1 by")
 for name, options in ("as before", {}), ("slow Z", {"lr_z": 0.02}), ("no noise", {"noise": False}):
     again = [train(*fresh(40, 2, 3), world, **options) for _ in range(3)]
     bits = [(Z.sigmoid() - Z.sigmoid().round()).abs().mean() for _, _, Z, _ in again]
@@ -171,7 +171,7 @@ A, B, _, _ = runs["MHR"]
 mhr, mu = (A, B, fresh(1, 2, 3)[2]), (A.mean(0, True), B.mean(0, True), torch.zeros(1, 1, 1))
 one = *runs["LoRA"][:2], torch.zeros(1, 1, 1)
 task, other = (new[:1], true_A, true_B), (new[:1], torch.randn(3, 16, 2) / 4, torch.randn(3, 2, 16))
-print("  trained:         skills     Z    loss: 4      64 examples, 64 of a task of other skills")
+print("  trained:         skills     Z   loss: 4     64     64 examples (the last of other skills)")
 for name, start, lr in ("MHR-z", mhr, 0), ("MHR", mhr, 0.02), ("MHR-mu", mu, 0.02), ("LoRA", one, 0.02):
     cases = (task, 4), (task, 64), (other, 64)
     ends = [train(*start, truth, torch.randn(1, b, 16), lr=lr)[3][-1] for truth, b in cases]
