@@ -297,7 +297,7 @@ on CrossFit, and of an agent. A claim is a list of comparisons between two metho
 * **does not hold here**: at least one comes out the other way round, by more than chance makes likely.
 * **undecided**: neither. The claim may be true or not; five runs do not tell.
 
-None of this says what a large model does. Rules, caveats and numbers are below: [how it was judged](#how-it-was-judged).
+None of this says what a large model does. Rules, caveats and numbers: [how it was judged](#how-it-was-judged).
 
 | claim | verdict | comparisons that hold | that fail | that are undecided | the papers |
 |---|---|---|---|---|---|

@@ -28,7 +28,7 @@ FLOORS = [  # from the ground up; a file imports only from floors below, or from
     [f"experiments.{x}" for x in "methods claims reproduce babyai bench larger mixing gpu_items gpu".split()],
     [f"examples.{x}" for x in "own_model hf_trainer".split()],
     [f"tests.stress.{x}" for x in "kills targets faults longrun scale".split()],
-    [f"docs.{x}" for x in "formulas annotate picture".split()],  # for readers: nothing imports them
+    [f"docs.{x}" for x in "formulas annotate picture walkthrough render_walkthrough".split()],  # for readers
 ]
 PLACES = {name: (floor, place) for floor, names in enumerate(FLOORS) for place, name in enumerate(names)}
 
@@ -85,12 +85,20 @@ def test_plumbing_that_is_read_before_the_flags_loads_no_torch():
 
 
 def test_the_root_is_the_table_of_contents():
-    """What lies in the root is what the README's table of files names, and nothing else is Python there."""
+    """What lies in the root is what the README's table of files names, and nothing else is Python there.
+
+    docs/, pages for readers, is as well found by a link in its text.
+    """
     table = (ROOT / "README.md").read_text().split("## Files")[1].split("\n## ")[0]
     cells = re.findall(r"^\| ((?:`[\w./]+`(?:, )?)+) \|", table, re.M)
     named = {name for cell in cells for name in re.findall(r"`([\w./]+)`", cell)}
     here = {path.name for path in ROOT.glob("*.py")}
     assert {name for name in named if name.endswith(".py")} == here and len(here) == 14
-    assert {name.strip("/").split("/")[0] for name in named if name.endswith("/")} == {
+    assert {name.strip("/").split("/")[0] for name in named if name.endswith("/")} - {"docs"} == {
         path.name for path in ROOT.iterdir() if path.is_dir() and list(path.rglob("*.py")) or path.name == "assets"
-    } - {"runs"}  # fmt: skip
+    } - {"runs", "docs"}  # fmt: skip
+
+
+def test_what_is_for_readers_is_imported_by_nothing():
+    importers = {name for name, path in modules().items() if any(x.startswith("docs.") for x in imported(path))}
+    assert not importers

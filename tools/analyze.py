@@ -412,7 +412,8 @@ def labels_of(folders: list[Path]) -> dict[Path, str]:
 
     Raises UserError for runs of several data sets.
     """
-    full = {folder: comparison.name_of_run(folder) for folder in folders if (folder / "result.json").is_file()}
+    done = [folder for folder in folders if (folder / "result.json").is_file()]
+    full = {folder: (str(name), dataset) for folder in done for name, dataset in [comparison.name_of_run(folder)]}
     if len(datasets := {dataset for _, dataset in full.values()}) > 1:
         raise UserError(f"--compare: give runs of one data set, these are of {', '.join(sorted(datasets))}")
     bare = lambda label: " ".join(w for w in label.split() if "=" not in w).replace(" -> ", "-")  # noqa: E731
