@@ -555,7 +555,7 @@ def train(cfg: Config) -> dict:
                 return result
             if not (folder / CHECKPOINT).exists():
                 raise UserError(f"{folder} is finished and its {CHECKPOINT} is gone: start again in another folder")
-        print(describe(cfg))
+        print(describe(cfg, dataclasses.asdict(Config())))
         return train_in(folder, cfg)
 
 

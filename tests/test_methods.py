@@ -3,7 +3,6 @@
 import json
 import math
 import runpy
-import subprocess
 
 import pytest
 from hypothesis import given
@@ -136,20 +135,3 @@ def test_flags_that_cannot_be(monkeypatch, capsys, line, named):
     with pytest.raises(SystemExit) as stopped:
         methods.main()
     assert stopped.value.code == 2 and f"error: {named} " in capsys.readouterr().err
-
-
-def test_a_commit_is_dirty_if_more_than_results_changed(tmp_path, monkeypatch):
-    """New values in results/, which are added while runs are made, do not make the tree dirty."""
-    monkeypatch.setattr(methods, "ROOT", tmp_path)
-    (tmp_path / "results").mkdir()
-    for name in ("train.py", "results/claims.jsonl"):
-        (tmp_path / name).write_text("before")
-    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
-    for command in (["init", "-q"], ["add", "."], [*author, "commit", "-q", "-m", "first"]):
-        subprocess.run(["git", *command], cwd=tmp_path, check=True)
-    clean = methods.commit()
-    assert clean and "dirty" not in clean
-    (tmp_path / "results" / "claims.jsonl").write_text("after")
-    assert methods.commit() == clean
-    (tmp_path / "train.py").write_text("after")
-    assert methods.commit() == f"{clean}-dirty"

@@ -331,13 +331,18 @@ def test_each_start_is_on_record(run, flags, tmp_path, monkeypatch):
 
 
 def test_the_commit_of_a_tree(tmp_path, monkeypatch):
+    """New values in results/, which are added while runs are made, do not make the tree dirty."""
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     assert machine.commit() == "unknown"
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
-    (tmp_path / "file").write_text("1")
+    (tmp_path / "results").mkdir()
+    for name in ("file", "results/claims.jsonl"):
+        (tmp_path / name).write_text("1")
     for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
         subprocess.run([*git, *words], cwd=tmp_path, check=True)
     clean = machine.commit()
+    (tmp_path / "results" / "claims.jsonl").write_text("2")
+    assert machine.commit() == clean
     (tmp_path / "file").write_text("2")
     assert len(clean) >= 7 and machine.commit() == f"{clean}-dirty"
     monkeypatch.setenv("PATH", "")
