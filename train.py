@@ -55,7 +55,7 @@ class Config:
     steps: int = flag(0, "optimiser steps; 0: by the recipe's epochs", group="optimisation")
     epochs: int = setting(0, "passes over the training examples, if steps is 0")
     batch_size: int = flag(64, "examples per step")
-    window: int = setting(8, "batches within which examples are sorted by length (results/mixing.md)")
+    window: int = setting(8, "batches within which examples are sorted by length (experiments/mixing.py)")
     micro_batch: int = flag(0, "examples per forward pass, to save memory; gradients of a step add up; 0: all")
     optimizer: str = setting("adamw", "adafactor: without relative steps", ("adamw", "adafactor"))
     scale_parameter: bool = setting(False, "adafactor: multiply the rate of a parameter by its RMS, at least 1e-3")

@@ -176,7 +176,7 @@ def table(draw: Drawing, x, y, rows, title: str, digits=2):
 def route(draw: Drawing):
     """Step 1: from Z to the weights."""
     on, w = weights()
-    remark = "the task's row of *Z* becomes weights that sum to 1 in each head; the noise is for training only"
+    remark = "the task's row of *Z* becomes weights that sum to 1 in each head; noise in training only"
     heading(draw, 34, "Route", remark)
     draw.text(69, 66, "*Z* (t, h, s)", anchor="middle")
     for task in range(SIZES["t"]):
@@ -194,7 +194,7 @@ def route(draw: Drawing):
         draw.text((x + end) / 2, y - 8, label, 12, "middle")
         draw.shape((x + end) / 2, y + 17, "(h, s)")
     table(draw, 208, y - 24, LOGITS, "*z*, logits", digits=1)
-    table(draw, 438, y - 24, on, "*ẑ*, skill on or off")
+    table(draw, 438, y - 24, on, "*ẑ*, how far on")
     table(draw, 656, y - 24, w, "*w*, weights")
 
 
@@ -280,7 +280,7 @@ def adapted(draw: Drawing, w, up, cell=12):
     draw.matrix(334, down - 12, r, o, cell, mixture(w, False))
     draw.arrow((386, down), (470, down))
     draw.rect(474, down - 15, 66, 30, "line-edge", radius=6)
-    draw.text(507, down + 4.5, "× α / r", anchor="middle")
+    draw.text(507, down + 4.5, "× 1 / r", anchor="middle")
     draw.arrow((544, down), (624, down), (624, middle + 14))
     draw.arrow((266, up), (624, up), (624, middle - 14))
     draw.rect(612, middle - 12, 24, 24, "line-edge", radius=12)
@@ -299,7 +299,7 @@ def key(draw: Drawing, y):
     for k in range(SIZES["s"]):
         draw.rect(24 + 78 * k, y - 10, 12, 12, f"skill{k + 1}")
         draw.text(42 + 78 * k, y, f"skill {k + 1}", 12)
-    draw.text(260, y, "In a mixed block each skill's part is its weight.", 12, kind="soft")
+    draw.text(260, y, "In a mixed block, a color's share is its skill's weight.", 12, kind="soft")
     draw.text(24, y + 20, f"{sizes('blio')}, rank {sizes('r')}", 12, kind="soft")
     d, e = SIZES["i"] // SIZES["h"], SIZES["o"] // SIZES["h"]
     draw.text(24, y + 38, f"{sizes('tsh')}; d = i / h = {d}, e = o / h = {e}", 12, kind="soft")

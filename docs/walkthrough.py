@@ -47,7 +47,7 @@ show("x A_1 B_1", "b o", x @ A[0] @ B[0])
 show("y", "b o", lora(x, W, A[0], B[0]))
 
 print("\n2. Poly: a task mixes its LoRA from a few skills that all tasks share")
-# A skill is a LoRA. A task owns a row of logits, Z, and a sigmoid of each says how much that skill is on; skills do not
+# A skill is a LoRA. Z has a row of logits for each task; a sigmoid of each says how much that skill is on; skills do not
 # compete, so there is no softmax. In training, noise u makes it random, a relaxed Bernoulli variable: [1] eq. 2, whose
 # log[sigmoid(z) u / ((1 - sigmoid(z)) (1 - u))] is z + logit(u). The row is divided by its sum ([1] eq. 3), and mixes
 # the PARAMETERS of the skills, A and B apart ([2] equation "Poly").
@@ -147,9 +147,9 @@ for name, heads, skills in ("LoRA", 1, 1), ("Poly", 1, 3), ("Poly, 6 skills", 1,
     report(name, *runs[name])
 
 print("\n5. What Z learned: which task uses which skill")
-# Skills have no names: beside each true one stands the learned one of the nearest weights. Then again, also with Z as
-# slow as the skills, or without noise: noise and a fast Z bring sigmoid(Z) to 0 or 1. Not always to the true one:
-# with manual_seed(1) at the top of this file, MHR's loss stays above 0.2.
+# Learned skills come in any order, so beside each true one stands the learned one whose weights are nearest. Then three
+# more starts, also with a slow Z, and without noise: noise and a fast Z bring sigmoid(Z) to 0 or 1. A discrete Z is not
+# always the true one: with manual_seed(1) at the top of this file, MHR's loss stays above 0.2.
 w, true_w = weights(runs["MHR"][2]), weights(old)
 for h in range(2):
     distances = (w[:, h, :, None] - true_w[:, h, None]).abs().sum(0)  # (learned s, true s)
@@ -165,8 +165,8 @@ for name, options in ("as before", {}), ("slow Z", {"lr_z": 0.02}), ("no noise",
     print(f"  {name:12}", "".join(f"{v:8.3f}" for v in [losses[-1] for *_, losses in again] + bits))
 
 print("\n6. A new task: z trains its row of Z, mu one LoRA")
-# MHR-z trains a new row of Z and nothing else ([2] section 3), MHR the skills, too; MHR-mu trains their average as one
-# LoRA (equation "Poly-mu"), LoRA the shared one. z recombines: a few examples suffice, if the task has these skills.
+# MHR-z trains a new row of Z alone ([2] section 3), MHR also the skills, MHR-mu their average as one LoRA ("Poly-mu"),
+# LoRA that of section 4. z recombines skills: a few examples suffice, if the task is made of these skills.
 A, B, _, _ = runs["MHR"]
 mhr, mu = (A, B, fresh(1, 2, 3)[2]), (A.mean(0, True), B.mean(0, True), torch.zeros(1, 1, 1))
 one = *runs["LoRA"][:2], torch.zeros(1, 1, 1)

@@ -294,8 +294,11 @@ those of its 2022 version of BART-large on CrossFit and T5-Large on Natural Inst
 on CrossFit, and of an agent. A claim is a list of comparisons between two methods:
 
 * **holds**: all come out as the paper says, by more than chance makes likely. In this setting you may rely on it.
-* **does not hold here**: at least one comes out the other way round, by more than chance makes likely.
+* **does not hold here**: at least one contradicts the paper, by more than chance makes likely.
 * **undecided**: neither. The claim may be true or not; five runs do not tell.
+
+"a > b": a scores higher; "a ~ b": within {margin:g} points; "a <= b": at most {margin:g} points higher. -z, -mu: what
+a new task trains. Told: the input names the operations. Shared: one LoRA for all tasks.
 
 None of this says what a large model does. Rules, caveats and numbers: [how it was judged](#how-it-was-judged).
 
@@ -361,7 +364,7 @@ def story(name: str, claim: Claim, parts: list[Verdict]) -> str:
         by[part.says].append(f"{a} {relation} {b} ({part.difference:+.{digits_of(part)}f} on average)")
     agree = sum(part.says == "holds" for part in parts)
     out = f"{agree} of {len(parts)} comparisons agree with the papers."
-    out += f" The other way round: {'; '.join(by['fails'])}." if by["fails"] else ""
+    out += f" Contradicted: {'; '.join(by['fails'])}." if by["fails"] else ""
     out += f" Not decided: {'; '.join(by['undecided'])}." if by["undecided"] else ""
     text = f"## {name}\n\nThe papers: {claim.says[0].lower()}{claim.says[1:]} ({claim.place}.)\n\n"
     text += f"Here: **{verdict(parts)}**. {out} {claim.note}".rstrip()
