@@ -47,7 +47,7 @@ show("x A_1 B_1", "b o", x @ A[0] @ B[0])
 show("y", "b o", lora(x, W, A[0], B[0]))
 
 print("\n2. Poly: a task mixes its LoRA from a few skills that all tasks share")
-# A skill is a LoRA. Z has a row of logits for each task; a sigmoid of each says how much that skill is on; skills do not
+# A skill is a LoRA. Z has a row of logits for a task; a sigmoid of each says how much that skill is on; skills do not
 # compete, so there is no softmax. In training, noise u makes it random, a relaxed Bernoulli variable: [1] eq. 2, whose
 # log[sigmoid(z) u / ((1 - sigmoid(z)) (1 - u))] is z + logit(u). The row is divided by its sum ([1] eq. 3), and mixes
 # the PARAMETERS of the skills, A and B apart ([2] equation "Poly").
