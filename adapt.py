@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 from plumbing.errors import UserError, exit_on_user_error
 from plumbing.flags import as_flag, explicit_flags, flag, in_use, setting, unused
-from plumbing.folders import read_skills, remove_checkpoint, resumed_config, write_config, write_json
+from plumbing.folders import read_skills, remove_checkpoint, remove_run, resumed_config, write_config, write_json
 from recipes import FEW_SHOT, VARIANTS, recipe
 
 
@@ -280,6 +280,8 @@ def adapt_in(folder: Path, cfg: Config) -> dict:
         use_checkpointing(model)
     begin = prepare(model, base, cfg)
     begin(next(iter(splits.values()))[0])
+    if cfg.overwrite and processes.first():
+        remove_run(folder)
     if processes.first() and not (folder / "config.json").exists():
         write_config(folder, cfg)
     if processes.first():

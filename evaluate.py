@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 
 from plumbing.errors import UserError, exit_on_user_error
 from plumbing.flags import check_ranges, explicit_flags, flag, one_job
-from plumbing.folders import read_config, read_lines, refuse_other_tasks, script_of, write_json
+from plumbing.folders import read_config, read_lines, refuse_other, refuse_other_tasks, script_of, write_json
 from recipes import FEW_SHOT, recipe
 
 
@@ -67,6 +67,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import adapt
@@ -77,6 +78,7 @@ from data import Task
 from methods import build_model, load_adapter_file, load_run
 from plumbing import processes
 from plumbing.backbones import advice_on_memory, pick_device
+from plumbing.checkpoint import marks_of_tasks
 from plumbing.run import Log
 from plumbing.tables import counted
 from scoring import all_scores, by_group, constant_scores, main_scores, mean, scores_of
@@ -122,12 +124,14 @@ def refuse_save(path: Path):
 class Saved:
     """The scored examples of --save, within this context: NAME.predictions.jsonl.
 
-    Its first line has the settings, and a line {"done": TASK, "split": ...} ends each task: what comes without one was
-    cut off, and is removed. Raises UserError if the file is of an evaluation with other settings.
+    Its first line has the settings, and a line {"done": TASK, ...} ends each task: what comes without one was cut off,
+    and is removed. Raises UserError if the file is of an evaluation with other settings or data, or in use.
     """
 
     def __init__(self, cfg: Config):
-        self.path = Path(cfg.save).with_suffix(".predictions.jsonl") if cfg.save and not cfg.constant else None
+        self.path = (
+            Path(f"{cfg.save.removesuffix('.json')}.predictions.jsonl") if cfg.save and not cfg.constant else None
+        )
         same = {name: value for name, value in asdict(cfg).items() if name not in ("save", "batch_size", "device")}
         self.head, self.outputs = same | {"made_by": digest_of_run(Path(cfg.checkpoint))}, {}
 
@@ -135,13 +139,23 @@ class Saved:
         self.log = None
         if not self.path:
             return self
+        self.lock = FileLock(f"{self.path}.lock")
+        try:
+            if processes.first():
+                self.lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"another process writes {self.path}: wait, or choose another --save") from None
         head, *lines = (read_lines(self.path) if self.path.exists() else None) or [None]
         if head not in (None, self.head):
             raise UserError(f"{self.path} is of another run or other settings: choose another --save, or delete it")
-        self.outputs = {(line["split"], line["done"]): [] for line in lines if "done" in line}
-        for line in lines:
-            if "done" not in line and (key := (line["split"], line["task"])) in self.outputs:
-                self.outputs[key].append(line["output"])
+        try:
+            self.marks = {(line["split"], line["done"]): line["made_with"] for line in lines if "done" in line}
+            self.outputs = {key: [] for key in self.marks}
+            for line in lines:
+                if "done" not in line and (key := (line["split"], line["task"])) in self.outputs:
+                    self.outputs[key].append(line["output"])
+        except (KeyError, TypeError):
+            raise UserError(f"{self.path} was changed by hand: choose another --save, or delete it") from None
         if self.outputs:
             print(f"going on: {counted(len(self.outputs), 'task')} of {self.path} not scored again")
         stays = lambda line: line == head or (line["split"], line.get("task", line.get("done"))) in self.outputs  # noqa: E731
@@ -153,12 +167,16 @@ class Saved:
     def __exit__(self, *error):
         if self.log:
             self.log.__exit__(*error)
+        if self.path:
+            self.lock.release()
+            Path(self.lock.lock_file).unlink(missing_ok=True)
 
     def scores(self, model, tokenizer, tasks: list[Task], ids: list[int], *how, limit: int, split: str = "", **more):
         """`all_scores` of these tasks, of which only those are computed that are not in the file."""
         known, found, lines = {}, {}, []
         for task in tasks:
             if (outputs := self.outputs.get((split, task.name))) is not None:
+                refuse_other(self.path, self.marks[split, task.name], {"data set": marks_of_tasks([task])})
                 known[task.name] = scores_of(task, outputs, task.test[: limit or None])
         left = [(k, task) for k, task in zip(ids, tasks, strict=True) if task.name not in known]
         if left:
@@ -168,7 +186,8 @@ class Saved:
             for line in lines:
                 if line["task"] == name:
                     self.log.write({"split": split, **line})
-            self.log.write({"split": split, "done": name})
+            (task,) = (task for task in tasks if task.name == name)
+            self.log.write({"split": split, "done": name, "made_with": {"data set": marks_of_tasks([task])}})
         return {task.name: (known | found)[task.name] for task in tasks}
 
 

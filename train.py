@@ -107,7 +107,7 @@ from plumbing import processes
 from plumbing.ahead import Part, ahead, parts_of, to_device
 from plumbing.backbones import pick_device, warn_if_too_large
 from plumbing.checkpoint import marks_of_tasks, run_tensors
-from plumbing.folders import read_lines, refuse_other_tasks, remove_checkpoint
+from plumbing.folders import read_lines, refuse_other_tasks, remove_checkpoint, remove_run
 from plumbing.graph import WORTH_COMPILING, graph_of, refuse_what_cannot_compile, same_sizes
 from plumbing.large import precision_here, refuse_what_does_not_fit
 from plumbing.machine import peak_memory, record_start, report_dry_run
@@ -232,13 +232,10 @@ def loss_and_parts(model, tokenizer, cfg: Config):
 
 
 def look_at(model, tokenizer, tasks: list[data.Task], cfg: Config):
-    """What gives the validation loss: `mean_loss` of 4 batches of test examples, the same at every look."""
+    """What gives the validation loss: `mean_loss` of 256 test examples of training tasks, the same at every look."""
     if not cfg.eval_every:
         return None
-    unseen = [dataclasses.replace(task, train=task.test) for task in tasks]
-    if not any(len(task.train) for task in unseen):
-        raise UserError(f"--eval-every {cfg.eval_every}: no training task has unseen examples")
-    items = data.drawn(unseen, 4 * cfg.batch_size)
+    items = data.drawn([dataclasses.replace(task, train=task.test) for task in tasks], 256)
     return lambda: mean_loss(model, tokenizer, items, (cfg.max_input, cfg.max_output), cfg.batch_size)
 
 
@@ -291,16 +288,20 @@ def train_in(folder: Path, cfg: Config) -> dict:
         )
     tasks = benchmarks.load_for(cfg, cfg.split, ("train",)).train
     steps, scored = steps_to_take(cfg, tasks), tasks_to_score(cfg, tasks)
+    if cfg.eval_every and not any(len(task.test) for task in tasks):
+        raise UserError(f"--eval-every {cfg.eval_every}: no training task has unseen examples")
     torch.manual_seed(cfg.seed)
     skills = names_of_skills(cfg, tasks)
     cfg.skills = len(skills) or cfg.skills
-    if (folder / "tasks.json").exists() and (folder / "config.json").exists():  # a run to resume
+    if cfg.resume and (folder / "tasks.json").exists() and (folder / "config.json").exists():
         refuse_other_tasks(folder, cfg.method, tasks)
     model, tokenizer = starting_point(cfg, tasks, skills)
     if cfg.checkpointing:
         use_checkpointing(model)
     probe(model, tokenizer, cfg)
     embeddings = embed_tasks(cfg, tasks) if cfg.method == "adapter-soup" else None  # early, to refuse a wrong encoder
+    if cfg.overwrite and processes.first():
+        remove_run(folder)
     if processes.first() and not (folder / "config.json").exists():  # config.json comes last: it marks a run
         write_json(folder / "tasks.json", {"tasks": [task.name for task in tasks], "skills": skills})
         write_config(folder, cfg)
@@ -313,8 +314,8 @@ def train_in(folder: Path, cfg: Config) -> dict:
     if cfg.dry_run:
         few = dataclasses.replace(cfg, log_every=1, keep_every=0, eval_every=0, tensorboard=False)
         train_steps(model.train(), tokenizer, tasks, 3, few, folder)
-        first, _, last = (line["seconds"] for line in read_lines(folder / "log.jsonl"))
-        return report_dry_run((last - first) / 2, steps)
+        seconds = [line["seconds"] for line in read_lines(folder / "log.jsonl")] if processes.first() else [0.0]
+        return report_dry_run((seconds[-1] - seconds[0]) / 2, steps)
     if steps >= WORTH_COMPILING and not (cfg.compile or cfg.shard or cfg.precision == "nf4"):
         print(f"{'faster':21}--compile saves a quarter of a step, after half a minute (docs/gpu.md)")
     done = train_steps(model.train(), tokenizer, tasks, steps, cfg, folder).now

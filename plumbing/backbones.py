@@ -90,8 +90,8 @@ def load_backbone(name: str, device: str, precision: str = "fp32", encoder: bool
     if name == "scratch":
         return tiny_from_scratch().to(device, None if dtype == "auto" else dtype), ByT5Tokenizer()
     source = str(TINY) if name == "tiny" else name
-    if not sys.stderr.isatty():
-        disable_progress_bar()
+    if name == "tiny" or not sys.stderr.isatty():
+        disable_progress_bar()  # transformers' own
     if not Path(source).is_dir():
         reach_hub()
     gguf = sorted(Path(source).glob("*.gguf")) if Path(source).is_dir() else []

@@ -240,7 +240,7 @@ def unused(cfg, flags: dict, variant: str = "") -> list[str]:
 
 def in_use(cfg, values: dict, variant: str = "") -> dict:
     """Of these settings those that have an effect: see `unused`."""
-    idle = unused(cfg, values, variant)
+    idle = unused(cfg, values, variant) + ["--skills"] * (cfg.method in FIXED_TABLE)  # there the tasks say how many
     return {name: value for name, value in values.items() if as_flag(name) not in idle}
 
 

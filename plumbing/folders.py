@@ -271,10 +271,14 @@ def continued_config(Config: type, flags: dict):
 
 # --- What may be done in a folder -------------------------------------------------------------------------------------
 
-OF_A_RUN = (  # what the scripts write to a run folder, beside a folder for each split
-    r"(config|tasks|result|provenance)\.json|(log|predictions)\.jsonl|(adapter(-\d+)?|checkpoint|embeddings)\.safetensors"
-    r"|backbone(-\d+)?|analysis.*|tensorboard|.*\.tmp\w*"
-)
+OF_A_RUN = {  # what the scripts write to a run folder: pattern of a name; for a folder, of the names in it
+    r"((config|tasks|result|provenance)\.json|(log|predictions)\.jsonl)(\.tmp)?": "",
+    r"(adapter(-\d+)?|checkpoint|embeddings)\.safetensors(\.tmp)?": "",
+    r"backbone(-\d+)?": r"(config|generation_config|tokenizer\w*|special_tokens_map|added_tokens|vocab)\.json"
+    r"|model.*\.safetensors(\.index\.json)?|spiece\.model|merges\.txt|chat_template\.jinja",
+    r"analysis(-some-tasks)?(-\d+)?": r"[\w-]+\.(json|png|svg)",
+    r"tensorboard": r"events\..*",
+}
 BEFORE_A_RUN = {LOCK, "tasks.json", "tasks.json.tmp", "config.json.tmp"}  # may be there before its config.json
 
 
@@ -287,16 +291,27 @@ def refuse_used(path: str):
         raise UserError(f"--output-dir {path} is not empty, it holds {there[0]}: choose another folder")
 
 
-def remove_run(folder: Path):
-    """--overwrite: remove the run in a folder. Raises UserError, with nothing removed, if anything else is there."""
-    script = script_of(folder) if (folder / "config.json").exists() else ""
-    splits = read_json(folder / "config.json").get("split") if script == "adapt.py" else []
-    there = {path.name for path in folder.iterdir()} - {LOCK, *(splits if isinstance(splits, list) else [])}
-    foreign = sorted(name for name in there if not re.fullmatch(OF_A_RUN, name))
-    if foreign or not script:
-        what = f"{foreign[0]}, which no run writes" if foreign else "no run"
+def refuse_what_is_no_run(folder: Path, script: str):
+    """--overwrite: raise UserError unless a folder holds a run of a script ("train.py"), and nothing else."""
+    made_by = script_of(folder) if (folder / "config.json").exists() else ""
+    if made_by != script:
+        what = f"a run of {made_by}" if made_by else "no run"
         raise UserError(f"--overwrite: {folder} holds {what}: choose another --output-dir")
-    for path in folder.iterdir():
+    splits = read_json(folder / "config.json").get("split") if script == "adapt.py" else []
+    inside = {re.escape(split): r".+\.(json|safetensors)" for split in splits if isinstance(split, str)} | OF_A_RUN
+    for path in sorted(folder.rglob("*")):
+        top, *below = path.relative_to(folder).parts
+        allowed = next((names for pattern, names in inside.items() if re.fullmatch(pattern, top)), None)
+        known = allowed is not None and (not below or re.fullmatch(allowed, path.name))
+        if top != LOCK and (path.is_symlink() or not known):
+            raise UserError(
+                f"--overwrite: {folder} holds {path.name}, which no run writes: choose another --output-dir"
+            )
+
+
+def remove_run(folder: Path):
+    """Remove the run in a folder that `refuse_what_is_no_run` has checked; config.json, the mark of a run, last."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
         if path.name != LOCK:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -352,14 +367,15 @@ def locked_folder(folder: Path, command: str):
         lock.release()
 
 
-def result_if_done(folder: Path, resume: bool, overwrite: bool = False) -> dict | None:
+def result_if_done(folder: Path, resume: bool, overwrite: str = "") -> dict | None:
     """The result of a run that --resume finds finished; None if there is something to do.
 
-    overwrite: remove the run that is there. Raises UserError if the folder holds a run and neither was given, or if it
-    holds something else.
+    overwrite: the script whose run may be there, to be replaced (`remove_run`) once all of the new one is known to be
+    right. Raises UserError if the folder holds a run and neither was given, or if it holds something else.
     """
-    if overwrite and processes.first() and (folder / "config.json").exists():
-        remove_run(folder)
+    if overwrite and (folder / "config.json").exists():
+        refuse_what_is_no_run(folder, overwrite)
+        return None
     resumable = resume and (folder / "config.json").exists()
     if resumable and (folder / "result.json").exists():
         print(f"{folder} is finished: nothing to resume")

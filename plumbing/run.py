@@ -44,13 +44,17 @@ def run_in_folder(work: Callable, cfg, script: str, advice: str, usual: dict) ->
     if cfg.deterministic:
         make_deterministic()
     processes.join(pick_device(cfg.device))
+    if cfg.tensorboard:
+        summary_writer()  # now, not after the data are read
     print(describe(cfg, usual))
     if cfg.dry_run:
         with TemporaryDirectory() as empty, advice_on_memory(advice, then=""):
             return work(Path(empty), dataclasses.replace(cfg, resume=False))
-    folder = Path(cfg.output_dir)
+    folder, source = Path(cfg.output_dir), getattr(cfg, "from_run", "") or getattr(cfg, "checkpoint", "")
+    if cfg.overwrite and source and folder.resolve() == Path(source).resolve():
+        raise UserError(f"--overwrite: {folder} is the run that this one starts from: choose another --output-dir")
     with locked_folder(folder, f"python {script}"), advice_on_memory(advice):
-        if done := result_if_done(folder, cfg.resume, cfg.overwrite):
+        if done := result_if_done(folder, cfg.resume, script if cfg.overwrite else ""):
             return done
         return work(folder, cfg)
 
@@ -66,7 +70,7 @@ class Log:
         self, folder: Path, stays: Callable[[dict], bool], everyone=False, name="log.jsonl", board: bool = False
     ):
         self.path = folder / name if everyone or processes.first() else Path(os.devnull)
-        self.board = board_in(folder / "tensorboard") if board and self.path != Path(os.devnull) else None
+        self.board = summary_writer()(str(folder / "tensorboard")) if board and self.path != Path(os.devnull) else None
         processes.wait()  # until all have read what `stays` depends on
         if processes.first():
             truncate_log(self.path, stays)
@@ -94,13 +98,13 @@ class Log:
         os.fsync(self.file.fileno())
 
 
-def board_in(folder: Path):
+def summary_writer() -> type:
     """torch's writer for TensorBoard. Raises UserError if its package is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--tensorboard needs a package: pip install tensorboard, or leave the flag out") from None
-    return SummaryWriter(str(folder))
+    return SummaryWriter
 
 
 class Every:
@@ -184,7 +188,10 @@ class Run(Log):
         """The numbers, from 1, of the steps left to do, with a bar. counts: the bar's unit; each: units per step."""
         begin, self.total = self.now.step, total
         self.start = time.monotonic() - self.now.seconds
-        options = dict(unit=counts, unit_scale=each > 1, disable=None)
+        form = (
+            "{desc} {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"  # 80 columns
+        )
+        options = dict(unit=counts, unit_scale=each > 1, disable=None, bar_format=form)
         with tqdm(total=total * each, desc=title, initial=begin * each, **options) as self.bar:
             for step in range(begin + 1, total + 1):
                 yield step
@@ -209,10 +216,10 @@ class Run(Log):
         step = self.now.step + 1
         stop = self.stop if processes.several() else self.signals.caught  # in one process the signal itself, newer
         self.now = self.now.after(step, loss, time.monotonic() - self.start)
-        self.bar.set_postfix_str(shown or f"loss {loss:.3f}{self.seen}", refresh=False)
         if looked := self.look_every and step % self.look_every == 0:
             more["valid_loss"] = self.look()
-            self.seen = f", validation {more['valid_loss']:.3f}"
+            self.seen = f", valid {more['valid_loss']:.3f}"
+        self.bar.set_postfix_str(shown or f"loss {loss:.3f}{self.seen}", refresh=False)
         if step % self.log_every == 0 or step == self.total or looked:
             self._log(norm, shown, more)
         if (self.every.due(step) or stop or step == self.total) and processes.first():

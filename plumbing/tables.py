@@ -56,9 +56,20 @@ def in_words(counts: dict[str, int]) -> str:
 
 
 def shortened(text: str, width: int) -> str:
-    """A text in one line of at most `width` characters, its middle left out if need be."""
-    line, head = visible(text), (width - 1) * 2 // 3
-    return line if len(line) <= width else f"{line[:head]}…{line[len(line) - (width - 1 - head) :]}"
+    """A text in one line of at most `width` columns, its middle left out if need be."""
+    line = visible(text)
+    if columns(line) <= width:
+        return line
+    head = _first(line, (width - 1) * 2 // 3)
+    return f"{head}…{_first(line[::-1], width - 1 - columns(head))[::-1]}"
+
+
+def _first(text: str, width: int) -> str:
+    """The beginning of a text in at most `width` columns."""
+    count, used = 0, 0
+    while count < len(text) and used + columns(text[count]) <= width:
+        used, count = used + columns(text[count]), count + 1
+    return text[:count]
 
 
 def mean_std_text(values: list[float], sign: str = "+-") -> str:

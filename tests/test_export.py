@@ -322,7 +322,7 @@ def test_what_a_card_says(folders, tmp_path):
     text = (run_export(tmp_path / "run", tmp_path / "plain", task="ante") / "README.md").read_text()
     assert "## Score" not in text and "| commit" not in text and "| routing | `gumbel` |" in text
     write_json(tmp_path / "run" / "result.json", {"tasks": {"ante": 87.54, "mu2": 3}, "mean": 45})
-    write_json(tmp_path / "run" / "provenance.json", {"commit": "0ff1ce", "python": "3"})
+    write_json(tmp_path / "run" / "provenance.json", {"starts": [{"commit": "old"}, {"commit": "0ff1ce"}]})
     change_json(tmp_path / "run" / "config.json", eval_examples=20)
     text = (run_export(tmp_path / "run", tmp_path / "out", task="ante") / "README.md").read_text()
     assert "On 20 test examples: main metric 87.5." in text

@@ -429,6 +429,13 @@ def test_launched_processes_meet(tmp_path, launcher):
 
 
 @pytest.mark.slow
+def test_a_dry_run_of_two_processes(runs, tmp_path):
+    flags = "--method mhr --heads 4 --steps 9 --batch-size 8 --max-input 8 --max-output 4 --dry-run".split()
+    said = launch([*TORCHRUN, "train.py", *flags, "--backbone", runs / "backbone", "--output-dir", tmp_path / "x"])
+    assert said.count("dry run: ") == 1 and not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
 def test_the_scripts_under_accelerate(runs):
     """Both as they are, in float32, with AdamW; the tasks are adapted to by two processes."""
     flags = "--method lora --steps 2 --batch-size 8 --max-input 8 --max-output 4 --eval-examples 0".split()

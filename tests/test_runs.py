@@ -2,7 +2,7 @@
 
 import dataclasses
 import io
-import json
+import shutil
 import subprocess
 import sys
 import types
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from tqdm import tqdm
 
 import adapt
@@ -22,12 +23,12 @@ from methods import load_run
 from plumbing import backbones, checkpoint, machine, tasks
 from plumbing.errors import UserError
 from plumbing.flags import describe, in_use
-from plumbing.folders import read_lines, remove_run
+from plumbing.folders import read_lines
 from plumbing.large import refuse_what_does_not_fit
-from plumbing.tables import counted, shortened
+from plumbing.tables import columns, counted, shortened
 from recipes import PRETRAINING, recipe
 from scoring import line_of
-from tests.helpers import log_lines, lines_of, read, same_run, same_tensors, small_backbone
+from tests.helpers import contents, log_lines, lines_of, read, same_run, same_tensors, small_backbone
 
 SMALL = dict(method="mhr", heads=4, skills=2, rank=2, steps=6, batch_size=8, max_input=16, max_output=8, device="cpu")
 SMALL |= dict(dataset="strings", eval_examples=2, log_every=2)
@@ -56,18 +57,15 @@ def adapted(run):
 
 
 @pytest.mark.parametrize("dataset", ["strings", "t0", "superni", "crossfit"])
-@pytest.mark.parametrize("method", ["mhr", "lora", "task-moe"])
+@pytest.mark.parametrize("method", ["mhr", "lora", "task-moe", "private"])
 def test_the_table_of_settings_has_every_setting_that_has_an_effect(dataset, method):
     cfg = train.make_config(dataset=dataset, method=method, seed=3, batch_size=7, layers="q|" + "k" * 90)
     usual = in_use(cfg, dataclasses.asdict(train.Config()) | recipe(PRETRAINING, dataset, method))
     text = describe(cfg, usual)
     own = text.split("what to learn")[0]
     assert "batch_size 7" in own and "seed 3" in own and f"method {method}" in own and "skills" not in own
-    assert ("heads" in text, "top_k" in text, "lr_z" in text) == (
-        method == "mhr",
-        method == "task-moe",
-        method != "lora",
-    )
+    shown = ("heads" in text, "top_k" in text, "lr_z" in text)
+    assert shown == (method == "mhr", method == "task-moe", method in ("mhr", "task-moe"))
     lines = [line for line in text.splitlines() if "k" * 90 not in line]
     assert max(map(len, lines)) <= 80 and len(lines) < 16
     assert "resume" not in text and "dry_run" not in text
@@ -105,6 +103,7 @@ def test_short_texts():
     assert [counted(n, "task") for n in (0, 1, 1234)] == ["0 tasks", "1 task", "1,234 tasks"]
     assert shortened("a\nb\x1b", 9) == "a\\nb\\x1b" and shortened("abcdefghij", 7) == "abcd…ij"
     assert all(len(shortened("x" * n, 26)) == min(n, 26) for n in range(60))
+    assert 24 <= columns(shortened("漢字" * 40, 26)) <= 26 and "…" in shortened("漢字" * 40, 26)
 
 
 def test_scripts_show_the_data_first(run, flags, capsys):
@@ -218,6 +217,23 @@ def test_an_evaluation_with_other_settings_is_refused(run, tmp_path):
         evaluate.main(how)
 
 
+def test_an_evaluation_of_other_data_or_a_changed_file_is_refused(run, tmp_path, monkeypatch):
+    how = dict(checkpoint=str(run), zero_shot=True, test_examples=1, device="cpu", save=str(tmp_path / "a.v1.json"))
+    evaluate.main(how)
+    (tmp_path / "a.v1.json").unlink()
+    path = tmp_path / "a.v1.predictions.jsonl"
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="was made with another data set than there is"):
+        patch.setattr(evaluate, "marks_of_tasks", lambda tasks: "other")
+        evaluate.main(how)
+    with FileLock(f"{path}.lock"), pytest.raises(UserError, match="another process writes .*a.v1.predictions.jsonl"):
+        evaluate.main(how)
+    head = path.read_text().splitlines()[0]
+    for line in ('{"a": 1}', "[1]", '{"split": "0", "done": "x"}'):
+        path.write_text(f"{head}\n{line}\n")
+        with pytest.raises(UserError, match="a.v1.predictions.jsonl was changed by hand"):
+            evaluate.main(how)
+
+
 def test_lines_of_a_killed_process(tmp_path):
     (tmp_path / "x").write_text('{"a": 1}\n{"b"')
     assert read_lines(tmp_path / "x") == [{"a": 1}]
@@ -235,12 +251,12 @@ def test_looking_at_unseen_examples_changes_no_bit(run, flags, tmp_path):
     cfg = train.run_config(str(run))
     model, tokens = load_run(run, cfg)
     items = data.drawn(
-        [dataclasses.replace(t, train=t.test) for t in train.benchmarks.load_for(cfg, "0", ("train",)).train], 32
+        [dataclasses.replace(t, train=t.test) for t in train.benchmarks.load_for(cfg, "0", ("train",)).train], 256
     )
     model.train()
     loss = train.mean_loss(model, tokens, items, (16, 8), 8)
     assert loss == pytest.approx(log[-1]["valid_loss"], rel=1e-6) and model.training
-    assert len(items) == 32 and all(isinstance(item, Item) for item in items)
+    assert len(items) == 256 and all(isinstance(item, Item) for item in items)
 
 
 def test_nothing_unseen_to_look_at_is_said(flags, tmp_path, monkeypatch):
@@ -254,7 +270,18 @@ def test_the_bar_shows_the_loss_from_the_first_step(flags, tmp_path, monkeypatch
     shown, original = [], tqdm.set_postfix_str
     monkeypatch.setattr(tqdm, "set_postfix_str", lambda self, s, **k: shown.append(s) or original(self, s, **k))
     train.main(flags | dict(output_dir=str(tmp_path / "x"), eval_every=2, eval_examples=0))
-    assert len(shown) >= 6 and shown[0].startswith("loss ") and "validation" in shown[-1]
+    log = log_lines(tmp_path / "x")
+    assert len(shown) >= 6 and shown[0].startswith("loss ") and shown[-1].endswith(f"valid {log[-1]['valid_loss']:.3f}")
+
+
+def test_the_bar_of_steps_keeps_its_numbers_at_80_columns(flags, tmp_path, monkeypatch):
+    written = io.StringIO()
+    made = lambda *a, **k: tqdm(*a, **k | dict(disable=False, file=written, ncols=80, mininterval=0))  # noqa: E731
+    monkeypatch.setitem(train.Run.steps.__globals__, "tqdm", made)
+    monkeypatch.setattr(train, "mean_loss", lambda *_: 12.3456)
+    train.main(flags | dict(output_dir=str(tmp_path / "x"), steps=120, eval_every=60, eval_examples=0, batch_size=1))
+    lines = [line.rstrip() for line in written.getvalue().split("\r")]
+    assert max(map(len, lines)) <= 80 and lines[-1].endswith(", valid 12.346]") and "120/120" in lines[-1]
 
 
 def test_the_bar_of_tasks_keeps_name_and_scores_at_80_columns(monkeypatch):
@@ -366,24 +393,42 @@ def test_overwrite_replaces_a_run(run, flags, tmp_path):
     assert read(tmp_path / "few" / "config.json")["steps"] == 1
 
 
-def test_overwrite_removes_nothing_but_a_run(run, flags, tmp_path):
-    folder = tmp_path / "x"
-    train.main(flags | dict(output_dir=str(folder), steps=1))
-    (folder / "thesis.tex").write_text("years of work")
-    before = sorted(folder.iterdir())
-    with pytest.raises(UserError, match="--overwrite: .* holds thesis.tex, which no run writes: choose another"):
-        train.main(flags | dict(output_dir=str(folder), overwrite=True))
-    assert sorted(folder.iterdir()) == before
+def test_overwrite_removes_nothing_but_a_run(run, adapted, flags, tmp_path):
+    """Also not what lies in a folder of it; nor a run of another script; and what is refused stays whole."""
+    few = tmp_path / "few"
+    for folder, name, main, more in (
+        (tmp_path / "x", "thesis.tex", train.main, flags), (tmp_path / "y", "analysis-of-mine.json", train.main, flags),
+        (few, "0/notes.txt", adapt.main, FEW | dict(checkpoint=str(run))),
+    ):  # fmt: skip
+        shutil.copytree(adapted if folder == few else run, folder)
+        (folder / name).write_text("years of work")
+        before = contents(folder)
+        with pytest.raises(UserError, match=f"--overwrite: .* holds {Path(name).name}, which no run writes: choose"):
+            main(more | dict(output_dir=str(folder), overwrite=True))
+        assert contents(folder) == before
+    with pytest.raises(UserError, match="holds a run of train.py: choose another --output-dir"):
+        adapt.main(FEW | dict(checkpoint=str(run), output_dir=str(tmp_path / "x"), overwrite=True))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes").write_text("")
     with pytest.raises(UserError, match="is not empty, it holds notes"):
         train.main(flags | dict(output_dir=str(tmp_path / "other"), overwrite=True))
     with pytest.raises(UserError, match="--resume goes on with a run and --overwrite replaces it: give one of them"):
-        train.main(flags | dict(output_dir=str(folder), overwrite=True, resume=True))
-    (tmp_path / "other" / "notes").rename(tmp_path / "other" / "config.json")
-    (tmp_path / "other" / "config.json").write_text(json.dumps({"a": 1}))
-    with pytest.raises(UserError, match="holds no run"):
-        remove_run(tmp_path / "other")
+        train.main(flags | dict(output_dir=str(tmp_path / "x"), overwrite=True, resume=True))
+
+
+def test_overwrite_keeps_the_old_run_until_the_new_one_can_begin(run, flags, tmp_path):
+    shutil.copytree(run, folder := tmp_path / "x")
+    before, wrong = contents(folder), dict(output_dir=str(folder), overwrite=True)
+    for main, more in (
+        (train.main, flags | dict(backbone=str(tmp_path))), (train.main, flags | dict(layers="nothing")),
+        (train.main, dict(from_run=str(folder), steps=1)),
+    ):  # fmt: skip
+        with pytest.raises(UserError):
+            main(more | wrong)
+        assert contents(folder) == before
+    with pytest.raises(UserError, match="is the run that this one starts from: choose another --output-dir"):
+        adapt.main(FEW | dict(checkpoint=str(folder)) | wrong)
+    assert contents(folder) == before
 
 
 def test_apple_gpus_are_refused_where_there_are_none(flags, tmp_path, monkeypatch):

@@ -180,6 +180,6 @@ def chosen(cfg, folder: Path, names: tuple[str, ...], without: list[str]) -> dic
     """The settings of a run by name, as code. without: flags that had no effect."""
     values = {name: getattr(cfg, name, "") for name in (*names, *OF_BOTH) if as_flag(name) not in without}
     path = folder / "provenance.json"
-    values["commit"] = read_json(path).get("commit", "") if path.exists() else ""
+    values["commit"] = read_json(path, starts=list)["starts"][-1]["commit"] if path.exists() else ""
     empty = lambda name, value: value == "" or not value and name in ("steps", "epochs")  # noqa: E731
     return {name: code(str(value).replace("|", r"\|")) for name, value in values.items() if not empty(name, value)}

@@ -168,7 +168,8 @@ def name_of_run(folder: Path) -> tuple[Name, str]:
     adapter = dict(adapter=base["adapter"]) if method == "ia3" else {}
     settings, variant, few_shot = [], "", []
     if not base["from_run"]:  # otherwise the name of that run says it
-        settings = _changed(base, asdict(train.Config(**adapter)) | recipe(PRETRAINING, dataset, method), shown)
+        usual = asdict(train.Config(**adapter)) | recipe(PRETRAINING, dataset, method)
+        settings = _changed(base, usual, shown | {"eval_every"})  # it only looks
     if adapted:
         variant = config["variant"]
         few = recipe(FEW_SHOT, dataset, "lora" if variant == "lora" else method)
