@@ -83,6 +83,7 @@ def task_ids(ids, among=None, keep=False):
         yield
     finally:
         if _ids.get() is not now:
+            _ids.set(None)  # better none than those of another context
             raise RuntimeError("task_ids contexts are left in another order than entered: do not yield within one")
         _ids.reset(token)
         if _thread.now is not None and _thread.now.ids is now:  # Ctrl-C in a forward pass

@@ -246,8 +246,11 @@ def test_a_generator_that_yields_within_a_context_is_an_error():
 
     one, two = stream([0]), stream([1])
     next(one), next(two)
-    with pytest.raises(RuntimeError, match="left in another order than entered: do not yield within one"):
-        list(one)
+    for generator in (one, two):
+        with pytest.raises(RuntimeError, match="left in another order than entered: do not yield within one"):
+            list(generator)
+        with pytest.raises(RuntimeError, match="without task ids"):  # and none are left behind
+            adapted("llama", "poly", "lora")(**inputs("llama"))
 
 
 def twice() -> nn.Module:
