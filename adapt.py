@@ -26,7 +26,15 @@ from dataclasses import dataclass
 
 from plumbing.errors import UserError, exit_on_user_error
 from plumbing.flags import as_flag, explicit_flags, flag, in_use, setting, unused
-from plumbing.folders import read_skills, remove_checkpoint, remove_run, resumed_config, write_config, write_json
+from plumbing.folders import (
+    mark_of_run,
+    read_skills,
+    remove_checkpoint,
+    remove_run,
+    resumed_config,
+    write_config,
+    write_json,
+)
 from recipes import FEW_SHOT, VARIANTS, recipe
 
 
@@ -309,7 +317,7 @@ def adapt_in(folder: Path, cfg: Config) -> dict:
             results[split] = of_split(run.results(), tasks)
     metrics = {task.name: task.metric for tasks in splits.values() for task in tasks}
     result = over_splits(results) | {"seconds": round(run.seconds, 1), "parameters": counts, "metrics": metrics}
-    result["peak_memory_gb"] = peak_memory()
+    result |= {"peak_memory_gb": peak_memory(), "made_from": mark_of_run(Path(cfg.checkpoint))}
     if processes.first():
         write_json(folder / "result.json", result)
         remove_checkpoint(folder)

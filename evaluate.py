@@ -15,7 +15,15 @@ from dataclasses import asdict, dataclass, replace
 
 from plumbing.errors import UserError, exit_on_user_error
 from plumbing.flags import check_ranges, explicit_flags, flag, one_job
-from plumbing.folders import read_config, read_lines, refuse_other, refuse_other_tasks, script_of, write_json
+from plumbing.folders import (
+    mark_of_run,
+    read_config,
+    read_lines,
+    refuse_other,
+    refuse_other_tasks,
+    script_of,
+    write_json,
+)
 from recipes import FEW_SHOT, recipe
 
 
@@ -60,7 +68,6 @@ MOVED = {
 if __name__ == "__main__":  # read the flags before the slow imports: --help and mistakes answer at once
     FLAGS = explicit_flags(Config, {}, moved=MOVED)
 
-import hashlib
 import statistics
 import tempfile
 from collections import defaultdict
@@ -133,7 +140,7 @@ class Saved:
             Path(f"{cfg.save.removesuffix('.json')}.predictions.jsonl") if cfg.save and not cfg.constant else None
         )
         same = {name: value for name, value in asdict(cfg).items() if name not in ("save", "batch_size", "device")}
-        self.head, self.outputs = same | {"made_by": digest_of_run(Path(cfg.checkpoint))}, {}
+        self.head, self.outputs = same | {"made_by": mark_of_run(Path(cfg.checkpoint))}, {}
 
     def __enter__(self):
         self.log = None
@@ -189,12 +196,6 @@ class Saved:
             (task,) = (task for task in tasks if task.name == name)
             self.log.write({"split": split, "done": name, "made_with": {"data set": marks_of_tasks([task])}})
         return {task.name: (known | found)[task.name] for task in tasks}
-
-
-def digest_of_run(folder: Path) -> str:
-    """A mark of what a run folder has trained: of its result.json, which every run ends with."""
-    path = folder / "result.json"
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else ""
 
 
 def print_scores(scores: dict[str, dict[str, float]], groups: dict[str, float]):

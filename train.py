@@ -293,7 +293,7 @@ def train_in(folder: Path, cfg: Config) -> dict:
     torch.manual_seed(cfg.seed)
     skills = names_of_skills(cfg, tasks)
     cfg.skills = len(skills) or cfg.skills
-    if cfg.resume and (folder / "tasks.json").exists() and (folder / "config.json").exists():
+    if not cfg.overwrite and (folder / "tasks.json").exists() and (folder / "config.json").exists():  # to resume
         refuse_other_tasks(folder, cfg.method, tasks)
     model, tokenizer = starting_point(cfg, tasks, skills)
     if cfg.checkpointing:

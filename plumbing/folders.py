@@ -1,6 +1,7 @@
 """Run folders: files that are whole or absent, config.json, the lock, and what may be done in a folder."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -394,6 +395,12 @@ def remove_checkpoint(folder: Path):
             shutil.rmtree(path)
         elif re.fullmatch(r".+\.(safetensors|jsonl?)\.tmp|\.tmp\w{6}", path.name):  # ours; safetensors' own
             path.unlink()
+
+
+def mark_of_run(folder: Path) -> str:
+    """A hash of what a run ended with, its result.json; "" if it has not ended."""
+    path = folder / "result.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else ""
 
 
 def read_skills(folder: Path, count: int) -> list[str]:

@@ -15,6 +15,7 @@ import adapt
 import train
 from plumbing.errors import UserError
 from plumbing.flags import explicit_flags
+from plumbing.folders import mark_of_run
 from plumbing.tables import aligned, columns, fitted, visible, wrapped
 from recipes import FEW_SHOT
 from tests.helpers import run_folder
@@ -29,6 +30,17 @@ R = f"r={TRAIN['rank']}"  # the recipe's; no recipe has the 3 and 5 of DIFFERENT
 def splits_of(*scores: float, before: float = 1.0) -> dict:
     """The part "splits" of a result.json: one task, with this score in each split."""
     return {str(k): {"before": {"a": before}, "tasks": {"a": score}} for k, score in enumerate(scores)}
+
+
+def test_an_adaptation_whose_checkpoint_was_replaced_is_refused(tmp_path):
+    """Its name would be that of the new one."""
+    base = run_folder(tmp_path / "base", TRAIN, mean=1.0)
+    made = dict(splits=splits_of(50.0), made_from=mark_of_run(Path(base)))
+    run = run_folder(tmp_path / "z", ADAPT | {"checkpoint": base}, **made)
+    assert len(body(compare((run,)))) == 1
+    (Path(base) / "result.json").write_text('{"mean": 2.0}')
+    with pytest.raises(UserError, match=r"z: its checkpoint .*base was replaced since: leave this run out"):
+        compare((run,))
 
 
 def test_compare_shows_the_deviation_over_splits(tmp_path):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from plumbing.errors import UserError, exit_on_user_error, tell
 from plumbing.flags import explicit_flags, flag
-from plumbing.folders import check_numbers, read_config, read_json, script_of
+from plumbing.folders import check_numbers, mark_of_run, read_config, read_json, script_of
 from plumbing.tables import comma_separated, fitted, in_markdown, latex, markdown, mean_std_text, visible, wrapped
 from recipes import FEW_SHOT, FIXED_TABLE, PRETRAINING, recipe
 
@@ -158,6 +158,9 @@ def name_of_run(folder: Path) -> tuple[Name, str]:
     adapted = script_of(folder) == "adapt.py"
     config = asdict(read_config(adapt.Config if adapted else train.Config, folder / "config.json"))
     base = asdict(read_config(train.Config, Path(config["checkpoint"]) / "config.json")) if adapted else config
+    made_from = read_json(folder / "result.json").get("made_from") if adapted else None
+    if made_from not in (None, "") and made_from != mark_of_run(Path(config["checkpoint"])):
+        raise UserError(f"{folder}: its checkpoint {config['checkpoint']} was replaced since: leave this run out")
     method, dataset = base["method"], base["dataset"]
     words = [str(name_of_run(Path(base["from_run"]))[0]), f"-> {base['steps']} steps of"] if base["from_run"] else []
     words += [method]
