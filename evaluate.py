@@ -165,7 +165,8 @@ class Saved:
             raise UserError(f"{self.path} was changed by hand: choose another --save, or delete it") from None
         if self.outputs:
             print(f"going on: {counted(len(self.outputs), 'task')} of {self.path} not scored again")
-        stays = lambda line: line == head or (line["split"], line.get("task", line.get("done"))) in self.outputs  # noqa: E731
+        of = lambda line: (line["split"], line.get("task", line.get("done")))  # noqa: E731
+        stays = lambda line: line == head or of(line) in self.outputs  # noqa: E731
         self.log = Log(self.path.parent, stays, name=self.path.name).__enter__()
         if head is None:
             self.log.write(self.head)
