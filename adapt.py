@@ -18,8 +18,8 @@ than one. Where routing is fixed, "all" trains, for expert: the skills that the 
 if none); random: all skills, equally; private: a fresh adapter (Polytropon section 2.5: nothing is shared);
 adapter-soup: ONE adapter, the average of those of the most similar training tasks.
 
-Writes to the run folder: config.json, for each task SPLIT/TASK.safetensors and SPLIT/TASK.json (its scores), log.jsonl
-and result.json.
+Writes to the run folder: config.json, for each task SPLIT/TASK.safetensors and SPLIT/TASK.json (its scores), log.jsonl,
+predictions.jsonl (scored examples), provenance.json (what made it) and result.json.
 """
 
 from dataclasses import dataclass

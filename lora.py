@@ -140,6 +140,7 @@ class AddLowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, overwrite: bool) -> Tensor:
+        """y + scale (x A) B, (b, l, o)."""
         low = torch.bmm(A.mT, x.mT)  # (b, r, l)
         ctx.save_for_backward(x, A, B, low)
         ctx.scale = scale
@@ -150,6 +151,7 @@ class AddLowRank(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
+        """With G = grad: G for y, scale G B^T A^T for x, scale x^T G B^T for A, scale (x A)^T G for B."""
         x, A, B, low = ctx.saved_tensors
         scaled = dict(beta=0, alpha=ctx.scale)  # beta 0: the first argument only gives the shape
         by_low = torch.baddbmm(low, B, grad.mT, **scaled)  # (b, r, l)

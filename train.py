@@ -8,7 +8,8 @@
 
 Writes to the run folder: config.json (every setting), adapter.safetensors (adapters and routers; method full: the
 folder backbone/ instead), tasks.json (the names of tasks, and of skills if they have names), log.jsonl (one line a
-logged step), result.json; method adapter-soup: embeddings.safetensors; until the run is done: checkpoint.safetensors.
+logged step), provenance.json (what made it), predictions.jsonl (scored examples), result.json; method adapter-soup:
+embeddings.safetensors; until the run is done: checkpoint.safetensors.
 """
 
 from dataclasses import dataclass
