@@ -21,12 +21,16 @@ class Measure(NamedTuple):
                                        multi-task training; routed methods are averaged first
       alignment, alignment_mixed       of gradients, the mean over the kept steps of training
       the path to a number in the analysis.json of tools/analyze.py, as mean.usage
+    rates: others than those of RATES, in its form. since: what the code that makes it has and the code that made
+    measures without it had not: a part of its name in the raw file.
     """
 
     method: str
     then: str = "all"
     flags: str = ""
     steps: int = 0
+    rates: tuple[str, dict[str, str]] = ()
+    since: str = ""
 
 
 HEADS, SKILLS, GRAINS = (2, 16, 32), (2, 8, 16, 32), ("layer", "block", "coder", "model")  # beside the recipe's

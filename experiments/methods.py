@@ -2,6 +2,7 @@
 
     python -m experiments.methods                   pre-train and adapt what is missing, then print the table
     python -m experiments.methods --tune            a search of learning rates, on dev tasks, seed 0
+    python -m experiments.methods --tune --skills 2 3     the same for Poly, MHR and random routing with so many skills
 
 Every line is a few runs of `train.py` and `adapt.py` in runs/. Existing runs are reused, so the command can be stopped
 at any time and resumes. Two run in parallel, with one thread each (--jobs).
@@ -58,6 +59,12 @@ RATES = {  # found by --tune: flags of train.py, then of adapt.py for each varia
     "AdapterSoup": ("--lr=0.0017", {"all": "--lr=0.009"}),
     "Poly": ("--lr=0.015", {"all": "--lr=0.001", "z": "--lr-z=0.5", "mu": "--lr=0.003"}),
     "MHR": ("--lr=0.015", {"all": "--lr=0.003", "z": "--lr-z=0.5", "mu": "--lr=0.003"}),
+}
+SIZED = {  # methods that --tune --skills searches: further flags
+    "Poly": (),
+    "MHR": ("--heads=16",),
+    "Random by example": (),
+    "Random by task": (),
 }
 
 
@@ -140,11 +147,12 @@ def table(results: dict[str, list[dict]]) -> str:
 # --- Tuning -----------------------------------------------------------------------------------------------------------
 
 
-def tune(name: str, root: Path) -> list[tuple[str, ...]]:
+def tune(name: str, root: Path, sizes: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """One method's search as lines (method, flags of train.py, variant, flags of adapt.py, dev score, mark).
 
-    Each variant's best is marked. All methods are searched by one rule, with seed 0. Each step starts at the best of
-    the one before:
+    sizes: further flags of all its pre-training. Each variant's best is marked.
+
+    All methods are searched by one rule, with seed 0. Each step starts at the best of the one before:
     1. the rate of pre-training, around 5e-3 (full: 1e-3), by the score of the first variant at 3e-3 (full: 1e-3);
     2. for methods that learn a Z, whether a Z ten times slower is better;
     3. each variant's rate, around 3e-3 (full: 1e-3); under z the rate of Z, around the recipe's.
@@ -155,7 +163,7 @@ def tune(name: str, root: Path) -> list[tuple[str, ...]]:
 
     def trial(flags: dict, variant: str, few_flags: dict) -> float:
         text, few_text = (tuple(f"--{k}={v:.2g}" for k, v in d.items()) for d in (flags, few_flags))
-        checkpoint, _ = pretrain(name, 0, root, text)
+        checkpoint, _ = pretrain(name, 0, root, (*text, *sizes))
         score = adapt(checkpoint, variant, 0, ("--tasks=dev", *few_text))["mean"]
         lines[text, variant, few_text] = score
         return score
@@ -171,7 +179,7 @@ def tune(name: str, root: Path) -> list[tuple[str, ...]]:
     chosen = tuple(f"--{k}={v:.2g}" for k, v in flags.items())
     best = {v: max((line for line in lines if line[:2] == (chosen, v)), key=lines.get) for v in variants}
     return [
-        (name, " ".join(a), v, " ".join(b), f"{score:.1f}", "<-" if (a, v, b) == best[v] else "")
+        (name, " ".join((*a, *sizes)), v, " ".join(b), f"{score:.1f}", "<-" if (a, v, b) == best[v] else "")
         for (a, v, b), score in lines.items()
     ]
 
@@ -194,6 +202,8 @@ def main():
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
     parser.add_argument("--jobs", type=int, default=2, help="runs in parallel")
     parser.add_argument("--tune", action="store_true", help="search learning rates on dev tasks instead")
+    sized = f"with --tune: search those of {', '.join(SIZED)} at each of these numbers of skills"
+    parser.add_argument("--skills", type=int, nargs="+", default=[], metavar="N", help=sized)
     args = parser.parse_args()
     if args.jobs < 1:
         parser.error("--jobs must be above 0")
@@ -202,9 +212,14 @@ def main():
             parser.error(f"--{name} names one twice")
     if min(args.seeds) < 0:
         parser.error("--seeds must not be negative")
+    if args.skills and not (args.tune and min(args.skills) > 0 and set(args.methods) & set(SIZED)):
+        parser.error(f"--skills goes with --tune and with {' or '.join(SIZED)}, and must be above 0")
     with workers(args.jobs) as pool:
         if args.tune:
-            searches = pool.map(lambda name: tune(name, RUNS), args.methods)
+            named = [(name, more) for name, more in SIZED.items() if name in args.methods]
+            sized = [(name, (f"--skills={s}", *more)) for s in args.skills for name, more in named]
+            usual = [(name, ()) for name in args.methods]
+            searches = pool.map(lambda search: tune(search[0], RUNS, search[1]), sized or usual)
             head = ("method", "pre-training", "variant", "few-shot", "dev score", "")
             print(aligned([head, *(line for lines in searches for line in lines)], left=4))
             return

@@ -37,13 +37,11 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from experiments import claims, scarce
 from experiments.claims import (
-    AS_ONE, CLAIMS, EXTRA, GRAINS, HEADS, MEASURES, ROUTED_OR_NOT, SHAPES, SKILLS, Claim, Measure, measures_of,
-    parts_of,
+    AS_ONE, EXTRA, GRAINS, HEADS, ROUTED_OR_NOT, SHAPES, SKILLS, Claim, Measure, measures_of, parts_of,
 )  # fmt: skip
-from experiments.methods import (
-    KEEP_EVERY, METHODS, RATES, ROOT, RUNS, adapt, few_shot_rates, pretrain, run, workers,
-)  # fmt: skip
+from experiments.methods import KEEP_EVERY, METHODS, RATES, ROOT, RUNS, adapt, pretrain, run, workers
 from plumbing.errors import RunError, UserError, exit_on_user_error
 from plumbing.folders import check_numbers
 from recipes import FEW_SHOT, PRETRAINING, VARIANTS
@@ -51,17 +49,25 @@ from tools import analyze, figures
 
 SEEDS = (0, 1, 2, 3, 4)
 MARGIN = 5.0  # points of exact match: what counts as close
+CLAIMS, MEASURES = claims.CLAIMS | scarce.CLAIMS, claims.MEASURES | scarce.MEASURES
 
 
 # --- Values: from the raw file, or from runs --------------------------------------------------------------------------
 
 
+def rates_of(measure: Measure) -> tuple[list[str], dict[str, tuple[str, ...]]]:
+    """The flags of train.py that set a measure's rates, and those of adapt.py for each variant."""
+    pretraining, few_shot = measure.rates or RATES[measure.method]
+    return pretraining.split(), {variant: tuple(flags.split()) for variant, flags in few_shot.items()}
+
+
 def flags_of(measure: Measure) -> str:
     """All that determines a measure but the seed: the key of its line in the raw file. RUNS names the recipe."""
-    rates = f"{RATES[measure.method][0]} {measure.flags}".strip()
-    few = " ".join(few_shot_rates(measure.method, measure.then)) if measure.then in VARIANTS else ""
+    rates, few_shot = rates_of(measure)
+    few = " ".join(few_shot[measure.then]) if measure.then in VARIANTS else ""
     then = f"{measure.then} {few or measure.steps or ''}".strip()
-    return f"{METHODS[measure.method][0]} {rates} | {then} | {RUNS.name}"
+    recipe = RUNS.name + f", {measure.since}" * bool(measure.since)
+    return f"{METHODS[measure.method][0]} {' '.join([*rates, measure.flags]).strip()} | {then} | {recipe}"
 
 
 def read_raw(path: Path) -> dict[tuple[str, int], dict]:
@@ -91,13 +97,12 @@ def make_missing(names: list[str], seeds: tuple[int, ...], path: Path, runs: Pat
         measure = MEASURES[name]
         for seed in seeds:
             if (flags_of(measure), seed) not in have:
-                groups[seed, measure.method, measure.flags].append(measure)  # measures of one run
+                groups[seed, measure.method, (*rates_of(measure)[0], *measure.flags.split())].append(measure)
     lock = threading.Lock()
 
     def make(group):
-        (seed, method, flags), measures = group
-        rates = RATES[method][0].split()
-        checkpoint, trained = pretrain(method, seed, runs, (*rates, *flags.split()))
+        (seed, method, flags), measures = group  # measures of one run
+        checkpoint, trained = pretrain(method, seed, runs, flags)
         for measure in measures:
             value, new, seconds, commit = ask(measure, checkpoint, trained, seed)
             line = {"flags": flags_of(measure), "seed": seed, "value": value, "trained": total(trained)}
@@ -122,7 +127,7 @@ def ask(measure: Measure, checkpoint: Path, trained: dict, seed: int) -> tuple[f
     if measure.then == "seen":
         return trained["mean"], None, 0.0, trained["commit"]
     if measure.then in VARIANTS:
-        result = adapt(checkpoint, measure.then, seed, few_shot_rates(measure.method, measure.then))
+        result = adapt(checkpoint, measure.then, seed, rates_of(measure)[1][measure.then])
         return result["mean"], total(result), result["seconds"], result["commit"]
     if measure.then == "zero-shot":
         value, commit = zero_shot(measure, checkpoint, seed)
@@ -147,7 +152,7 @@ def zero_shot(measure: Measure, checkpoint: Path, seed: int) -> tuple[float, str
     routed = measure.method in ("Poly", "MHR")
     if not measure.steps:  # the score of an adaptation before its first step
         variant = "mu" if routed else "all"
-        result = adapt(checkpoint, variant, seed, few_shot_rates(measure.method, variant))
+        result = adapt(checkpoint, variant, seed, rates_of(measure)[1][variant])
         return result["mean_before"], result["commit"]
     more = checkpoint.with_name(f"{checkpoint.name}_{measure.steps}-more")
     flags = ["--from-run", str(checkpoint), "--steps", str(measure.steps), *(["--method", "mu"] if routed else [])]
@@ -236,6 +241,12 @@ def side(what: str | float, measured: dict[str, Values], seeds: tuple[int, ...])
     """The values (seeds,) of one side of a comparison: a measure, the difference of two, or a number."""
     values = [measured[name].values for name in parts_of(what)]
     return (values[0] - sum(values[1:])) if values else np.full(len(seeds), what, float)
+
+
+def claims_on_page(raw: dict[tuple[str, int], dict], seeds: tuple[int, ...], asked: list[str]) -> list[str]:
+    """Those of `claims.py`, those asked for, and those of `scarce.py` that have all their values."""
+    made = lambda name: collect(raw, measures_of(CLAIMS[name]), seeds).keys() == set(measures_of(CLAIMS[name]))  # noqa: E731
+    return [name for name in CLAIMS if name in claims.CLAIMS or name in asked or made(name)]
 
 
 def write_page(folder: Path, seeds: tuple[int, ...], names: list[str]):
@@ -460,7 +471,7 @@ def draw_by_skills(measured: dict[str, Values], stem: Path):
     for what, label, scale in (*((shape, LABELS[shape], 1) for shape in SHAPES), SEEN):
         values = np.array([measured[f"{what}, {s} skills"].values for s in sizes]) / scale
         series[label] = [(sizes, seed.tolist()) for seed in values.T]
-    figures.over_skills(series, stem, "share, or measure of Z")
+    figures.over_sizes(series, stem, "share, or measure of Z", figures.UNIT, "skills in the inventory")
 
 
 def draw_zero_shot(measured: dict[str, Values], stem: Path):
@@ -469,6 +480,28 @@ def draw_zero_shot(measured: dict[str, Values], stem: Path):
         values = np.array([measured[f"{name}, told, +{k} steps"].values for k in EXTRA])
         series[name] = [(EXTRA, seed) for seed in values.T.tolist()]
     figures.over_steps({"": series}, stem, SCORE, figures.PERCENT, "steps of training after averaging")
+
+
+def draw_tasks_per_skill(measured: dict[str, Values], stem: Path):
+    kinds = (("seen tasks", "", ", seen"), ("held-out, all", "", ""), ("held-out, z", "-z", ""))
+    series = {}
+    for label, variant, seen in (*kinds, ("held-out, μ", "-mu", "")):
+        pairs = [[measured[f"{m}{variant}, s = {s}{seen}"].values for m in scarce.ROUTED] for s in scarce.SKILLS]
+        judged = [judge(mhr, ">", poly) for poly, mhr in pairs]
+        series[label] = [
+            (scarce.TASKS / s, one.difference, *one.interval) for s, one in zip(scarce.SKILLS, judged, strict=True)
+        ]
+    figures.differences(series, stem, "training tasks for each skill", "MHR - Poly (points)", {39: "the papers"})
+
+
+def draw_over_heads(measured: dict[str, Values], stem: Path):
+    heads = sorted((1, 16, *scarce.OTHER_HEADS))
+    name = lambda h, v: {1: f"Poly{v}, s = 2", 16: f"MHR{v}, s = 2"}.get(h, f"MHR{v}, s = 2, h = {h}")  # noqa: E731
+    series = {}
+    for label, variant, seen in (("seen tasks", "", ", seen"), ("held-out, all", "", ""), ("held-out, z", "-z", "")):
+        values = np.array([measured[f"{name(h, variant)}{seen}"].values for h in heads])
+        series[label] = [(heads, seed.tolist()) for seed in values.T]
+    figures.over_sizes(series, stem, "exact match (%)", figures.PERCENT, "heads")
 
 
 def draw_recovery(measured: dict[str, Values], stem: Path):
@@ -500,13 +533,15 @@ FIGURES = {
     "alignment": draw_alignment,
     "zero_shot": draw_zero_shot,
     "by_skills": draw_by_skills,
+    "tasks_per_skill": draw_tasks_per_skill,
+    "over_heads": draw_over_heads,
 }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    claims = f"all, or of: {', '.join(CLAIMS)}"
-    parser.add_argument("--claim", nargs="+", choices=["all", *CLAIMS], default=["all"], metavar="NAME", help=claims)
+    listed = f"all, or of: {', '.join(CLAIMS)}"
+    parser.add_argument("--claim", nargs="+", choices=["all", *CLAIMS], default=["all"], metavar="NAME", help=listed)
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of raw numbers, page, figures")
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the runs; existing ones are reused")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
@@ -528,7 +563,9 @@ def main():
     measures = list(dict.fromkeys(m for name in names for m in measures_of(CLAIMS[name])))
     if not args.page:
         make_missing(measures, tuple(args.seeds), args.results / "claims.jsonl", args.runs, args.jobs)
-    write_page(args.results, tuple(args.seeds), list(CLAIMS))
+    asked = [] if "all" in args.claim else names
+    raw = read_raw(args.results / "claims.jsonl")
+    write_page(args.results, tuple(args.seeds), claims_on_page(raw, tuple(args.seeds), asked))
     print((args.results / "claims.md").read_text().split("\n## ")[0])
 
 

@@ -442,7 +442,14 @@ DRAWINGS = {
     "by_layer": lambda stem: figures.by_layer({m: RNG.random(4) for m in MEASURES}, LAYERS, stem),
     "over_steps": lambda stem: figures.over_steps({"": LINES}, stem, "alignment", figures.COSINE),
     "over_steps-log": lambda stem: figures.over_steps({"a": LONG, "b": LONG}, stem, "loss", figures.LOSS),
-    "over_skills": lambda stem: figures.over_skills(LINES, stem, "usage"),
+    "over_sizes": lambda stem: figures.over_sizes(LINES, stem, "usage", figures.UNIT, "skills in the inventory"),
+    "differences": lambda stem: figures.differences(
+        {name: [(x, k - 1, k - 3, k + 2.5) for x in (8, 16, 64 / 3, 32)] for k, name in enumerate(LINES)},
+        stem,
+        "tasks for each skill",
+        "difference (points)",
+        {39: "the papers"},
+    ),
     "performance": lambda stem: figures.performance(
         {"": {"LoRA": {"": (10, [3.0])}, "MHR": {"2": (99, [4, 6.0]), "4": (120, [5, 7.0])}}}, stem, "score"
     ),
@@ -631,7 +638,7 @@ def test_the_legend_and_the_axis_of_lines_are_not_cut(monkeypatch, names):
     label = "cosine of tasks' gradients"
     for draw in (
         lambda: figures.over_steps({"": series}, "", label, figures.COSINE),
-        lambda: figures.over_skills(series, "", label),
+        lambda: figures.over_sizes(series, "", label, figures.UNIT, "heads"),
     ):
         figure = drawn(monkeypatch, draw)
         check_legible(figure)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import runpy
 
 import pytest
@@ -126,7 +127,8 @@ def test_another_recipe_is_another_folder():
 @pytest.mark.parametrize(
     "line, named",
     [("--jobs 0", "--jobs"), ("--jobs -1", "--jobs"), ("--seeds -1", "--seeds"), ("--seeds 0 1 0", "--seeds"),
-     ("--methods MHR MHR", "--methods")],
+     ("--methods MHR MHR", "--methods"), ("--skills 2", "--skills"), ("--tune --skills 0", "--skills"),
+     ("--tune --skills 2 --methods Full", "--skills")],
 )  # fmt: skip
 def test_flags_that_cannot_be(monkeypatch, capsys, line, named):
     """One sentence that names the flag, exit code 2, and no run."""
@@ -135,3 +137,14 @@ def test_flags_that_cannot_be(monkeypatch, capsys, line, named):
     with pytest.raises(SystemExit) as stopped:
         methods.main()
     assert stopped.value.code == 2 and f"error: {named} " in capsys.readouterr().err
+
+
+def test_sizes_are_searched_by_the_same_rule(trials, tmp_path, monkeypatch, capsys):
+    """--tune --skills: every pre-training has the number of skills, and MHR its heads; each line says so."""
+    monkeypatch.setattr("sys.argv", "methods --tune --skills 2 3 --methods MHR Poly LoRA-big --jobs 1".split())
+    methods.main()
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert {line.split()[0] for line in lines} == {"MHR", "Poly"}
+    sizes = {(line.split()[0], *re.findall(r"--(?:skills|heads)=\d+", line)) for line in lines}
+    assert sizes == {(m, f"--skills={s}", *more) for s in (2, 3) for m, more in (("MHR", ["--heads=16"]), ("Poly", []))}
+    assert sum(line.endswith("<-") for line in lines) == 2 * 2 * 3

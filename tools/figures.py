@@ -311,21 +311,47 @@ def over_steps(panels: dict[str, dict], stem, ylabel: str, least: Range, xlabel:
 
 
 @drawing
-def over_skills(series: dict[str, list[tuple]], stem, ylabel: str):
-    """Lines between 0 and 1 over sizes of the inventory, which double.
+def over_sizes(series: dict[str, list[tuple]], stem, ylabel: str, least: Range, xlabel: str):
+    """Lines over sizes that double: skills, heads. series: {label: [(sizes, values) of each seed]}.
 
-    series: {label: [(sizes, values) of each seed]}.
+    least: what the y axis shows at least.
     """
     fig = Figure(figsize=(WIDTH, 3.0))
     ax = fig.subplots()
     lines(ax, series)
     ax.set_xscale("log", base=2)
-    linear_axis(ax, "y", UNIT)
-    ax.set(xlabel="skills in the inventory", ylabel=ylabel)
+    linear_axis(ax, "y", least)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
     sizes = sorted({size for seeds in series.values() for x, _ in seeds for size in x})
     ax.set_xticks(sizes, sizes)
     legend(fig)
     note(fig, deviation([len(seeds) for seeds in series.values()]))
+    save(fig, stem)
+
+
+@drawing
+def differences(series: dict[str, list[tuple]], stem, xlabel: str, ylabel: str, marks: dict[float, str]):
+    """Mean differences with their 95 % intervals over ratios that double. series: {label: [(x, mean, low, high)]}.
+
+    marks: {x: what is there}, dotted lines.
+    """
+    fig = Figure(figsize=(WIDTH, 3.2))
+    ax = fig.subplots()
+    for k, (label, style) in enumerate(styles(series).items()):
+        x, mean, low, high = np.array(series[label]).T
+        bars = dict(yerr=(mean - low, high - mean), capsize=2.5, elinewidth=1)
+        move_aside(ax.errorbar(x, mean, label=label, **bars, **style), k, len(series), step=4.0)
+    ax.axhline(0, color="0.4", linewidth=0.8)
+    ax.set_xscale("log", base=2)
+    for at in marks:
+        ax.axvline(at, color="0.4", linewidth=0.8, linestyle=":")
+    ticks = sorted({point[0] for points in series.values() for point in points} | marks.keys())
+    ax.set_xticks(ticks, [f"{tick:.0f}\n{marks.get(tick, '')}".strip() for tick in ticks])
+    ax.minorticks_off()
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.grid(axis="y", color="0.9", linewidth=0.6)
+    legend(fig)
+    note(fig, "Bars: 95 % interval of the mean over seeds.")
     save(fig, stem)
 
 

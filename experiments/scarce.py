@@ -1,0 +1,154 @@
+"""The claims again where skills are scarce: data of `experiments/reproduce.py`, as `claims.py`.
+
+    python -m experiments.methods --tune --skills 2 3 4 8      the rates below, on dev compositions
+    python -m experiments.reproduce --claim few-shot-scarce    a claim, as every other
+
+The papers have 8 skills for 313 tasks, 39 tasks a skill; `strings` has 4 for 64 in its recipe, 16 tasks a skill. Here
+it has 2, which is 32 tasks a skill and of 1, 2, 3, 4 and 8 skills the nearest to the papers' ratio (1 skill is LoRA,
+whatever the method). That is how the setting was chosen, and the claims below were written down, before any held-out
+task was scored with it: what was seen are four seeds of a pilot on dev compositions with the recipe's rates, where
+MHR-z was 15 points above Poly-z. MHR has 16 heads, as in that pilot. Rates are searched again for each number of
+skills, with the budget and the rule that all methods had; another number of heads has those of 16.
+"""
+
+from experiments.claims import TOLD, Claim, Measure
+from experiments.methods import RATES
+
+SCARCE, SKILLS, TASKS = 2, (2, 3, 4, 8), 64
+OTHER_HEADS = (2, 4, 8, 32)  # beside 16; one head is Poly
+NEW = "windows of 8"  # of batches sorted by length (`data.batches`); the values of claims.py were made with 50
+
+AT = {  # found by --tune --skills: as RATES, at a number of skills
+    **{("Poly", s): RATES["Poly"] for s in SKILLS},
+    **{("MHR", s): RATES["MHR"] for s in SKILLS},
+    **{(f"Random by {unit}", SCARCE): RATES[f"Random by {unit}"] for unit in ("example", "task")},
+}
+
+
+def at(method: str, skills: int, then: str = "all", flags: str = "", heads: int = 16) -> Measure:
+    """The measure of a method with so many skills, at the rates found for it."""
+    sizes = f"--skills={skills} --heads={heads}" if method == "MHR" else f"--skills={skills}"
+    return Measure(method, then, f"{sizes} {flags}".strip(), rates=AT[method, skills], since=NEW)
+
+
+def shared(then: str = "all", flags: str = "") -> Measure:
+    """The same of LoRA, which is one skill."""
+    return Measure("LoRA (Shared)", then, flags, rates=RATES["LoRA (Shared)"], since=NEW)
+
+
+HAVE_ALL = (("", "all"), ("-z", "z"), ("-mu", "mu"))
+ROUTED = ("Poly", "MHR")
+MEASURES = {
+    **{f"{m}{v}, s = {s}": at(m, s, then) for m in ROUTED for s in SKILLS for v, then in HAVE_ALL},
+    **{f"{m}, s = {s}, seen": at(m, s, "seen") for m in ROUTED for s in SKILLS},
+    **{f"MHR{v}, s = 2, h = {h}": at("MHR", 2, then, heads=h) for h in OTHER_HEADS for v, then in HAVE_ALL[:2]},
+    **{f"MHR, s = 2, h = {h}, seen": at("MHR", 2, "seen", heads=h) for h in OTHER_HEADS},
+    **{f"Random by {unit}-mu, s = 2": at(f"Random by {unit}", 2, "mu") for unit in ("example", "task")},
+    **{f"{shape}, s = 2": at("Poly", 2, f"mean.{shape}") for shape in ("discreteness", "sparsity", "usage")},
+    **{f"alignment of {m}, {of}, s = 2": at(m, 2, f"alignment{key}")
+       for m in ROUTED for of, key in (("inventory", ""), ("mixtures", "_mixed"))},
+    **{f"{m}{v}, told, s = 2": at(m, 2, then, TOLD) for m in ROUTED for v, then in HAVE_ALL[:2]},
+    "LoRA, s = 1": shared(),
+    "LoRA, told, s = 1": shared(flags=TOLD),
+    "alignment of LoRA, inventory, s = 1": shared("alignment"),
+    "alignment of LoRA, mixtures, s = 1": shared("alignment_mixed"),
+}  # fmt: skip
+
+CLAIMS = {
+    "scarce": Claim(
+        "Not the papers' words but our lead: the more tasks there are to a skill, the more MHR is above Poly, on seen "
+        "tasks, and on held-out tasks after training everything, the routing alone, or the averaged skills.",
+        "none; the pilot in results/LOG.md",
+        [
+            (f"MHR{v}, s = 2{seen} - Poly{v}, s = 2{seen}", ">", f"MHR{v}, s = 8{seen} - Poly{v}, s = 8{seen}")
+            for v, seen in (("", ", seen"), ("", ""), ("-z", ""), ("-mu", ""))
+        ],
+        also=tuple(
+            f"{m}{v}, s = {s}{seen}"
+            for s in (3, 4)
+            for v, seen in (("", ", seen"), ("", ""), ("-z", ""), ("-mu", ""))
+            for m in ROUTED
+        ),
+        figure="tasks_per_skill",
+        note="With one skill the two are the same LoRA. 2 and 8 skills are 32 and 8 tasks a skill; the papers have 39.",
+    ),
+    "few-shot-scarce": Claim(
+        "Where skills are scarce, after few-shot adaptation MHR is above Poly, and Poly above one shared adapter.",
+        "MHR Fig. 2, Tab. 2; Polytropon Tab. 1",
+        [("MHR, s = 2", ">", "Poly, s = 2"), ("Poly, s = 2", ">", "LoRA, s = 1")],
+        note="The other methods of the claim few-shot have no number of skills, and are compared there.",
+    ),
+    "told-scarce": Claim(
+        "Where skills are scarce and the input says what to do, MHR is above Poly, Poly above one shared adapter, and "
+        "with the routing alone MHR is above Poly and loses less by it.",
+        "MHR Fig. 2, Tab. 2",
+        [
+            ("MHR, told, s = 2", ">", "Poly, told, s = 2"), ("Poly, told, s = 2", ">", "LoRA, told, s = 1"),
+            ("MHR-z, told, s = 2", ">", "Poly-z, told, s = 2"),
+            ("Poly, told, s = 2 - Poly-z, told, s = 2", ">", "MHR, told, s = 2 - MHR-z, told, s = 2"),
+        ],
+        note="Rates are those found where the input says nothing, not searched again.",
+    ),
+    "z-scarce": Claim(
+        "Where skills are scarce, training the routing alone comes close to training everything for MHR, not as close "
+        "for Poly, and MHR-z is above Poly-z; more heads help it.",
+        "MHR Fig. 2 (right), section 5.1",
+        [
+            ("MHR-z, s = 2", "~", "MHR, s = 2"),
+            ("Poly, s = 2 - Poly-z, s = 2", ">", "MHR, s = 2 - MHR-z, s = 2"),
+            ("MHR-z, s = 2", ">", "Poly-z, s = 2"), ("MHR-z, s = 2, h = 32", ">", "MHR-z, s = 2, h = 2"),
+        ],
+        also=tuple(f"MHR-z, s = 2, h = {h}" for h in OTHER_HEADS[1:-1]),
+    ),
+    "mu-scarce": Claim(
+        "Where skills are scarce, the average of the skills, adapted as one adapter, keeps what routing gained, and is "
+        "above LoRA.",
+        "MHR section 5.3, Tab. 4",
+        [
+            ("Poly-mu, s = 2", "~", "Poly, s = 2"), ("MHR-mu, s = 2", "~", "MHR, s = 2"),
+            ("Poly-mu, s = 2", ">", "LoRA, s = 1"), ("MHR-mu, s = 2", ">", "LoRA, s = 1"),
+        ],
+    ),
+    "heads-scarce": Claim(
+        "Where skills are scarce, more heads help more than more skills, which cost more parameters.",
+        "MHR section 5.1, Fig. 3 (right)",
+        [
+            ("MHR, s = 2", ">", "Poly, s = 2"), ("MHR, s = 2", ">", "Poly, s = 4"),
+            ("MHR, s = 2, h = 32", ">", "Poly, s = 8"),
+        ],
+        also=(
+            *(f"MHR, s = 2, h = {h}" for h in OTHER_HEADS[:-1]), *(f"MHR, s = 2, h = {h}, seen" for h in OTHER_HEADS),
+            "MHR, s = 2, seen", "Poly, s = 2, seen", "Poly-z, s = 2", "MHR-z, s = 2",
+            *(f"MHR-z, s = 2, h = {h}" for h in OTHER_HEADS),
+        ),
+        figure="over_heads",
+        note="One head is Poly.",
+    ),
+    "random-scarce": Claim(
+        "Where skills are scarce, random routing, averaged, is no better than LoRA, and below the average of skills "
+        "whose routing was learned.",
+        "MHR sections 5.2, 5.3; MHR 2022 section 5, Tab. 2",
+        [
+            *((f"Random by {unit}-mu, s = 2", "<=", "LoRA, s = 1") for unit in ("example", "task")),
+            *((f"{m}-mu, s = 2", ">", f"Random by {unit}-mu, s = 2") for m in ROUTED for unit in ("example", "task")),
+        ],
+    ),
+    "alignment-scarce": Claim(
+        "Where skills are scarce, over training, gradients of different tasks are more aligned in MHR than in Poly and "
+        "in LoRA.",
+        "MHR section 5.2, Fig. 3 (left)",
+        [
+            (f"alignment of MHR, {of}, s = 2", ">", f"alignment of {name}")
+            for of in ("inventory", "mixtures")
+            for name in (f"Poly, {of}, s = 2", f"LoRA, {of}, s = 1")
+        ],
+        note="The papers' reason for MHR. What is measured is said with the claim alignment.",
+    ),
+    "discrete-scarce": Claim(
+        "Where skills are scarce, Z becomes almost discrete, and the skills are used about equally often.",
+        "Polytropon section 4.3, Fig. 4",
+        [("discreteness, s = 2", ">", 0.9), ("usage, s = 2", ">", 0.9)],
+        also=("sparsity, s = 2",),
+        note="The bound of 0.9 is ours, as in the claim discrete.",
+    ),
+}  # fmt: skip
