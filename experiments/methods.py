@@ -10,10 +10,12 @@ at any time and resumes. Two run in parallel, with one thread each (--jobs).
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -68,22 +70,36 @@ SIZED = {  # methods that --tune --skills searches: further flags
 }
 
 
-def run(script: str, flags: list[str], result: Path) -> dict:
+class OutOfTime(Exception):
+    """The time that was given is over."""
+
+
+def run(script: str, flags: list[str], result: Path, until: float = math.inf) -> dict:
     """Run a script (train.py) or command (tools.analyze) unless the JSON file `result` that it writes exists.
 
-    Returns the file's content and "commit", the commit of this tree that made it.
+    until: of time.monotonic(); a script that is not done then is told to stop, as by Ctrl-C. Returns the file's content
+    and "commit", the commit of this tree that made it. Raises OutOfTime, or SystemExit if the script fails.
     """
     if not result.exists():
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         entry = [script] if script.endswith(".py") else ["-m", script]
         command, code = [sys.executable, *entry, *flags], commit()
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        if done.returncode == -signal.SIGINT:  # Ctrl-C in a terminal reaches all
+        if (left := until - time.monotonic()) < 0:
+            raise OutOfTime
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
+            try:
+                out, err = process.communicate(timeout=left if left < math.inf else None)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGINT)  # it saves what it has
+                process.communicate()
+                raise OutOfTime from None
+        if process.returncode == -signal.SIGINT:  # Ctrl-C in a terminal reaches all
             raise KeyboardInterrupt
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)}\nended with code {done.returncode}:\n{done.stderr[-2000:]}")
+        if process.returncode:
+            raise SystemExit(f"{' '.join(command)}\nended with code {process.returncode}:\n{err[-2000:]}")
         (result.parent / "commit").write_text(code)
-        print(f"{result.parent.name}: {done.stdout.splitlines()[-1]}", flush=True)
+        print(f"{result.parent.name}: {out.splitlines()[-1]}", flush=True)
     made_by = result.parent / "commit"  # missing if this program was killed while the script ran
     return json.loads(result.read_text()) | {"commit": made_by.read_text() if made_by.exists() else "unknown"}
 

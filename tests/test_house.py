@@ -25,7 +25,10 @@ FLOORS = [  # from the ground up; a file imports only from floors below, or from
         f"tools.{x}"
         for x in "measures figures compare count_parameters estimate_memory cards layouts export show analyze".split()
     ],
-    [f"experiments.{x}" for x in "methods claims scarce reproduce babyai bench larger mixing gpu_items gpu".split()],
+    [
+        f"experiments.{x}"
+        for x in "methods claims scarce reproduce real_runs real babyai bench larger mixing gpu_items gpu".split()
+    ],
     [f"examples.{x}" for x in "own_model hf_trainer".split()],
     [f"tests.stress.{x}" for x in "kills targets faults longrun scale".split()],
     [f"docs.{x}" for x in "formulas annotate picture walkthrough render_walkthrough".split()],  # for readers

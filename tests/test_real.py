@@ -1,0 +1,288 @@
+"""experiments/real.py: one search for all methods, on dev tasks alone; it stops and goes on; its page tells what is."""
+
+import json
+import math
+import re
+import shutil
+import time
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import adapt
+import train
+from experiments import methods, real, real_runs
+from experiments.real_runs import BUDGETS, METHODS, Budget
+from plumbing.errors import UserError
+from plumbing.flags import explicit_flags, unused
+from recipes import FEW_SHOT, PRETRAINING, VARIANTS
+from tests.helpers import check_legible, drawn
+from tools import analyze, figures
+
+SMALL = Budget("tiny", "", 10, "", (100, 13), (0, 1, 2), 5, "--steps 2")
+TASKS = ("a", "b", "c")
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """Runs that return at once, with values drawn from their flags: (call of the command, what was run)."""
+    done = []
+
+    def run(script, flags, result, until=math.inf):
+        folder = result.parent
+        if result.exists():
+            return json.loads(result.read_text()) | {"commit": "abc"}
+        if time.monotonic() > until:
+            raise methods.OutOfTime
+        done.append((script, " ".join(flags)))
+        folder.mkdir(parents=True, exist_ok=True)
+        key = " ".join(flag for flag in flags if "/" not in flag)  # without paths
+        draw = np.random.default_rng(zlib.crc32(key.encode()) + zlib.crc32(folder.name.encode()))
+        start = {"commit": "abc", "date": "2026-01-02T03:04", "cpu": "one", "gpus": []}
+        (folder / "provenance.json").write_text(json.dumps({"starts": [start]}))
+        scores = {task: float(draw.normal(50, 3)) for task in TASKS}
+        done_now = {"tasks": scores, "mean": float(np.mean(list(scores.values()))), "mean_before": 1.0, "seconds": 2.0}
+        done_now |= {"parameters": {"adapters": 5, "routing": 1}}
+        if script == "train.py":
+            (folder / "adapter.safetensors").touch()
+            (folder / "log.jsonl").write_text("".join(json.dumps({"loss": 9.0 - k}) + "\n" for k in range(5)))
+        elif script == "adapt.py":
+            assert (Path(flags[flags.index("--checkpoint") + 1]) / "adapter.safetensors").exists()
+            split = folder / flags[flags.index("--split") + 1]
+            split.mkdir()
+            (split / "a.json").write_text(json.dumps({"stops": {"dev_loss": float(draw.random())}}))
+            (split / "a").mkdir()
+            (split / "a" / "adapter.safetensors").touch()
+        else:
+            done_now = {"over_steps": [{"step": s, "alignment": 0.1, "alignment_mixed": draw.random()} for s in (2, 4)]}
+        result.write_text(json.dumps(done_now))
+        return done_now | {"commit": "abc"}
+
+    monkeypatch.setattr(real_runs, "run", run)
+    monkeypatch.setattr(figures, "save", lambda figure, stem: None)
+    monkeypatch.delitem(BUDGETS, "cpu")
+    monkeypatch.setitem(BUDGETS, "papers", SMALL)
+
+    def command(*more: str):
+        places = f"--results {tmp_path / 'results'} --runs {tmp_path / 'runs'} --jobs 1 --device cpu".split()
+        monkeypatch.setattr("sys.argv", ["real", "--data-dir", "D", "--backbone", "B", *places, *more])
+        real.main()
+        return (tmp_path / "results" / "real.md").read_text()
+
+    return command, done
+
+
+# --- What is made -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
+def test_its_flags_are_flags(name, budget):
+    """train.py and adapt.py take them, they fit the method, and the papers' budget has the steps of 30 epochs."""
+    flags = real_runs.training_flags(name, budget, "1e-3", 0, budget.steps).split()
+    given = explicit_flags(train.Config, PRETRAINING, flags)
+    cfg = train.make_config(**given)
+    assert unused(cfg, given) == [] and cfg.dataset == "crossfit"
+    for variant in METHODS[name][1]:
+        for few in (budget.few, f"{budget.search_few} --test-examples 1"):
+            explicit_flags(adapt.Config, FEW_SHOT, real_runs.few_shot_flags(variant, few, 100, "--lr 1e-3", 0).split())
+        assert cfg.method in VARIANTS[variant]
+    assert budget.steps % real_runs.LOOKS == 0  # the last look is at the end
+    if budget is BUDGETS["papers"]:
+        recipe = PRETRAINING["crossfit"]  # of the slice's 13,345 examples
+        assert budget.steps == recipe["epochs"] * math.ceil(13_345 / recipe["batch_size"])
+        assert tuple(map(str, budget.splits)) == FEW_SHOT["crossfit"]["split"]
+
+
+def test_every_method_has_the_same_search(bench):
+    """Three short pre-trainings, and three rates for each variant; on dev tasks, which nothing else touches."""
+    command, done = bench
+    command("--seeds", "0")
+    short = [line for script, line in done if script == "train.py" and "--steps 5 " in line]
+    assert set(Counter(re.search(r"--method .*?(?= --steps)", line)[0] for line in short).values()) == {3}
+    dev = [line for script, line in done if script == "adapt.py" and "--tasks dev" in line]
+    trials = {name: 3 * len(variants) + 2 for name, (_, variants) in METHODS.items()}  # two more rates of pre-training
+    assert len(dev) == sum(trials.values()) and all("--test-examples 1" in line for line in dev)
+    rest = [line for script, line in done if script == "adapt.py" and "--tasks all" in line]
+    assert len(rest) == 2 * sum(len(variants) for _, variants in METHODS.values())  # two splits
+
+
+def test_the_search_takes_the_lowest_dev_loss():
+    """Whatever the scores are."""
+
+    def trial(flags, few):
+        rate, few_rate = (float(re.search(r"--lr(?:-z)? (\S+)", text)[1]) for text in (flags, few))
+        return {"dev_loss": abs(rate - 3e-3) + abs(few_rate - (0.5 if "-z" in few else 3e-4)), "mean": 1 / rate}
+
+    best = ("3e-3", {"all": "--lr 3e-4", "z": "--lr-z 5e-1", "mu": "--lr 3e-4"})
+    assert real_runs.search("Poly", SMALL, trial) == best
+
+
+def test_the_first_runs_say_most():
+    """One seed of LoRA, Poly and MHR; then with scarce skills; each run once."""
+    runs = real_runs.in_order((0, 1, 2))
+    assert runs[:3] == [(0, "LoRA"), (0, "Poly"), (0, "MHR")] and {seed for seed, _ in runs[:5]} == {0}
+    assert len(runs) == len(set(runs)) == 3 * len(METHODS)
+
+
+def test_nothing_is_made_twice_and_weights_go(bench, tmp_path):
+    """A second call makes nothing. A lost line is read from its run, and made again if that is lost too, with its
+    pre-training, whose weights are gone."""
+    command, done = bench
+    page = command("--seeds", "0")
+    assert not list(tmp_path.rglob("*.safetensors")) and len(done) == len(set(done))
+    before = len(done)
+    assert command("--seeds", "0") == page and len(done) == before
+    raw = tmp_path / "results" / "real.jsonl"
+    lines = raw.read_text().splitlines()
+    (lost,) = (line for line in lines if "--skills 2 --heads 64" in line and "--variant z --split 13" in line)
+    raw.write_text("\n".join(line for line in lines if line != lost) + "\n")
+    assert command("--seeds", "0") == page and len(done) == before
+    raw.write_text("\n".join(line for line in lines if line != lost) + "\n")
+    few = json.loads(lost)["key"].split(" | ")[1].removesuffix(" --tasks all")
+    for folder in (tmp_path / "runs").glob(f"*-{zlib.crc32(few.encode()):08x}-all"):  # of several methods
+        shutil.rmtree(folder)
+    assert command("--seeds", "0") == page
+    assert [script for script, _ in done[before:]] == ["train.py", "adapt.py"]
+
+
+def test_it_stops_in_time_and_goes_on(bench, monkeypatch, capsys):
+    """Stopped after any number of runs, what it has is on the page, and in the end it is what one call gives."""
+    command, done = bench
+    clock, limit = real_runs.run, [12]
+
+    def slow(script, flags, result, until=math.inf):
+        if not result.exists():
+            limit[0] -= 1
+        return clock(script, flags, result, until if limit[0] >= 0 else -math.inf)
+
+    monkeypatch.setattr(real_runs, "run", slow)
+    page = command("--seeds", "0", "--minutes", "600")
+    assert "600 minutes are over: the same command goes on" in capsys.readouterr().out
+    assert "| LoRA |" in page and "not made yet" in page
+    limit[0] = 10**6
+    page = command("--seeds", "0")
+    assert "not made yet" not in page.split("### Comparisons")[1] and len(done) == len(set(done))
+
+
+# --- The page ---------------------------------------------------------------------------------------------------------
+
+
+def test_verdicts_need_three_seeds(bench):
+    """With one seed there are differences and no verdict; with three the rule of reproduce.py."""
+    command, _ = bench
+    one = command("--seeds", "0")
+    assert "undecided: 1 of 3 seeds" in one and "holds |" not in one.split("| here |")[1].replace(
+        "does not hold here", ""
+    )
+    page = command()
+    row = re.search(r"\| few-shot \| Poly > LoRA \| (.*?) \| (.*?) \| (\w+) \| (.*?) \|", page)
+    seeds = [float(x) for x in row[1].split()]
+    assert len(seeds) == 3 and float(row[2]) == pytest.approx(np.mean(seeds), abs=0.1)
+    p = stats.ttest_1samp(seeds, 0).pvalue
+    assert row[3] == ("undecided" if p > 0.05 else "holds" if np.mean(seeds) > 0 else "fails")
+
+
+def test_seeds_and_splits_are_paired():
+    """A difference is taken where both sides have the seed and the split, also of differences of measures."""
+    of = lambda pairs: {key: {"mean": value} for key, value in pairs.items()}  # noqa: E731
+    measured = {"a": of({(0, 1): 5, (0, 2): 9, (1, 1): 3}), "b": of({(0, 1): 1, (1, 1): 4}), "c": of({(0, 1): 2})}
+    assert real.differences(measured, "a", "b") == {(0, 1): 4, (1, 1): -1}
+    assert real.differences(measured, "a - b", "c") == {(0, 1): 2} and real.differences(measured, "a", "d") == {}
+    assert real.by_seed({(0, 1): 4, (0, 2): 2, (1, 1): -1}) == [3, -1]
+
+
+@pytest.mark.parametrize("mean, std", [(5.0, 4.0), (-5.0, 4.0), (1.0, 4.0), (3.0, 0.5)])
+def test_enough_seeds_are_the_fewest(mean, std):
+    """With so many the interval leaves out zero, with one fewer it does not."""
+    n = real.enough(mean, std)
+    half = lambda k: stats.t.ppf(0.975, k - 1) * std / math.sqrt(k)  # noqa: E731
+    assert half(n) < abs(mean) and (n == 3 or half(n - 1) >= abs(mean))
+    assert real.enough(0.0, 1.0) is None
+
+
+def test_its_figure_is_legible(bench, monkeypatch):
+    """With all methods, of three seeds."""
+    command, _ = bench
+    figure = drawn(monkeypatch, lambda: command())
+    check_legible(figure)
+    assert any("3 seeds" in text.get_text() for text in figure.texts)
+
+
+def test_the_page_of_the_results_is_what_its_raw_file_gives(tmp_path, monkeypatch):
+    """results/real.md, if it is there, is made from results/real.jsonl."""
+    results = real.ROOT / "results"
+    if not (results / "real.md").exists():
+        pytest.skip("results/real.md is not made yet")
+    made = {}
+    monkeypatch.setattr(Path, "write_text", lambda path, text: made.update({path.name: text}))
+    monkeypatch.setattr(figures, "save", lambda *_: None)
+    real.write(results)
+    assert made == {"real.md": (results / "real.md").read_text()}
+
+
+# --- Mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line, named",
+    [("", "--data-dir"), ("--data-dir D", "--data-dir and --backbone"), ("--page --jobs 0", "--jobs"),
+     ("--page --minutes 0", "--jobs and --minutes"), ("--page --seeds -1", "--jobs"),
+     ("--page --results FILE", "--results FILE")],
+)  # fmt: skip
+def test_flags_that_cannot_be(monkeypatch, capsys, tmp_path, line, named):
+    """One sentence that names the flag, exit code 2."""
+    (tmp_path / "FILE").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["real", *line.split()])
+    with pytest.raises(SystemExit) as stopped:
+        real.main()
+    assert stopped.value.code == 2 and f"error: {named}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("odd", ["{", "[]", "\0", json.dumps({"key": "a", "value": 1}), json.dumps({"key": 1})])
+def test_a_damaged_raw_file_is_one_sentence(tmp_path, odd):
+    whole = {"key": "a", "value": {"mean": 1.0}, "commit": "abc", "made": "2026-01-02", "on": "cpu"}
+    (tmp_path / "real.jsonl").write_text(json.dumps(whole) + "\n")
+    assert real_runs.read_raw(tmp_path / "real.jsonl") == {"a": whole}
+    with open(tmp_path / "real.jsonl", "a") as file:
+        file.write(odd + "\n")
+    with pytest.raises(UserError, match="real.jsonl:2 is damaged"):
+        real_runs.read_raw(tmp_path / "real.jsonl")
+
+
+# --- For true ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_all_of_it_with_a_tiny_model(monkeypatch, tmp_path):
+    """The real scripts, in this process, on the bundled sample of CrossFit: a value for all, weights deleted."""
+
+    def run(script, flags, result, until=math.inf):
+        if not result.exists():
+            module, recipes = {"train.py": (train, PRETRAINING), "adapt.py": (adapt, FEW_SHOT)}.get(
+                script, (analyze, {})
+            )
+            module.main(explicit_flags(module.Config, recipes, flags))
+        return json.loads(result.read_text())
+
+    monkeypatch.setattr(real_runs, "run", run)
+    small, few = "--max-input 32 --max-output 8 --batch-size 4", "--eval-every 1 --beams 1"
+    tiny = Budget("tiny", small, 5, f"--steps 2 {few}", (100,), (0,), 5, f"--steps 1 {few}")
+    monkeypatch.setitem(BUDGETS, "cpu", tiny)
+    for name in set(METHODS) - {"LoRA", "MHR"}:
+        monkeypatch.delitem(METHODS, name)
+    monkeypatch.setitem(METHODS, "MHR", ("--method mhr --skills 2 --heads 2", ("all", "z")))
+    for group in ("CORE", "SCARCE"):
+        monkeypatch.setattr(real_runs, group, ("LoRA", "MHR") if group == "CORE" else ())
+    sample = real.ROOT / "assets" / "samples" / "crossfit"
+    places = f"--results {tmp_path / 'results'} --runs {tmp_path / 'runs'} --jobs 1 --device cpu --budget cpu".split()
+    monkeypatch.setattr("sys.argv", ["real", "--data-dir", str(sample), "--backbone", "tiny", *places])
+    real.main()
+    page = (tmp_path / "results" / "real.md").read_text()
+    assert re.search(r"^\| MHR-z \| 1 \|", page, re.M) and re.search(r"^\| LoRA \| 1 \| [\d,]+ \| 0 \|", page, re.M)
+    assert not list((tmp_path / "runs").rglob("*.safetensors")) and (tmp_path / "results" / "real-cpu.png").exists()
