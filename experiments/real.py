@@ -226,14 +226,8 @@ def verdict_here(measured: dict, claim: Claim) -> tuple[str, list[tuple]]:
 
 def on_strings(name: str, raw: dict) -> str:
     """The verdict of a claim of `claims.md`, with a link, or that it is not made yet."""
-    claim = reproduce.CLAIMS[name]
-    names = reproduce.measures_of(claim)
-    measured = reproduce.collect(raw, names, reproduce.SEEDS)
-    if measured.keys() != set(names):
-        return f"{name}: not made yet"
-    sides = [[reproduce.side(x, measured, reproduce.SEEDS) for x in (a, b)] for a, _, b in claim.compare]
-    judged = [judge(a, relation, b) for (a, b), (_, relation, _) in zip(sides, claim.compare, strict=True)]
-    return f"[{name}](claims.md#{name}): {verdict(judged)}"
+    judged = reproduce.judged(reproduce.CLAIMS[name], raw, reproduce.SEEDS)
+    return f"[{name}](claims.md#{name}): {verdict(judged)}" if judged else f"{name}: not made yet"
 
 
 def claims_table(measured: dict, toy: dict) -> str:

@@ -3,6 +3,10 @@
     python -m experiments.reproduce --claim all                  make what is missing, then results/claims.md
     python -m experiments.reproduce --claim mu zero-shot         some claims only
     python -m experiments.reproduce --claim mu --results again --runs again/runs     from scratch, elsewhere
+    python -m experiments.reproduce --device cuda --jobs 6 --results gpu --runs gpu/runs     on a GPU, six at a time
+    python -m experiments.reproduce --device cuda --jobs 6 --results gpu --estimate          how long that would take
+
+A page made elsewhere ends with a comparison: the same differences and verdicts, here and in results/.
 
 A measure is a number taken from a pre-training run on `strings`: its held-out score after an adaptation, its zero-shot
 score, or a number of `tools/analyze.py`. results/claims.jsonl has one line per measure and seed, with the flags that
@@ -29,6 +33,7 @@ if __name__ == "__main__":  # Ctrl-C during the slow imports
 
 import argparse
 import json
+import os
 import threading
 from collections import defaultdict
 from pathlib import Path
@@ -113,6 +118,36 @@ def make_missing(names: list[str], seeds: tuple[int, ...], path: Path, runs: Pat
 
     with workers(jobs) as pool:
         list(pool.map(make, sorted(groups.items())))
+
+
+def use_device(device: str):
+    """Let all runs use this device: a script takes the GPU that it sees. Raises UserError if torch sees none."""
+    import torch
+
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA GPU here, leave it out")
+
+
+def estimate(names: list[str], seeds: tuple[int, ...], path: Path, device: str, jobs: int) -> str:
+    """What making these measures would take: the runs that the raw file lacks, by steps measured now.
+
+    A step of a method counts as MHR's. An adaptation takes its share of a pre-training as in results/. Runs side by
+    side are taken not to slow each other down, so on one GPU it may be longer.
+    """
+    import train
+
+    have, there = read_raw(path), read_raw(ROOT / "results" / "claims.jsonl").values()
+    missing = [(seed, m) for name in names for seed in seeds if (flags_of(m := MEASURES[name]), seed) not in have]
+    trainings = len({(seed, m.method, m.flags, m.rates and str(m.rates)) for seed, m in missing})
+    adaptations = len([m for _, m in missing if m.then in VARIANTS])
+    before, after = (sum(line["seconds"][k] for line in there if line["seconds"][1]) for k in (0, 1))
+    tried = train.main(dict(method="mhr", dataset="strings", device=device, dry_run=True))
+    one = tried["seconds_per_step"] * PRETRAINING["strings"]["steps"]
+    hours = (trainings + adaptations * after / before) * one / 3600
+    each = f"{trainings} pre-trainings of {one:.0f} s, {adaptations} adaptations of {one * after / before:.0f} s"
+    return f"missing: {each}: {hours:.1f} hours, {jobs} at a time {hours / jobs:.1f}; analyses and zero-shot come to it"
 
 
 def total(result: dict) -> int:
@@ -245,8 +280,29 @@ def side(what: str | float, measured: dict[str, Values], seeds: tuple[int, ...])
 
 def claims_on_page(raw: dict[tuple[str, int], dict], seeds: tuple[int, ...], asked: list[str]) -> list[str]:
     """Those of `claims.py`, those asked for, and those of `scarce.py` that have all their values."""
-    made = lambda name: collect(raw, measures_of(CLAIMS[name]), seeds).keys() == set(measures_of(CLAIMS[name]))  # noqa: E731
-    return [name for name in CLAIMS if name in claims.CLAIMS or name in asked or made(name)]
+    return [n for n in CLAIMS if n in claims.CLAIMS or n in asked or judged(CLAIMS[n], raw, seeds)]
+
+
+def judged(claim: Claim, raw: dict[tuple[str, int], dict], seeds: tuple[int, ...]) -> list[Verdict]:
+    """What the rule says to each comparison of a claim; nothing if a value is not made yet."""
+    measured = collect(raw, measures_of(claim), seeds)
+    if measured.keys() != set(measures_of(claim)):
+        return []
+    sides = [(side(a, measured, seeds), relation, side(b, measured, seeds)) for a, relation, b in claim.compare]
+    return [judge(*compared) for compared in sides]
+
+
+def beside_results(raw: dict[tuple[str, int], dict], seeds: tuple[int, ...], names: list[str]) -> str:
+    """The differences and verdicts of a page made elsewhere beside those of results/, as a section of that page."""
+    there, lines = read_raw(ROOT / "results" / "claims.jsonl"), []
+    for name in names:
+        both = zip(judged(CLAIMS[name], raw, seeds), judged(CLAIMS[name], there, SEEDS), strict=False)
+        for (a, relation, b), (ours, theirs) in zip(CLAIMS[name].compare, both, strict=False):
+            cells = " | ".join(f"{in_numbers(v)[0]} ({in_numbers(v)[1]}), {v.says}" for v in (ours, theirs))
+            same = "yes" if ours.says == theirs.says else "no"
+            lines.append(f"| {name} | {a} {relation} {b} | {cells} | {same} |")
+    head = "| claim | comparison | here | in results/ | same verdict |\n|---|---|---|---|---|\n"
+    return "# Beside results/\n\n" + head + "\n".join(lines) + "\n" if lines else ""
 
 
 def write_page(folder: Path, seeds: tuple[int, ...], names: list[str]):
@@ -267,11 +323,9 @@ def render(raw: dict[tuple[str, int], dict], seeds: tuple[int, ...], names: list
     summary, stories, sections, used = [], [], [], []
     for name in names:
         claim, measured = CLAIMS[name], collect(raw, measures_of(CLAIMS[name]), seeds)
-        if measured.keys() != set(measures_of(claim)):
+        if not (parts := judged(claim, raw, seeds)):
             summary.append(f"| {name} | not made yet | | | | {claim.place} |")
             continue
-        sides = [(side(a, measured, seeds), relation, side(b, measured, seeds)) for a, relation, b in claim.compare]
-        parts = [judge(*compared) for compared in sides]
         by = {says: [" ".join(map(str, c)) for c, part in zip(claim.compare, parts, strict=True) if part.says == says]
               for says in ("holds", "fails", "undecided")}  # fmt: skip
         cells = (f"{len(by['holds'])} of {len(parts)}", "; ".join(by["fails"]), "; ".join(by["undecided"]))
@@ -286,7 +340,8 @@ def render(raw: dict[tuple[str, int], dict], seeds: tuple[int, ...], names: list
     about |= dict(shots=few["shots"], few_steps=few["steps"], few_batch=few["batch_size"], few_every=few["eval_every"])
     about |= dict(seen=recipe["eval_examples"], keep=KEEP_EVERY, examples=analyze.Config.examples)
     about |= dict(history=HISTORY if with_history else "")
-    return PAGE.format(**about, summary="\n".join(summary), stories="\n".join(stories)) + "\n".join(sections)
+    page = PAGE.format(**about, summary="\n".join(summary), stories="\n".join(stories)) + "\n".join(sections)
+    return page + ("" if with_history else beside_results(raw, seeds, names))
 
 
 def hours(lines: list[dict]) -> float:
@@ -387,16 +442,20 @@ def digits_of(part: Verdict) -> int:
     return 1 if max(map(abs, (part.difference, *part.interval))) > 1 else 3
 
 
+def in_numbers(part: Verdict) -> tuple[str, str]:
+    """The difference of a comparison, and its interval."""
+    mean, low, high = (f"{x:+.{digits_of(part)}f}" for x in (part.difference, *part.interval))
+    return mean, f"{low} to {high}"
+
+
 def section(name: str, claim: Claim, measured: dict[str, Values], parts: list[Verdict]) -> str:
     """The numbers of a claim: comparisons and values."""
     spent = hours([line for of in measured.values() for line in of.lines])
     text = [f"## {name}: numbers", "", f"({spent:.1f} hours of one core, some for other claims too.)", ""]
     text += ["| comparison | difference | 95 % interval | | seed by seed |", "|---|---:|---:|---|---|"]
     for (a, relation, b), part in zip(claim.compare, parts, strict=True):
-        digits = digits_of(part)
-        low, high = (f"{x:+.{digits}f}" for x in part.interval)
-        mean, *each = (f"{x:+.{digits}f}" for x in (part.difference, *part.seeds))
-        text.append(f"| {a} {relation} {b} | {mean} | {low} to {high} | {part.says} | {' '.join(each)} |")
+        (mean, interval), each = in_numbers(part), [f"{x:+.{digits_of(part)}f}" for x in part.seeds]
+        text.append(f"| {a} {relation} {b} | {mean} | {interval} | {part.says} | {' '.join(each)} |")
     text += ["", "| measure | flags | trained on all tasks | for a new task | mean ± std |", "|---|---|---:|---:|---:|"]
     for measure, of in measured.items():
         first, flags = of.lines[0], of.lines[0]["flags"].rsplit(" | ", 1)[0].replace("|", "→")
@@ -547,6 +606,8 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--jobs", type=int, default=2, help="runs in parallel")
     parser.add_argument("--page", action="store_true", help="only write the page, from the values in the raw file")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where runs are made")
+    parser.add_argument("--estimate", action="store_true", help="only say how long it would take, from a few steps")
     args = parser.parse_args()
     if len(set(args.seeds)) < max(3, len(args.seeds)) or min(args.seeds) < 0:
         parser.error("--seeds: the tests need at least three, all different and none negative")
@@ -554,6 +615,8 @@ def main():
         parser.error("--jobs must be above 0")
     if tuple(args.seeds) != SEEDS and args.results.resolve() == ROOT / "results":
         parser.error("--seeds: give --results too, for results/ holds the values of the seeds that are compared")
+    if args.device == "cuda" and args.results.resolve() == ROOT / "results":
+        parser.error("--device cuda: give --results and --runs too, for results/ holds values made on CPUs")
     names = list(CLAIMS) if "all" in args.claim else args.claim
     for name in ("results",) if args.page else ("results", "runs"):
         try:
@@ -561,6 +624,10 @@ def main():
         except OSError as error:
             parser.error(f"--{name} {getattr(args, name)} cannot be made: {error.strerror}")
     measures = list(dict.fromkeys(m for name in names for m in measures_of(CLAIMS[name])))
+    use_device(args.device)
+    if args.estimate:
+        print(estimate(measures, tuple(args.seeds), args.results / "claims.jsonl", args.device, args.jobs))
+        return
     if not args.page:
         make_missing(measures, tuple(args.seeds), args.results / "claims.jsonl", args.runs, args.jobs)
     asked = [] if "all" in args.claim else names
