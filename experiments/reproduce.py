@@ -42,7 +42,7 @@ from experiments.claims import (
     parts_of,
 )  # fmt: skip
 from experiments.methods import (
-    KEEP_EVERY, METHODS, RATES, ROOT, RUNS, adapt, few_shot_rates, pretrain, run, workers,
+    KEEP_EVERY, METHODS, NAVIGATION, RATES, ROOT, RUNS, adapt, few_shot_rates, pretrain, run, workers,
 )  # fmt: skip
 from plumbing.errors import RunError, UserError, exit_on_user_error
 from plumbing.folders import check_numbers
@@ -251,7 +251,7 @@ def write_page(folder: Path, seeds: tuple[int, ...], names: list[str]):
 def render(raw: dict[tuple[str, int], dict], seeds: tuple[int, ...], names: list[str], with_history: bool) -> str:
     """The page of these claims. A claim that lacks a value of a seed is listed as not made yet.
 
-    with_history: for results/claims.md, what its numbers have behind them.
+    with_history: for results/claims.md, what its numbers have behind them, and a line that leads back.
     """
     summary, stories, sections, used = [], [], [], []
     for name in names:
@@ -261,11 +261,11 @@ def render(raw: dict[tuple[str, int], dict], seeds: tuple[int, ...], names: list
             continue
         sides = [(side(a, measured, seeds), relation, side(b, measured, seeds)) for a, relation, b in claim.compare]
         parts = [judge(*compared) for compared in sides]
-        by = {says: [" ".join(map(str, c)) for c, part in zip(claim.compare, parts, strict=True) if part.says == says]
+        by = {says: [worded(*c) for c, part in zip(claim.compare, parts, strict=True) if part.says == says]
               for says in ("holds", "fails", "undecided")}  # fmt: skip
         cells = (f"{len(by['holds'])} of {len(parts)}", "; ".join(by["fails"]), "; ".join(by["undecided"]))
         summary.append(f"| [{name}](#{name}) | {verdict(parts)} | {' | '.join(cells)} | {claim.place} |")
-        stories.append(story(name, claim, parts))
+        stories.append(story(name, claim, parts, measured))
         sections.append(section(name, claim, measured, parts))
         used += [line for of in measured.values() for line in of.lines]
     commits = ", ".join(sorted({commit for line in used for commit in line["commits"]}))
@@ -274,7 +274,7 @@ def render(raw: dict[tuple[str, int], dict], seeds: tuple[int, ...], names: list
     about |= dict(steps=recipe["steps"], batch=recipe["batch_size"], rank=recipe["rank"], skills=recipe["skills"])
     about |= dict(shots=few["shots"], few_steps=few["steps"], few_batch=few["batch_size"], few_every=few["eval_every"])
     about |= dict(seen=recipe["eval_examples"], keep=KEEP_EVERY, examples=analyze.Config.examples)
-    about |= dict(history=HISTORY if with_history else "")
+    about |= dict(history=HISTORY if with_history else "", navigation=NAVIGATION if with_history else "")
     return PAGE.format(**about, summary="\n".join(summary), stories="\n".join(stories)) + "\n".join(sections)
 
 
@@ -285,7 +285,7 @@ def hours(lines: list[dict]) -> float:
     return (sum(runs.values()) + sum(adaptations.values())) / 3600
 
 
-PAGE = """# The papers' claims at laptop scale
+PAGE = """{navigation}# The papers' claims at laptop scale
 
 The papers make claims about routing; each is tested here with five runs of every method that it compares, on a
 benchmark of string-editing tasks whose skills are known (`strings`) and a model of 1.2 million parameters. That is
@@ -297,8 +297,9 @@ on CrossFit, and of an agent. A claim is a list of comparisons between two metho
 * **does not hold here**: at least one contradicts the paper, by more than chance makes likely.
 * **undecided**: neither. The claim may be true or not; five runs do not tell.
 
-"a > b": a scores higher; "a ~ b": within {margin:g} points; "a <= b": at most {margin:g} points higher. -z, -mu: what
-a new task trains. Told: the input names the operations. Shared: one LoRA for all tasks.
+"a > b": a scores higher; "a ~ b": within {margin:g} points; "a <= b": at most {margin:g} points higher. LoRA (Shared):
+`--method lora`, one LoRA for all tasks. A method's name alone: for a held-out task all of it is trained; "-z": that
+task's row of Z alone; "-μ": one adapter, the average of the skills. "Told": the input names the task's operations.
 
 None of this says what a large model does. Rules, caveats and numbers: [how it was judged](#how-it-was-judged).
 
@@ -344,31 +345,54 @@ scores are not counted. Commit {commits}.
 
 HISTORY = """
 Not blind: when the rule was written, scores of other rates had been seen, and when these runs were made, scores of
-these very settings, seeds 0 to 2 (`LOG.md`). Seeds 3 and 4 are new: hence the differences seed by seed. A seed fixes a
-value only as far as rounding goes: seed 1 of MHR gave 78.1 (`methods.md`) and, with products taken in another order,
-69.3.
+these very settings, seeds 0 to 2 ([LOG.md](LOG.md)). Seeds 3 and 4 are new: hence the differences seed by seed. A
+seed fixes a value only as far as rounding goes: seed 1 of MHR gave 78.1 ([methods.md](methods.md)) and, with products
+taken in another order, 69.3.
 
 Three comparisons are decided by a hair, at p of 0.044 to 0.0498: Poly > Expert (few-shot); MHR, 16 heads > Poly, 8
 skills (heads); and alignment of MHR, inventory > alignment of LoRA (Shared), inventory, on which alone the verdict of
 alignment rests.
 
-On real tasks with a real model, in two seeds of a small budget, few-shot, z and mu are in `smollm.md`: there MHR and
-Poly are close together, and LoRA is above both.
+What few-shot adaptation, z and μ give on real tasks with a real model, in two seeds of a small budget, is in
+[smollm.md](smollm.md): there MHR and Poly are close together, and LoRA is above both.
 """  # of results/claims.md alone, not of a page that a reader makes
 
 
-def story(name: str, claim: Claim, parts: list[Verdict]) -> str:
+def shown(name: str) -> str:
+    """The name of a measure on pages and in figures: Poly-μ for Poly-mu, (IA)³ for (IA)^3."""
+    return name.replace("-mu", "-μ").replace("(IA)^3", "(IA)³")
+
+
+def worded(a: str | float, relation: str, b: str | float) -> str:
+    """A comparison in the names that are shown."""
+    return shown(f"{a} {relation} {b}")
+
+
+def story(name: str, claim: Claim, parts: list[Verdict], measured: dict[str, Values]) -> str:
     """A claim for people who do not do statistics: what the papers say, what came out here, a figure."""
     by = {"fails": [], "undecided": [], "holds": []}
-    for (a, relation, b), part in zip(claim.compare, parts, strict=True):
-        by[part.says].append(f"{a} {relation} {b} ({part.difference:+.{digits_of(part)}f} on average)")
+    for comparison, part in zip(claim.compare, parts, strict=True):
+        by[part.says].append(f"{worded(*comparison)} ({part.difference:+.{digits_of(part)}f} on average)")
     agree = sum(part.says == "holds" for part in parts)
     out = f"{agree} of {len(parts)} comparisons agree with the papers."
     out += f" Contradicted: {'; '.join(by['fails'])}." if by["fails"] else ""
     out += f" Not decided: {'; '.join(by['undecided'])}." if by["undecided"] else ""
-    text = f"## {name}\n\nThe papers: {claim.says[0].lower()}{claim.says[1:]} ({claim.place}.)\n\n"
+    text = f"## {name}\n\nThe papers say: {claim.says} ({claim.place}.)\n\n"
     text += f"Here: **{verdict(parts)}**. {out} {claim.note}".rstrip()
-    return f"{text}\n\n![{claim.says}](claim-{name}.png)\n"
+    return f"{text}\n\n![{alt(name, claim, measured)}](claim-{name}.png)\n"
+
+
+def alt(name: str, claim: Claim, measured: dict[str, Values]) -> str:
+    """What the figure of a claim shows, for those who do not see it: the kind of plot, its axes, and means.
+
+    The means are those of all measures that the claim compares, or of more than six the highest and the lowest.
+    """
+    of = {shown(m): measured[m] for a, _, b in claim.compare for side in (a, b) for m in parts_of(side)}
+    few = len(of) <= 6
+    listed = of if few else [choose(of, key=lambda m: of[m].values.mean()) for choose in (max, min)]
+    means = "; ".join(f"{m} {str(of[m]).split(' ± ')[0]}" for m in listed)
+    line = f" A dashed line marks {reference(measured)}." if claim.figure == "dots" and reference(measured) else ""
+    return f"Claim {name}. {ALTS[claim.figure]}{line} {'Means' if few else 'Highest and lowest mean'}: {means}."
 
 
 def digits_of(part: Verdict) -> int:
@@ -381,26 +405,30 @@ def section(name: str, claim: Claim, measured: dict[str, Values], parts: list[Ve
     spent = hours([line for of in measured.values() for line in of.lines])
     text = [f"## {name}: numbers", "", f"({spent:.1f} hours of one core, some for other claims too.)", ""]
     text += ["| comparison | difference | 95 % interval | | seed by seed |", "|---|---:|---:|---|---|"]
-    for (a, relation, b), part in zip(claim.compare, parts, strict=True):
+    for comparison, part in zip(claim.compare, parts, strict=True):
         digits = digits_of(part)
         low, high = (f"{x:+.{digits}f}" for x in part.interval)
         mean, *each = (f"{x:+.{digits}f}" for x in (part.difference, *part.seeds))
-        text.append(f"| {a} {relation} {b} | {mean} | {low} to {high} | {part.says} | {' '.join(each)} |")
+        text.append(f"| {worded(*comparison)} | {mean} | {low} to {high} | {part.says} | {' '.join(each)} |")
     text += ["", "| measure | flags | trained on all tasks | for a new task | mean ± std |", "|---|---|---:|---:|---:|"]
     for measure, of in measured.items():
         first, flags = of.lines[0], of.lines[0]["flags"].rsplit(" | ", 1)[0].replace("|", "→")
         new = f"{first['new task']:,}" if first["new task"] else ""
-        text.append(f"| {measure} | `{flags}` | {first['trained']:,} | {new} | {of} |")
+        text.append(f"| {shown(measure)} | `{flags}` | {first['trained']:,} | {new} | {of} |")
     return "\n".join([*text, "", ""])
 
 
 SCORE = "exact match on held-out tasks (%)"
 
 
+def reference(measured: dict[str, Values]) -> str:
+    """The measure that a dot plot has a dashed line at, or ""."""
+    return next((name for name in ("LoRA (Shared)", "LoRA (Shared), told") if name in measured), "")
+
+
 def draw_dots(measured: dict[str, Values], stem: Path, label: str):
-    reference = next((name for name in ("LoRA (Shared)", "LoRA (Shared), told") if name in measured), "")
-    values = {name: list(of.values) for name, of in measured.items()}
-    figures.by_method(values, stem, label, figures.PERCENT, reference)
+    values = {shown(name): list(of.values) for name, of in measured.items()}
+    figures.by_method(values, stem, label, figures.PERCENT, reference(measured))
 
 
 def by_size(method: str, unit: str, sizes: tuple[int, ...], own: int) -> dict[str, str]:
@@ -467,7 +495,7 @@ def draw_zero_shot(measured: dict[str, Values], stem: Path):
     series = {}
     for name in AS_ONE.values():
         values = np.array([measured[f"{name}, told, +{k} steps"].values for k in EXTRA])
-        series[name] = [(EXTRA, seed) for seed in values.T.tolist()]
+        series[shown(name)] = [(EXTRA, seed) for seed in values.T.tolist()]
     figures.over_steps({"": series}, stem, SCORE, figures.PERCENT, "steps of training after averaging")
 
 
@@ -491,6 +519,25 @@ def draw_two_speeds(measured: dict[str, Values], stem: Path):
     figures.by_method(values, stem, "measure of Z; share of exact matches", figures.UNIT)
 
 
+A_DOT_PLOT = "A dot plot, a row for each measure: grey dots are seeds, diamonds their means, bars"
+ALTS = {  # what the figures of FIGURES show, for those who do not see them
+    "dots": f"{A_DOT_PLOT} one standard deviation, along an axis of {SCORE}.",
+    "two_speeds": f"{A_DOT_PLOT} one standard deviation, along an axis from 0 to 1: discreteness of Z and share of "
+    "exact matches on seen tasks, each with two learning rates and with one.",
+    "recovery": f"{A_DOT_PLOT} the 95 % interval of a bootstrap over tasks, along an axis of the rank correlation of Z "
+    "and the true table.",
+    "few_shot_parameters": f"Two panels of curves, {SCORE} against the parameters trained for a new task, with bars of "
+    "one standard deviation: left by number of heads and of skills, right by which layers share a router.",
+    "multi_task_parameters": f"Two curves, {SCORE} against the parameters trained on all tasks, with bars of one "
+    "standard deviation: MHR by number of heads, Poly by number of skills.",
+    "alignment": "Two panels of three curves, LoRA (Shared), Poly and MHR: the cosine of tasks' gradients over the "
+    "steps of training, with bars of one standard deviation; left of the shared inventory, right of each task's own "
+    "mixture",
+    "zero_shot": f"Three curves, {SCORE} over steps of training after averaging, with bars of one standard "
+    "deviation: LoRA (Shared), Poly-μ and MHR-μ.",
+    "by_skills": "Four curves over the number of skills, 2 to 32, from 0 to 1 with bars of one standard deviation: "
+    "discreteness, sparsity and usage of Z, and the score on seen tasks.",
+}
 FIGURES = {
     "dots": lambda measured, stem: draw_dots(measured, stem, SCORE),
     "two_speeds": draw_two_speeds,
