@@ -576,7 +576,7 @@ def main():
     if not args.page:
         make_missing(measures, tuple(args.seeds), args.results / "claims.jsonl", args.runs, args.jobs)
     write_page(args.results, tuple(args.seeds), list(CLAIMS))
-    print((args.results / "claims.md").read_text().split("\n## ")[0])
+    print((args.results / "claims.md").read_text().removeprefix(NAVIGATION).split("\n## ")[0])
 
 
 if __name__ == "__main__":
