@@ -316,6 +316,25 @@ def test_formulas_are_mathml_and_equations_have_their_place(module):
 
 
 @pytest.mark.parametrize("module", PAGES)
+def test_an_equation_with_a_and_b_says_what_they_are_here(module):
+    """Above its frame, and as the table at the top of lora.py has it; an equation without them says nothing."""
+    tables = runpy.run_path(str(ROOT / "docs" / "formulas.py"))
+    table = (ROOT / "lora.py").read_text("utf-8").split("here: (x A) B")[1].split("\n\n")[0]
+    (our_a, our_b) = (re.split(" {2,}", line.strip()) for line in table.splitlines()[1:])
+    text = (ROOT / "docs" / "html" / f"{module}.html").read_text("utf-8")
+    for name, (latex, begins) in tables["EQUATIONS"][module].items():
+        paper, section = begins.split()[0], text.split(f'id="{name}"')[1].split("</section>")[0]
+        has_letters = any(letter in re.sub(r"\\\w+", "", latex) for letter in "AB")
+        says = re.findall(r'<p class="letters">(.*?)</p>\s*<figure>', section)
+        assert len(says) == has_letters, name
+        column = ("MHR", "Pol").index(paper) + 1
+        there_a, there_b = our_a[column], our_b[column]  # what our A and our B are there: A^T there means our B^T is A
+        assert there_b.startswith("A^T") and there_a in ("B", "B^T")
+        ours = "A^\\top" if there_a == "B^T" else "A"
+        assert tables["LETTERS"][paper].endswith(f"its $A$ is our $B^\\top$, its $B$ our ${ours}$.")
+
+
+@pytest.mark.parametrize("module", PAGES)
 def test_a_page_needs_nothing_from_elsewhere(module):
     """No script, style, font or picture from another place; links lead to files, anchors and papers that there are."""
     page, text = read(module), (ROOT / "docs" / "html" / f"{module}.html").read_text("utf-8")
@@ -325,7 +344,7 @@ def test_a_page_needs_nothing_from_elsewhere(module):
     for target in (*page.all_of("href"), *page.all_of("src")):
         if target.startswith("#"):
             assert target[1:] in ids
-        elif not target.startswith("https://arxiv.org/abs/"):
+        elif not re.fullmatch(r"https://arxiv\.org/abs/\d{4}\.\d{5}(v\d)?", target):
             assert (ROOT / "docs" / "html" / target).is_file(), target
     neighbours = {f"{other}.html" for other in PAGES}
     assert {"../../README.md", f"../../{module}.py", "../papers.md", *neighbours} <= set(page.all_of("href"))
