@@ -125,8 +125,8 @@ CLAIMS = {
         "than 5 points below is another question, which was not asked. " + OLD_RATES,
     ),
     "z": Claim(
-        "Training the routing alone, with orders of magnitude fewer parameters, comes close to training everything for "
-        "MHR, and not as close for Poly; more heads and finer granularity help it; with as few parameters "
+        "Training Z alone, with orders of magnitude fewer parameters, comes close to training everything for MHR, and "
+        "not as close for Poly; more heads help it, and so do routers that fewer layers share; with as few parameters "
         "as Poly-z, MHR-z scores higher.",
         "MHR Fig. 2 (right), section 5.1, A.2, A.2.1",
         [

@@ -291,7 +291,7 @@ The papers make claims about routing; each is tested here with five runs of ever
 benchmark of string-editing tasks whose skills are known (`strings`) and a model of 1.2 million parameters. That is
 small: MHR's tables are of T5-XL, 3 billion parameters (Tab. 3: T0-11B), on T0's and Super-NaturalInstructions' tasks;
 those of its 2022 version of BART-large on CrossFit and T5-Large on Natural Instructions; Polytropon's of BART-large
-on CrossFit, and of an agent. A claim is a list of comparisons between two methods:
+on CrossFit, and of an agent. A claim is a list of comparisons, each of two methods:
 
 * **holds**: all come out as the paper says, by more than chance makes likely. In this setting you may rely on it.
 * **does not hold here**: at least one contradicts the paper, by more than chance makes likely.

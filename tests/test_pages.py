@@ -423,6 +423,24 @@ def test_links_lead_to_files_and_headings(path):
         assert not anchor or anchor in anchors(led), f"{target}#{anchor}"
 
 
+OTHER_NAMES = {  # what is said in text, tables and figures, and what is not
+    "held-out tasks": r"unseen tasks?|held[- ]out (examples|rows|compositions)",
+    "μ, or `mu` for the flag": r"\bmu\b|\w-mu\b",
+    "(IA)³": r"\(IA\)\^3",
+    "LoRA (Shared), or one LoRA for all tasks": r"[Ss]hared LoRA|one shared adapter|LoRA, one for all|single LoRA",
+}
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=IDS)
+def test_each_thing_has_one_name(path):
+    """In the text of the pages, without their code and what programs print; mu and mu-told are names of claims too."""
+    text = re.sub(r"^    .*|`[^`]*`|(?<=\])\([^)]*\)", "", prose(path), flags=re.M)
+    if path.name == "claims.md":
+        text = re.sub(r"#+ mu(-told)?\b|\[mu(-told)?\]|Claim mu(-told)?\.", "", text)
+    for name, others in OTHER_NAMES.items():
+        assert not (found := re.search(others, text)), f"{found[0]!r}: say {name}"
+
+
 @pytest.mark.parametrize("path", MARKDOWN, ids=IDS)
 def test_images_say_what_they_show(path):
     """Each has a text of its own, which is no sentence of its page."""
