@@ -822,7 +822,10 @@ def plot(folders: tuple[str, ...], figure: str):
     text = f"{at_equal_episodes(seeds, levels)}\n\n{of_runs(seeds)}\n\n{alike(configs)}"
     back = NAVIGATION if Path(figure).resolve().parent == ROOT / "results" else ""
     with whole_file(Path(f"{figure}.md")) as temporary:
-        temporary.write_text(f"{back}{NOTE}\n" + "".join(f"    {line}\n" for line in text.splitlines()))
+        temporary.write_text(
+            f"{back}# BabyAI: success at equal episodes\n\n{NOTE}\n"
+            + "".join(f"    {line}\n" for line in text.splitlines())
+        )
     print(f"{text}\n\n{NOTE}\n{figure}.png, {figure}.svg, {figure}.md")
 
 

@@ -97,9 +97,7 @@ BLIND = (
     "Nothing in the input says which task it is, so methods without task ids cannot tell the training tasks apart; "
     "where it is told, see the claim [{0}](#{0})."
 )
-OLD_RATES = (
-    "Learning rates are those found where the input says nothing ([methods.md](methods.md)), not searched again."
-)
+OLD_RATES = "Learning rates are those found where the input says nothing (`results/methods.md`), not searched again."
 OTHERS = ("LoRA (Shared)", "LoRA-big", "(IA)^3", "AdapterSoup", "Private", "HyperFormer", "Task-MoE", "Expert")
 CLAIMS = {
     "few-shot": Claim(

@@ -319,7 +319,8 @@ loss on 32 other examples of the task is taken, and the best is kept. Adapters o
 {skills} skills, MHR with 8 heads, if not said otherwise. Exact match on 100 test examples of a held-out task, {seen}
 of a training task, in percent. Gradient alignment: the mean over training, every {keep} steps, with {examples} examples
 a task. "Told": the input names the task's operations; else it is the same words for all tasks. Rates are those of
-`methods.md`, searched for each method on other tasks; not again for told inputs, other sizes or further training.
+`results/methods.md`, searched for each method on other tasks; not again where the input is told, for other sizes, or
+for further training.
 
 **Rule**, of seeds {seeds}, which draw the examples, initial values, order and noise, but not the tasks:
 
