@@ -96,7 +96,7 @@ def rows_of(Z: Tensor, tasks: Tensor, axis: int = 0) -> Tensor:
 
 
 class MHRRouter(nn.Module):
-    """The task-skill allocation per head, Z (t, h, s), learned as logits ([2] section 3).
+    """The task-skill allocation per head, Z (t, h, s), learned as logits; [2] section 3 has its axes as |T| x |S| x h.
 
     tasks: t. skills: s. heads: h. routing: see `soft_partition`.
     Raises ValueError for sizes that are no integers of at least 1, or an unknown routing.

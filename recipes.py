@@ -2,7 +2,7 @@
 
 A run's defaults are what its benchmark says, changed by what (benchmark, method) says; flags override both. Sources
 (docs/benchmarks.md): the MHR authors' configuration files (t0: after T-Few) and Polytropon's appendix A.2. "strings"
-is ours; a search on dev compositions found its learning rates for each method (results/methods.md; some variants and
+is ours; a search on dev tasks found its learning rates for each method (results/methods.md; some variants and
 sizes have others, which `experiments/methods.py` gives as flags). Warm-up is a share of the steps (SuperNI: of 25,000).
 
 Adafactor's scale by RMS (`scale_parameter`) is on by default in T-Few and in the MHR authors' code. Their pre-training

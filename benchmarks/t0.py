@@ -56,7 +56,7 @@ SHOWN = {
 }
 
 
-PARTS_OF = {"story": ("validation", "test"), "anli": ("train", "test")}  # what is read as train and as held-out rows
+PARTS_OF = {"story": ("validation", "test"), "anli": ("train", "test")}  # what is read as train and as test rows
 
 
 class Listed(NamedTuple):

@@ -16,7 +16,7 @@ from itertools import groupby
 from pathlib import Path
 from string import Template
 
-from formulas import EQUATIONS, FORMULAS
+from formulas import EQUATIONS, FORMULAS, LETTERS
 
 try:
     from latex2mathml.converter import convert
@@ -56,7 +56,7 @@ def sections(source: str) -> list[tuple[str, str, str]]:
         if k not in hidden and line.lstrip().startswith("#"):
             start = start if k - 1 in hidden and start in prose else k
             names.setdefault(start, "")
-            prose[start] = f"{prose.get(start, '')} {line.strip(' #')}".strip()
+            prose[start] = f"{prose.get(start, '')} {re.sub('-{3,}', '', line).strip(' #')}".strip()
             hidden.add(k)
     starts = sorted(names)
     ends = (*starts[1:], len(lines) + 1)
@@ -67,7 +67,7 @@ def sections(source: str) -> list[tuple[str, str, str]]:
 def inline(text: str, links: dict[str, str]) -> str:
     """Text as HTML: `code`, $formulas$, [1] and addresses. links: where code and [1] lead."""
     found = []
-    for piece in re.split(r"(`[^`]+`|\$[^$]+\$[.,;:]?|\[\d\]|https?://\S+)", re.sub(r"\s+", " ", text)):
+    for piece in re.split(r"(`[^`]+`|\$[^$]+\$[.,;:]?|\[\d\]|https?://[^\s)]+)", re.sub(r"\s+", " ", text)):
         if piece[:1] == "$":
             formula, after = piece[1:].split("$")
             found.append(f'<span class="math">{convert(formula)}{after}</span>')
@@ -120,7 +120,10 @@ def code(text: str) -> str:
 
 
 def equation(latex: str, begins: str, links: dict[str, str]) -> str:
-    """An equation, cut into lines at each double backslash, with the line of papers.md that begins so."""
+    """An equation, cut into lines at each double backslash, with the line of papers.md that begins so.
+
+    Above it stands which of its letters are others in the code, if it has A or B.
+    """
     lines = (ROOT / "docs" / "papers.md").read_text("utf-8").splitlines()
     rows = [line for line in lines if line.startswith(f"| {begins}")]
     if len(rows) != 1:
@@ -130,7 +133,9 @@ def equation(latex: str, begins: str, links: dict[str, str]) -> str:
     says = f"{inline(re.sub('^Pol ', 'Polytropon ', place), {})}. Test: "
     link = f'<a href="../../tests/{file}"><code>{name}</code></a>'
     lines = "".join(convert(line, display="block") for line in latex.split(r"\\"))
-    return f"<figure>{lines}<figcaption>{says}{link}</figcaption></figure>"
+    swapped = re.search(r"(?<![\\A-Za-z])[AB](?![A-Za-z])", latex)
+    letters = f'<p class="letters">{inline(LETTERS[begins.split()[0]], {})}</p>' if swapped else ""
+    return f"{letters}<figure>{lines}<figcaption>{says}{link}</figcaption></figure>"
 
 
 def page(module: str) -> str:

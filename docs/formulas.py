@@ -2,6 +2,7 @@
 
 FORMULAS: a piece of text in a file's docstrings, and the same text with its formulas between $, in the code's letters.
 EQUATIONS: a definition, the equation that it computes, in the paper's letters, and how its line in papers.md begins.
+LETTERS: what is said above an equation with A and B, by the paper that its line in papers.md begins with.
 """
 
 ROUTING = {  # text that poly.py and mhr.py share: the same text with its formulas between $
@@ -53,6 +54,10 @@ RELAXED = (
 )
 AVERAGE = r"\vartheta_i = \vartheta_0 + \sum_{S_j} \Phi_j \frac{\hat z_{i,j}}{\sum_{S_j} \hat z_{i,j}}"
 MEAN = r"A^\tau = \frac{1}{|\mathcal{S}|} \sum_i A_i^*"
+LETTERS = {
+    "MHR": r"In the paper's letters: its $A$ is our $B^\top$, its $B$ our $A$.",
+    "Pol": r"In the paper's letters: its $A$ is our $B^\top$, its $B$ our $A^\top$.",
+}
 EQUATIONS = {  # definition: the equation in the paper's letters, how its line in papers.md begins
     "lora": {"LoRA.apply": (r"h = W_0 x + \alpha A B^\top x", "MHR section 2.1, LoRA")},
     "poly": {

@@ -102,9 +102,9 @@ show("x A B", "b o", x @ mix_heads(w, A, -2) @ mix_heads(w, B, -1), 2)
 show("y = x W + x A B", "b o", routed(x, W, Z, A, B, u), 2)
 
 print("\n4. Pre-training on 40 tasks that share skills, with two learning rates")
-# We make tasks of which we know the answer: three true skills, and for each head of a task a set of them. There are 7
-# sets, so 49 tasks: 40 to learn from, 9 new ones. They share blocks of skills, so MHR can be exactly right; Poly
-# could if both heads of a task had the same set. Z learns ten times as fast as the skills ([1] section 2.3).
+# We make tasks of which we know the answer: three true skills, and for each head of a task a set of them. With 7 sets
+# and two heads there are 49 tasks: 40 to learn from, 9 new ones. They share blocks of skills, so MHR can be exactly
+# right; Poly could if both heads of a task had the same set. Z's rate is ten times the skills' ([1] section 2.3).
 W, true_A, true_B = torch.randn(16, 16) / 4, torch.randn(3, 16, 2) / 4, torch.randn(3, 2, 16)
 sets = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3)[1:]  # (7, s): all but the empty one
 pairs = torch.cartesian_prod(torch.arange(7), torch.arange(7))[torch.randperm(49)]
@@ -164,15 +164,15 @@ for name, options in ("as before", {}), ("slow Z", {"lr_z": 0.02}), ("no noise",
     bits = [(Z.sigmoid() - Z.sigmoid().round()).abs().mean() for _, _, Z, _ in again]
     print(f"  {name:12}", "".join(f"{v:8.3f}" for v in [losses[-1] for *_, losses in again] + bits))
 
-print("\n6. A new task: z trains its row of Z, mu one LoRA")
-# MHR-z trains a new row of Z alone ([2] section 3), MHR also the skills, MHR-mu their average as one LoRA ("Poly-mu"),
-# LoRA that of section 4. z recombines skills: a few examples suffice, if the task is made of these skills.
+print("\n6. A new task: z trains its row of Z, μ one LoRA")
+# MHR-z trains a new row of Z alone ([2] section 3), MHR also the skills, MHR-μ one LoRA that starts as their average
+# ([2] "Poly-μ"), LoRA that of section 4. z recombines skills: a few examples suffice, if the task is made of these.
 A, B, _, _ = runs["MHR"]
 mhr, mu = (A, B, fresh(1, 2, 3)[2]), (A.mean(0, True), B.mean(0, True), torch.zeros(1, 1, 1))
 one = *runs["LoRA"][:2], torch.zeros(1, 1, 1)
 task, other = (new[:1], true_A, true_B), (new[:1], torch.randn(3, 16, 2) / 4, torch.randn(3, 2, 16))
 print("  trained:         skills     Z   loss: 4     64     64 examples (the last of other skills)")
-for name, start, lr in ("MHR-z", mhr, 0), ("MHR", mhr, 0.02), ("MHR-mu", mu, 0.02), ("LoRA", one, 0.02):
+for name, start, lr in ("MHR-z", mhr, 0), ("MHR", mhr, 0.02), ("MHR-μ", mu, 0.02), ("LoRA", one, 0.02):
     cases = (task, 4), (task, 64), (other, 64)
     ends = [train(*start, truth, torch.randn(1, b, 16), lr=lr)[3][-1] for truth, b in cases]
     report(name, *start, ends, lr)

@@ -139,6 +139,7 @@ from torch.nn.functional import relu
 from tqdm import tqdm
 
 from baselines.fixed import FixedRouter
+from experiments.methods import NAVIGATION, ROOT
 from inject import read_tensors, write_tensors
 from mhr import MHRRouter
 from plumbing.backbones import advice_on_memory
@@ -819,8 +820,12 @@ def plot(folders: tuple[str, ...], figure: str):
     }
     figures.by_episodes(panels, figure, window)
     text = f"{at_equal_episodes(seeds, levels)}\n\n{of_runs(seeds)}\n\n{alike(configs)}"
+    back = NAVIGATION if Path(figure).resolve().parent == ROOT / "results" else ""
     with whole_file(Path(f"{figure}.md")) as temporary:
-        temporary.write_text(f"{NOTE}\n" + "".join(f"    {line}\n" for line in text.splitlines()))
+        temporary.write_text(
+            f"{back}# BabyAI: success at equal episodes\n\n{NOTE}\n"
+            + "".join(f"    {line}\n" for line in text.splitlines())
+        )
     print(f"{text}\n\n{NOTE}\n{figure}.png, {figure}.svg, {figure}.md")
 
 

@@ -1,7 +1,7 @@
 """The papers' claims as comparisons between measures on `strings`: the data of `experiments/reproduce.py`.
 
 A measure is a number taken from a pre-training run, with a value for each seed. A claim is a list of comparisons
-between measures, judged by the rule at the top of reproduce.py.
+between measures, judged by the rule at the top of verdicts.py.
 """
 
 from typing import NamedTuple
@@ -99,14 +99,14 @@ class Claim(NamedTuple):
 
 BLIND = (
     "Nothing in the input says which task it is, so methods without task ids cannot tell the training tasks apart; "
-    "where it is told, see the claim {}."
+    "where it is told, see the claim [{0}](#{0})."
 )
-OLD_RATES = "Rates are those found where the input says nothing (`methods.md`), not searched again."
+OLD_RATES = "Learning rates are those found where the input says nothing (`results/methods.md`), not searched again."
 OTHERS = ("LoRA (Shared)", "LoRA-big", "(IA)^3", "AdapterSoup", "Private", "HyperFormer", "Task-MoE", "Expert")
 CLAIMS = {
     "few-shot": Claim(
-        "After few-shot adaptation MHR is above Poly, and Poly above one shared adapter (also a larger one), (IA)^3, "
-        "AdapterSoup, one adapter a task, HyperFormer, Task-MoE and routing by experts.",
+        "After few-shot adaptation MHR is above Poly, and Poly above LoRA (Shared), also of a higher rank (LoRA-big), "
+        "(IA)³, AdapterSoup, one adapter a task (Private), HyperFormer, Task-MoE and routing by experts (Expert).",
         "MHR Fig. 2, Tab. 2; Polytropon Tab. 1",
         [("MHR", ">", "Poly"), *(("Poly", ">", other) for other in OTHERS)],
         also=("Full", "Full, then LoRA"),
@@ -115,20 +115,20 @@ CLAIMS = {
         "made of; Polytropon's Expert on CrossFit knows only its type, one of four.",
     ),
     "few-shot-told": Claim(
-        "The same where the input says what to do: MHR is above Poly, and Poly above one shared adapter, also a larger "
-        "one, (IA)^3, and AdapterSoup.",
+        "The same where the input says what to do: MHR is above Poly, and Poly above LoRA (Shared), also of a higher "
+        "rank (LoRA-big), (IA)³, and AdapterSoup.",
         "MHR Fig. 2, Tab. 2",
         [
             ("MHR, told", ">", "Poly, told"), ("Poly, told", ">", "LoRA (Shared), told"),
             ("Poly, told", ">", "LoRA-big, told"), ("Poly, told", ">", "(IA)^3, told"),
             ("Poly, told", ">", "AdapterSoup, told"),
         ],
-        note="MHR's own Tab. 3 (T0-11B) has Poly level with MHR. The claim is that MHR is above; that it is not more "
-        "than 5 points below is another one, which was not asked before. " + OLD_RATES,
+        note="MHR's own Tab. 3 (T0-11B) has Poly level with MHR. The claim is that MHR is above; whether it is less "
+        "than 5 points below is another question, which was not asked. " + OLD_RATES,
     ),
     "z": Claim(
-        "Training the routing alone, with orders of magnitude fewer parameters, comes close to training everything for "
-        "MHR, and not as close for Poly; more heads and finer granularity help it; with as few parameters "
+        "Training Z alone, with orders of magnitude fewer parameters, comes close to training everything for MHR, and "
+        "not as close for Poly; more heads help it, and so do routers that fewer layers share; with as few parameters "
         "as Poly-z, MHR-z scores higher.",
         "MHR Fig. 2 (right), section 5.1, A.2, A.2.1",
         [
@@ -141,12 +141,13 @@ CLAIMS = {
             *(f"Poly-z, {s} skills" for s in SKILLS),
         ),
         figure="few_shot_parameters",
-        note="One head is Poly. What Z alone does where the input says what to do is shown with the claim mu-told. "
-        "That MHR-z is above the methods without routing (section 5.1) was not asked; their values are in few-shot.",
+        note="One head is Poly. What Z alone does where the input says what to do is shown with the claim "
+        "[mu-told](#mu-told-numbers). Whether MHR-z is above the methods without routing (section 5.1) was not asked; "
+        "their values are in [few-shot](#few-shot-numbers).",
     ),
     "random": Claim(
-        "Random routing, averaged, is no better than LoRA, averaged private adapters are worse, and both are below the "
-        "average of skills whose routing was learned.",
+        "The average of skills whose routing was random is no better than LoRA (Shared), that of private adapters is "
+        "worse, and both are below the average of skills whose routing was learned.",
         "MHR sections 5.2, 5.3; MHR 2022 section 5, Tab. 2",
         [
             *((f"Random by {unit}-mu", "<=", "LoRA (Shared)") for unit in ("example", "task")),
@@ -154,7 +155,7 @@ CLAIMS = {
             *((f"{m}-mu", ">", f"Random by {unit}-mu") for m in ("Poly", "MHR") for unit in ("example", "task")),
             ("Poly-mu", ">", "Private-mu"),
         ],
-        note=BLIND.format("random-told") + " As everywhere, <= allows 5 points: \"no better\" may be better by less.",
+        note=BLIND.format("random-told") + " As everywhere, <= allows 5 points: better by less counts as no better.",
     ),
     "random-told": Claim(
         "The same, without private adapters, where the input says what to do.",
@@ -167,7 +168,7 @@ CLAIMS = {
         note=OLD_RATES,
     ),
     "alignment": Claim(
-        "Over training, gradients of different tasks are more aligned in MHR than in Poly and in LoRA.",
+        "Over training, gradients of different tasks are more aligned in MHR than in Poly and in LoRA (Shared).",
         "MHR section 5.2, Fig. 3 (left)",
         [
             (f"alignment of MHR, {of}", ">", f"alignment of {name}, {of}")
@@ -177,18 +178,19 @@ CLAIMS = {
         figure="alignment",
         note='"Inventory": gradients of what is shared, which tasks that use other skills do not share all; '
         '"mixtures": gradients of each task\'s own mixture. The paper does not say which it measured. The first look '
-        "is at step 300 of 1,500. The paper's text does not say whether Poly is above LoRA: not judged.",
+        "is at step 300 of 1,500. The paper's text does not say whether Poly is above LoRA; it is not judged here.",
     ),
     "mu": Claim(
-        "Routing can be dropped after pre-training: the average of the skills, adapted as one adapter, keeps what "
-        "routing gained, and is above LoRA.",
+        "Routing can be dropped after pre-training: the average of the skills (μ), adapted as one adapter, keeps what "
+        "routing gained, and is above LoRA (Shared).",
         "MHR section 5.3, Tab. 4",
         [
             ("Poly-mu", "~", "Poly"), ("MHR-mu", "~", "MHR"),
             ("Poly-mu", ">", "LoRA (Shared)"), ("MHR-mu", ">", "LoRA (Shared)"),
         ],
-        note=BLIND.format("mu-told") + " MHR 2022 Tab. 3 too has Poly above Poly-mu, on Natural Instructions. That "
-        "Poly-mu is above AdapterSoup (section 5.3) was not asked; AdapterSoup's value is in few-shot.",
+        note=BLIND.format("mu-told") + " MHR 2022 Tab. 3 too has Poly above Poly-μ, on Natural Instructions. "
+        "Whether Poly-μ is above AdapterSoup (section 5.3) was not asked; AdapterSoup's value is in "
+        "[few-shot](#few-shot-numbers).",
     ),
     "mu-told": Claim(
         "The same where the input says what to do.",
@@ -201,8 +203,8 @@ CLAIMS = {
         note=OLD_RATES,
     ),
     "zero-shot": Claim(
-        "Without examples, and not trained further, the average of the skills is poor; after more multi-task training "
-        "that of MHR is above LoRA after as many more steps.",
+        "Without examples of a held-out task, the average of the skills (μ) is below LoRA (Shared) as long as it is "
+        "not trained further; after more steps of multi-task training MHR's is above LoRA (Shared) after as many.",
         "MHR section 5.3, Tab. 5 (T5-XL)",
         [
             ("LoRA (Shared), told, +0 steps", ">", "MHR-mu, told, +0 steps"),
@@ -220,7 +222,8 @@ CLAIMS = {
         also=("MHR, 2 heads", "Poly, 2 skills", "Poly, 32 skills"),
         figure="multi_task_parameters",
         note="Parameters include Z of the 64 training tasks, which the papers leave out: without it heads are free, "
-        "and a pair has as many on both sides, or fewer in MHR. One head is Poly. Rates: those of 8 heads, 4 skills.",
+        "and both sides of a pair have as many, or MHR has fewer. One head is Poly. Learning rates are those of 8 "
+        "heads and 4 skills.",
     ),
     "discrete": Claim(
         "Z becomes almost discrete, tasks use a smaller share of a larger inventory, and all skills are used about "
@@ -235,8 +238,9 @@ CLAIMS = {
             *(f"{shape}, random table" for shape in SHAPES),
         ),
         figure="by_skills",
-        note="The bound of 0.9 is ours. Usage is no evidence of learning: an untrained Z has 1, and a table drawn at "
-        "random about as much. Nor is sparsity near one half, which is that of a random table.",
+        note="The bound of 0.9 is ours. High usage is no evidence of learning: an untrained Z has 1, and a table drawn "
+        "at random about as much. Sparsity (the share of skills that are on) near one half is none either: a random "
+        "table has that.",
     ),
     "two-speeds": Claim(
         "A Z that learns faster than the skills becomes more discrete, and tasks are learnt better.",
@@ -247,19 +251,20 @@ CLAIMS = {
         ],
         also=tuple(f"{shape}, {k}" for shape in ("sparsity", "usage") for k in ("4 skills", "one speed")),
         figure="two_speeds",
-        note='"4 skills" has the two speeds of the recipe. "One speed" has the rate of the skills for Z too; no rate '
-        "between was tried.",
+        note='"4 skills" has the two speeds of the recipe. Under "one speed" Z learns at the rate of the skills; '
+        "no rate between was tried.",
     ),
     "expert": Claim(
         "Learned routing is as good as routing by the true table of skills, or better.",
         "Polytropon section 3.3, Fig. 2, Tab. 3; Tab. 1 (experts by type of task)",
         [("Expert", "<=", "Poly"), ("Expert", "<=", "MHR"), ("Expert", "<=", "Poly, 8 skills")],
         note="Expert has eight skills, one for each operation, and is given the rows of the held-out tasks too. The "
-        "papers compare experts with Poly alone, and have Poly above (here: few-shot); to compare with MHR is ours.",
+        "papers compare experts with Poly alone, and have Poly above (here in [few-shot](#few-shot)); to compare with "
+        "MHR is ours.",
     ),
     "recovery": Claim(
-        "Tasks that are alike share skills; here: tasks that share operations have rows of Z more alike than by chance "
-        "(rank correlation over pairs of tasks, against its 95 % point under shuffled tasks).",
+        "Tasks that are alike share skills. Here: tasks that share operations have rows of Z more alike than by chance "
+        "(rank correlation over pairs of tasks, against the 95 % point of what shuffled tasks give).",
         "Polytropon section 4.3, Fig. 5, 6",
         [(f"recovery by {name}", ">", f"recovery by {name}, chance (95 % point)") for name in ("Poly", "MHR")],
         also=tuple(f"recovery by {name}, {bound} bound" for name in ("Poly", "MHR") for bound in ("lower", "upper")),
@@ -271,7 +276,7 @@ CLAIMS = {
         "MHR 2022 Tab. 3",
         [("Poly, told", ">", "Full, told"), ("MHR, told", ">", "Full, told")],
         also=("LoRA (Shared), told", "Full, then LoRA, told"),
-        note="The papers' own numbers are mixed: in that table full fine-tuning is above Poly-mu (66.1 and 65.9), and "
+        note="The papers' own numbers are mixed: in that table full fine-tuning is above Poly-μ (66.1 and 65.9), and "
         "in MHR Tab. 6 full fine-tuning and then a LoRA is above Poly (68.9 and 68.0). " + OLD_RATES,
     ),
 }  # fmt: skip

@@ -26,6 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from experiments.methods import NAVIGATION
 from plumbing.errors import UserError, exit_on_user_error
 from plumbing.tables import aligned
 
@@ -388,8 +389,9 @@ def chosen(words: list[str]) -> list[str]:
 def save(raw: dict, folder: Path):
     """Write both files, each whole or not at all; the numbers first."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text_of in (("gpu.json", lambda raw: json.dumps(raw, indent=1) + "\n"), ("gpu.md", page)):
-        (folder / f"{name}.tmp").write_text(text_of(raw))
+    back = NAVIGATION if folder.resolve() == ROOT / "results" else ""
+    for name, text_of in (("gpu.json", lambda: json.dumps(raw, indent=1) + "\n"), ("gpu.md", lambda: back + page(raw))):
+        (folder / f"{name}.tmp").write_text(text_of())
         os.replace(folder / f"{name}.tmp", folder / name)
 
 

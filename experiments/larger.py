@@ -29,6 +29,7 @@ from torch import nn
 
 import train
 from experiments.bench import bare, machine
+from experiments.methods import NAVIGATION
 from methods import build_model
 from plumbing import processes
 from plumbing.backbones import load_backbone, save_backbone
@@ -41,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LARGE = {"t5-xxl": (8, (512, 64)), "qwen3-8b": (8, (512, 64))}  # backbone: examples a step, tokens of input and output
 STEPS = 20
 TORCHRUN = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2".split()]
-TEXT = """# Backbones larger than a GPU
+TEXT = """{navigation}# Backbones larger than a GPU
 
     python -m experiments.larger
 
@@ -186,6 +187,7 @@ def main():
     (examples, lengths), *_ = LARGE.values()
     indented = lambda text: "\n".join(f"    {line}".rstrip() for line in text.splitlines())  # noqa: E731
     page = TEXT.format(
+        navigation=NAVIGATION,
         examples=examples, tokens=" + ".join(map(str, lengths)), computed=indented(computed()), parameters=parameters,
         measured=indented(aligned(rows, left=1)), steps=STEPS, largest=largest, from_two=from_two, from_one=from_one,
         machine=f"{machine('cpu')}, bitsandbytes {version('bitsandbytes')}", date=date.today(),

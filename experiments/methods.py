@@ -31,6 +31,7 @@ KEEP_EVERY = 300  # --keep-every: steps between the adapters that `tools/analyze
 RECIPE = json.dumps([PRETRAINING["strings"], FEW_SHOT["strings"], KEEP_EVERY])  # another recipe makes other runs
 RECIPE = RECIPE.replace('"best_by"', '"keep"')  # its name when the values in results/ were made
 RUNS = ROOT / "runs" / f"methods-{zlib.crc32(RECIPE.encode()):08x}"
+NAVIGATION = "[README](../README.md) · [results](README.md)\n\n"  # on top of each page that is written to results/
 
 METHODS = {  # name in the table: (flags of train.py, variants of adapt.py; the first one chooses its rates)
     "Full": ("--method full", ("all", "lora")),

@@ -29,14 +29,14 @@ import benchmarks
 import data
 import train
 from experiments.bench import machine
-from experiments.methods import ROOT, RUNS, workers
+from experiments.methods import NAVIGATION, ROOT, RUNS, workers
 from plumbing.errors import exit_on_user_error
 from plumbing.tables import aligned
 from recipes import PRETRAINING
 
 WINDOWS, SEEDS, METHODS = (1, 8, 50), (0, 1, 2), ("mhr", "poly")
 BATCHES = 400  # to count over
-TEXT = """# Tasks in a batch
+TEXT = """{navigation}# Tasks in a batch
 
     python -m experiments.mixing --data-dir DIR
 
@@ -119,7 +119,7 @@ def main():
     indented = lambda text: "\n".join(f"    {line}".rstrip() for line in text.splitlines())  # noqa: E731
     scored = indented(aligned(scores(args.jobs), left=2))
     page = TEXT.format(
-        batches=BATCHES, counts=indented(counted), seeds=len(SEEDS), scores=scored,
+        navigation=NAVIGATION, batches=BATCHES, counts=indented(counted), seeds=len(SEEDS), scores=scored,
         machine=machine("cpu"), date=date.today(),
     )  # fmt: skip
     (ROOT / "results" / "mixing.md").write_text(page)

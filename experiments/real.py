@@ -10,7 +10,7 @@ results/real.jsonl gets a line as soon as a value is made, and results/real.md i
 whatever ended it. --runs holds what is half done: moved to another machine with real.jsonl, the command goes on there
 (DIR and FOLDER under the same names). Weights whose values are all written down are deleted, so that it stays small.
 
-What is made, in which order and with which rates is in `real_runs.py`; verdicts follow the rule of `reproduce.py`, with
+What is made, in which order and with which rates is in `real_runs.py`; verdicts follow the rule of `verdicts.py`, with
 at least three seeds. Seeds and few-shot splits are paired: a difference is taken within a seed and a split.
 """
 
@@ -30,12 +30,12 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from experiments import reproduce
-from experiments.methods import ROOT, OutOfTime, workers
+from experiments import verdicts
+from experiments.methods import NAVIGATION, ROOT, OutOfTime, workers
 from experiments.real_runs import (
     BUDGETS, METHODS, Budget, Maker, few_shot_flags, in_order, make_all, read_raw, search, training_flags,
 )  # fmt: skip
-from experiments.reproduce import MARGIN, judge, verdict
+from experiments.verdicts import MARGIN, judge, judged, verdict
 from plumbing.errors import exit_on_user_error
 from plumbing.tables import markdown, mean_std_text
 from tools import figures
@@ -164,7 +164,7 @@ def enough(mean: float, std: float, most: int = 200) -> int | None:
 
 # --- The page ---------------------------------------------------------------------------------------------------------
 
-PAGE = """# The papers' claims with a real language model
+PAGE = """{navigation}# The papers' claims with a real language model
 
     python -m experiments.real --data-dir DIR --backbone FOLDER
 
@@ -186,7 +186,7 @@ gym's random partition, 29 tasks to train on, 3 to choose rates, 5 to test. The 
 def write(folder: Path):
     """Write real.md and a figure for each budget of which something is made, from real.jsonl in a folder."""
     raw, sections = read_raw(folder / "real.jsonl"), []
-    toy = reproduce.read_raw(ROOT / "results" / "claims.jsonl")
+    toy = verdicts.read_raw(ROOT / "results" / "claims.jsonl")
     for name, budget in BUDGETS.items():
         measured = values_of(raw, budget)
         if scores := {m: of for m, of in measured.items() if len(next(iter(of))) == 2}:
@@ -196,8 +196,8 @@ def write(folder: Path):
             figures.by_method(of_seeds, folder / f"real-{name}", what, figures.PERCENT, reference)
             sections.append(section(name, budget, measured, scores, toy))
     text = "".join(sections) or "\nNothing is made yet.\n"
-    about = ABOUT if folder.resolve() == ROOT / "results" else ""
-    (folder / "real.md").write_text(PAGE.format(margin=MARGIN, about=about, sections=text))
+    about, navigation = (ABOUT, NAVIGATION) if folder.resolve() == ROOT / "results" else ("", "")
+    (folder / "real.md").write_text(PAGE.format(navigation=navigation, margin=MARGIN, about=about, sections=text))
 
 
 def section(name: str, budget: Budget, measured: dict, scores: dict, toy: dict) -> str:
@@ -215,19 +215,19 @@ def verdict_here(measured: dict, claim: Claim) -> tuple[str, list[tuple]]:
     for a, relation, b in claim.compare:
         pairs = differences(measured, a, b)
         seeds = by_seed(pairs)
-        judged = judge(np.array(seeds), relation, np.zeros(len(seeds))) if len(seeds) >= 3 else None
-        rows.append((f"{a} {relation} {b}", pairs, judged))
+        part = judge(np.array(seeds), relation, np.zeros(len(seeds))) if len(seeds) >= 3 else None
+        rows.append((f"{a} {relation} {b}", pairs, part))
     if not any(pairs for _, pairs, _ in rows):
         return "not made yet", rows
-    if any(judged is None for _, _, judged in rows):
+    if any(part is None for _, _, part in rows):
         return f"undecided: {max(len(by_seed(pairs)) for _, pairs, _ in rows)} of 3 seeds", rows
-    return verdict([judged for _, _, judged in rows]), rows
+    return verdict([part for _, _, part in rows]), rows
 
 
 def on_strings(name: str, raw: dict) -> str:
     """The verdict of a claim of `claims.md`, with a link, or that it is not made yet."""
-    judged = reproduce.judged(reproduce.CLAIMS[name], raw, reproduce.SEEDS)
-    return f"[{name}](claims.md#{name}): {verdict(judged)}" if judged else f"{name}: not made yet"
+    parts = judged(verdicts.CLAIMS[name], raw, verdicts.SEEDS)
+    return f"[{name}](claims.md#{name}): {verdict(parts)}" if parts else f"{name}: not made yet"
 
 
 def claims_table(measured: dict, toy: dict) -> str:
@@ -256,14 +256,14 @@ def scores_table(measured: dict, scores: dict) -> str:
 def comparisons_table(measured: dict) -> str:
     lines = [("claim", "comparison", "seed by seed", "mean", "verdict", "would decide")]
     for name, claim in CLAIMS.items():
-        for what, pairs, judged in verdict_here(measured, claim)[1]:
+        for what, pairs, part in verdict_here(measured, claim)[1]:
             seeds, digits = by_seed(pairs), 3 if name == "alignment" else 1
             mean = statistics.fmean(seeds) if seeds else 0.0
             spread = seeds if len(seeds) > 1 else list(pairs.values())
             need = enough(mean, statistics.stdev(spread)) if len(spread) > 1 and " > " in what else None
             decides = "" if len(spread) < 2 or " > " not in what else f"{need} seeds" if need else "more than 200 seeds"
             shown = " ".join(f"{x:+.{digits}f}" for x in seeds) or "not made yet"
-            says = judged.says if judged else "undecided" if seeds else ""
+            says = part.says if part else "undecided" if seeds else ""
             lines.append((name, what, shown, f"{mean:+.{digits}f}" if seeds else "", says, decides))
     return markdown(lines, left=2)
 

@@ -960,7 +960,7 @@ def written_run(folder: Path, episodes: list, final: float | None = None, **chan
     return str(folder)
 
 
-def test_plot_writes_figure_and_table(tmp_path, capsys):
+def test_plot_writes_figure_and_table(tmp_path, capsys, monkeypatch):
     """--plot writes a PNG, an SVG, and a table that it also prints. An incomplete last line is left out. Other levels,
     the same run twice and a run that has not begun are refused by name."""
     two = [[k % 2, 1] for k in range(250)]
@@ -970,6 +970,14 @@ def test_plot_writes_figure_and_table(tmp_path, capsys):
     babyai.main({"plot": runs, "figure": str(tmp_path / "figure")})
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (tmp_path / "figure.svg").read_text()
     printed, written = capsys.readouterr().out, (tmp_path / "figure.md").read_text()
+    assert written.startswith("# ")
+    with monkeypatch.context() as here:  # a page in results/ leads back to the index
+        here.setattr(babyai, "ROOT", tmp_path)
+        (tmp_path / "results").mkdir()
+        babyai.plot(tuple(runs), str(tmp_path / "results" / "figure"))
+    assert (
+        tmp_path / "results" / "figure.md"
+    ).read_text() == f"[README](../README.md) · [results](README.md)\n\n{written}"
     rows = [line for line in printed.splitlines() if line.startswith((*EASY, "level  ", "all  "))]
     rows += [line for line in printed.splitlines() if line.startswith(("run  ", "skilled  ", "shared  "))]
     assert len(rows) == 1 + 4 * 2 + 1 + 2 and all(f"    {row}\n" in written for row in rows)

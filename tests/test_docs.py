@@ -76,7 +76,7 @@ def test_the_story_is_true():
     assert numbers(5, "Largest difference, in all 40 tasks:")[0] < 0.01
     (*fast, a, b, c), (*slow, d, e, f), (*quiet, g, h, i) = (numbers(5, k) for k in ("as before", "slow Z", "no noise"))
     assert max(a, b, c) < 0.01 < min(d, e, f, g, h, i), "noise and a fast Z bring sigmoid(Z) to 0 or 1"
-    z, both, mu, lora = (numbers(6, name) for name in ("MHR-z", "MHR", "MHR-mu", "LoRA"))
+    z, both, mu, lora = (numbers(6, name) for name in ("MHR-z", "MHR", "MHR-μ", "LoRA"))
     assert z[0] < 0.001 and min(both[0], mu[0], lora[0]) > 0.1, "4 examples suffice for z"
     assert z[2] > 0.9 and max(both[1], both[2], mu[1], mu[2], lora[1], lora[2]) < 0.001, "other skills"
 

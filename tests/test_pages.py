@@ -316,6 +316,25 @@ def test_formulas_are_mathml_and_equations_have_their_place(module):
 
 
 @pytest.mark.parametrize("module", PAGES)
+def test_an_equation_with_a_and_b_says_what_they_are_here(module):
+    """Above its frame, and as the table at the top of lora.py has it; an equation without them says nothing."""
+    tables = runpy.run_path(str(ROOT / "docs" / "formulas.py"))
+    table = (ROOT / "lora.py").read_text("utf-8").split("here: (x A) B")[1].split("\n\n")[0]
+    (our_a, our_b) = (re.split(" {2,}", line.strip()) for line in table.splitlines()[1:])
+    text = (ROOT / "docs" / "html" / f"{module}.html").read_text("utf-8")
+    for name, (latex, begins) in tables["EQUATIONS"][module].items():
+        paper, section = begins.split()[0], text.split(f'id="{name}"')[1].split("</section>")[0]
+        has_letters = any(letter in re.sub(r"\\\w+", "", latex) for letter in "AB")
+        says = re.findall(r'<p class="letters">(.*?)</p>\s*<figure>', section)
+        assert len(says) == has_letters, name
+        column = ("MHR", "Pol").index(paper) + 1
+        there_a, there_b = our_a[column], our_b[column]  # what our A and our B are there: A^T there means our B^T is A
+        assert there_b.startswith("A^T") and there_a in ("B", "B^T")
+        ours = "A^\\top" if there_a == "B^T" else "A"
+        assert tables["LETTERS"][paper].endswith(f"its $A$ is our $B^\\top$, its $B$ our ${ours}$.")
+
+
+@pytest.mark.parametrize("module", PAGES)
 def test_a_page_needs_nothing_from_elsewhere(module):
     """No script, style, font or picture from another place; links lead to files, anchors and papers that there are."""
     page, text = read(module), (ROOT / "docs" / "html" / f"{module}.html").read_text("utf-8")
@@ -325,7 +344,7 @@ def test_a_page_needs_nothing_from_elsewhere(module):
     for target in (*page.all_of("href"), *page.all_of("src")):
         if target.startswith("#"):
             assert target[1:] in ids
-        elif not target.startswith("https://arxiv.org/abs/"):
+        elif not re.fullmatch(r"https://arxiv\.org/abs/\d{4}\.\d{5}(v\d)?", target):
             assert (ROOT / "docs" / "html" / target).is_file(), target
     neighbours = {f"{other}.html" for other in PAGES}
     assert {"../../README.md", f"../../{module}.py", "../papers.md", *neighbours} <= set(page.all_of("href"))
@@ -368,3 +387,128 @@ def test_without_the_libraries_one_sentence_names_them(tmp_path):
     done = command(ROOT, "annotate.py", PYTHONPATH=str(tmp_path))
     assert done.returncode == 2
     assert done.stderr == "error: docs/annotate.py needs two packages: pip install pygments latex2mathml\n"
+
+
+# -------------------------------------------------------------------------------------------------- all Markdown pages
+
+MARKDOWN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "results").glob("*.md"))]
+IDS = [str(path.relative_to(ROOT)) for path in MARKDOWN]
+
+
+def prose(path: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.M | re.S)
+
+
+def images(path: Path) -> list[tuple[str, str]]:
+    """(alternative text, file) of each image of a page."""
+    text = prose(path)
+    tags = [dict(re.findall(r'(\w+)="([^"]*)"', tag)) for tag in re.findall(r"<img\s.*?>", text, re.S)]
+    found = [(tag["alt"], tag["src"]) for tag in tags] + re.findall(r"!\[([^\]]*)\]\(([^)]*)\)", text)
+    return [(" ".join(alt.split()), target) for alt, target in found]
+
+
+def anchors(path: Path) -> set[str]:
+    """What #... may lead to on a page: its headings, as GitHub names them."""
+    headings = re.findall(r"^#+ (.*)", prose(path), re.M)
+    plain = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in headings]
+    return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in plain}
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=IDS)
+def test_links_lead_to_files_and_headings(path):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", prose(path)):
+        led = path.parent / target if target else path
+        assert led.exists(), target
+        assert not anchor or anchor in anchors(led), f"{target}#{anchor}"
+
+
+OTHER_NAMES = {  # what is said in text, tables and figures, and what is not
+    "held-out tasks": r"unseen tasks?|held[- ]out (examples|rows|compositions)",
+    "μ, or `mu` for the flag": r"\bmu\b|\w-mu\b",
+    "(IA)³": r"\(IA\)\^3",
+    "LoRA (Shared), or one LoRA for all tasks": r"[Ss]hared LoRA|one shared adapter|LoRA, one for all|single LoRA",
+}
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=IDS)
+def test_each_thing_has_one_name(path):
+    """In the text of the pages, without their code and what programs print; mu and mu-told are names of claims too."""
+    text = re.sub(r"^    .*|`[^`]*`|(?<=\])\([^)]*\)", "", prose(path), flags=re.M)
+    if path.name == "claims.md":
+        text = re.sub(r"#+ mu(-told)?\b|\[mu(-told)?\]|Claim mu(-told)?\.", "", text)
+    for name, others in OTHER_NAMES.items():
+        assert not (found := re.search(others, text)), f"{found[0]!r}: say {name}"
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=IDS)
+def test_images_say_what_they_show(path):
+    """Each has a text of its own, which is no sentence of its page."""
+    found, text = images(path), " ".join(re.sub(r"!\[[^\]]*\]|<img\s.*?>", "", prose(path), flags=re.S).split()).lower()
+    assert len({alt for alt, _ in found}) == len(found)
+    for alt, target in found:
+        assert (path.parent / target).is_file() and len(alt) > 40 and alt.lower().strip(".") not in text, (target, alt)
+
+
+def test_the_texts_of_the_claims_figures_say_what_is_drawn():
+    """A claim's text names it, its kind of plot, its axes and bars, and has the mean of each measure that is compared;
+    none is a sentence of the claim."""
+    from experiments import claim_figures, reproduce, verdicts
+
+    assert claim_figures.ALTS.keys() == claim_figures.FIGURES.keys()
+    raw = verdicts.read_raw(ROOT / "results" / "claims.jsonl")
+    shown = {target: alt for alt, target in images(ROOT / "results" / "claims.md")}
+    for name in reproduce.claims_on_page(raw, verdicts.SEEDS, []):
+        claim, alt = verdicts.CLAIMS[name], shown[f"claim-{name}.png"]
+        assert alt.startswith(f"Claim {name}. ") and re.search(r"\b(plot|curves)\b", alt) and "bars" in alt
+        assert not set(re.split(r"(?<=\.) ", alt)) & set(re.split(r"(?<=\.) ", claim.says))
+        of = verdicts.collect(raw, reproduce.measures_of(claim), verdicts.SEEDS)
+        named = re.search(r" (Means|Highest and lowest mean): (.*)\.$", alt)
+        means = dict(text.rsplit(" ", 1) for text in named[2].split("; "))
+        all_of = {claim_figures.shown(m): str(v).split()[0] for m, v in of.items()}
+        assert len(means) >= 2 and means.items() <= all_of.items()
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in MARKDOWN if path.parent.name == "results"], ids=lambda path: path.name
+)
+def test_pages_of_results_lead_back(path):
+    first, second, third = path.read_text("utf-8").splitlines()[:3]
+    assert first.startswith("[README](../README.md) · ") and not second and third.startswith("# ")
+    assert path.name == "README.md" or "[results](README.md)" in first
+
+
+def test_pages_of_results_lead_back_when_they_are_made_again(tmp_path, monkeypatch):
+    """Those that a command writes: in results/, where the links are right; a page elsewhere has no such line."""
+    from experiments import gpu, larger, methods, mixing, reproduce
+
+    assert larger.TEXT.startswith("{navigation}#") and mixing.TEXT.startswith("{navigation}#")
+    for module in (gpu, reproduce):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    for folder in ("results", "elsewhere"):
+        (tmp_path / folder).mkdir()
+        gpu.save({"command": "x", "device": "cpu", "seconds": 0.0, "items": {}}, tmp_path / folder)
+        reproduce.write_page(tmp_path / folder, (0, 1, 2), ["mu"])
+        for name in ("gpu.md", "claims.md"):
+            text = (tmp_path / folder / name).read_text("utf-8")
+            assert text.startswith(methods.NAVIGATION) == (folder == "results") and "\n# " in f"\n{text}"
+
+
+def test_code_in_the_map_of_the_papers_is_a_link_to_its_file():
+    """In the second column of docs/papers.md; a claim's page is led to at the claim that the command makes."""
+    rows = [
+        row.split(" | ") for row in (ROOT / "docs" / "papers.md").read_text("utf-8").splitlines() if row[:2] == "| "
+    ]
+    links = 0
+    for _, ours, *_, last in rows:
+        named = re.findall(r"`((?:\w+[./])+\w+)`", ours)
+        found = re.findall(r"\[`([\w./]+)`\]\(([\w./]+)#?([\w-]*)\)", ours)
+        assert named == [name for name, _, _ in found]
+        links += len(found)
+        for name, target, anchor in found:
+            place = (ROOT / "docs" / target).resolve().relative_to(ROOT)
+            dotted = ".".join(place.with_suffix("").parts)
+            assert str(place) == name or name.startswith(f"{dotted}."), name
+            claim = re.search(r"--claim ([\w-]+)", last)
+            assert anchor == (claim[1] if claim and place.name == "claims.md" else ""), name
+    assert links > 60

@@ -173,7 +173,7 @@ def test_it_stops_in_time_and_goes_on(bench, monkeypatch, capsys):
 
 
 def test_verdicts_need_three_seeds(bench):
-    """With one seed there are differences and no verdict; with three the rule of reproduce.py."""
+    """With one seed there are differences and no verdict; with three the rule of verdicts.py."""
     command, _ = bench
     one = command("--seeds", "0")
     assert "undecided: 1 of 3 seeds" in one and "holds |" not in one.split("| here |")[1].replace(

@@ -1,6 +1,7 @@
-"""Claims are judged by the rule that reproduce.py states, from values that are made once, by commands that exist."""
+"""Claims are judged by the rule that verdicts.py states, from values that are made once, by commands that exist."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from scipy import stats
 
 import adapt
 import train
-from experiments import claims, methods, reproduce, scarce
-from experiments.reproduce import CLAIMS, MEASURES
+from experiments import claim_figures, claims, methods, reproduce, scarce, verdicts
+from experiments.verdicts import CLAIMS, MEASURES
 from plumbing.errors import RunError, UserError
 from plumbing.flags import explicit_flags, unused
 from recipes import FEW_SHOT, PRETRAINING, VARIANTS
@@ -34,23 +35,23 @@ def test_above_is_a_paired_t_test(a, b):
     p, d = stats.ttest_rel(a, b).pvalue, (a - b).mean()
     if abs(p - 0.05) > 1e-6:
         expected = "undecided" if p > 0.05 else "holds" if d > 0 else "fails"
-        assert reproduce.judge(a, ">", b).says == expected
-    assert reproduce.judge(a, ">", b).difference == pytest.approx(d)
+        assert verdicts.judge(a, ">", b).says == expected
+    assert verdicts.judge(a, ">", b).difference == pytest.approx(d)
 
 
 @given(VALUES, VALUES)
 def test_the_rule_is_even_handed(a, b):
     """Swapping the sides turns > around and does not change ~."""
     turned = {"holds": "fails", "fails": "holds", "undecided": "undecided"}
-    assert reproduce.judge(b, ">", a).says == turned[reproduce.judge(a, ">", b).says]
-    assert reproduce.judge(b, "~", a).says == reproduce.judge(a, "~", b).says
+    assert verdicts.judge(b, ">", a).says == turned[verdicts.judge(a, ">", b).says]
+    assert verdicts.judge(b, "~", a).says == verdicts.judge(a, "~", b).says
 
 
 @given(VALUES, VALUES, st.sampled_from([">", "<=", "~"]), st.floats(-50, 50).map(lambda x: round(x, 3)))
 def test_a_common_shift_changes_nothing(a, b, relation, shift):
     """Seeds that are harder for both sides change nothing: the test is paired."""
-    shifted = reproduce.judge(a + shift, relation, b + shift)
-    plain = reproduce.judge(a, relation, b)
+    shifted = verdicts.judge(a + shift, relation, b + shift)
+    plain = verdicts.judge(a, relation, b)
     assert shifted.difference == pytest.approx(plain.difference, abs=1e-6)
     if np.ptp(a - b) > 1e-3:
         assert shifted.interval == pytest.approx(plain.interval, abs=1e-6)
@@ -71,20 +72,20 @@ NOISE = np.array([-0.2, -0.1, 0.0, 0.1, 0.2])  # mean 0; its 95 % interval is +-
 def test_each_relation_on_clear_cases(relation, difference, says):
     """With little noise the relations do what their names say, with 5 points for "close"."""
     a, b = np.full(5, 50.0) + difference + NOISE, np.full(5, 50.0)
-    assert reproduce.judge(a, relation, b).says == says
+    assert verdicts.judge(a, relation, b).says == says
 
 
 def test_noise_leaves_it_undecided():
     """Nothing is decided if five values spread by more than the margin."""
     noisy = 5 + 100 * NOISE
-    assert {reproduce.judge(noisy, r, np.zeros(5)).says for r in (">", "<=", "~")} == {"undecided"}
+    assert {verdicts.judge(noisy, r, np.zeros(5)).says for r in (">", "<=", "~")} == {"undecided"}
 
 
 def test_gradients_are_measured_where_a_claim_asks_for_them(workshop):
     """Whatever the flags of the run: tools.analyze takes a minute for them, and a value over training needs them."""
     folder, done = workshop
     names = ["alignment of MHR, mixtures", "usage, 8 skills", "usage, random table", "recovery by Poly"]
-    reproduce.make_missing(names, (0,), folder / "claims.jsonl", folder, 1)
+    verdicts.make_missing(names, (0,), folder / "claims.jsonl", folder, 1)
     calls = {"MHR": False, "Poly0--lr=0.015--skills": True, "Random": True, "Poly0--lr=0.015/": False}
     for run, without in calls.items():
         (analysis,) = [line for line in done if line[0] == "tools.analyze" and run in f"{line[2]}/"]
@@ -94,8 +95,8 @@ def test_gradients_are_measured_where_a_claim_asks_for_them(workshop):
 def test_values_without_spread_are_decided():
     """Where all seeds agree to the bit there is no division by zero."""
     a, b = np.full(5, 3.0), np.full(5, 1.0)
-    assert [reproduce.judge(a, r, b).says for r in (">", "<=", "~")] == ["holds", "holds", "holds"]
-    assert reproduce.judge(b, ">", b).says == "undecided"
+    assert [verdicts.judge(a, r, b).says for r in (">", "<=", "~")] == ["holds", "holds", "holds"]
+    assert verdicts.judge(b, ">", b).says == "undecided"
 
 
 @pytest.mark.parametrize(
@@ -104,12 +105,12 @@ def test_values_without_spread_are_decided():
 )
 def test_a_claim_needs_all_its_parts(parts, says):
     """One part that fails is enough, and one that is undecided leaves it open."""
-    assert reproduce.verdict([reproduce.Verdict([0.0], 0.0, (0.0, 0.0), part) for part in parts]) == says
+    assert verdicts.verdict([verdicts.Verdict([0.0], 0.0, (0.0, 0.0), part) for part in parts]) == says
 
 
 def test_an_unknown_relation_is_refused():
     with pytest.raises(ValueError, match="unknown relation"):
-        reproduce.judge(np.ones(5), "<", np.zeros(5))
+        verdicts.judge(np.ones(5), "<", np.zeros(5))
 
 
 # --- What is claimed --------------------------------------------------------------------------------------------------
@@ -119,14 +120,14 @@ def test_an_unknown_relation_is_refused():
 def test_claims_name_measures_and_figures_that_exist(claim):
     """A slip in a name shows here and not after hours of training."""
     assert set(claims.measures_of(claim)) <= set(MEASURES)
-    assert claim.figure in reproduce.FIGURES
+    assert claim.figure in claim_figures.FIGURES
     assert all(relation in (">", "<=", "~") for _, relation, _ in claim.compare)
 
 
 @pytest.mark.parametrize("name, which", [("z", "new task"), ("heads", "trained")])
 def test_curves_have_all_measures_of_their_claim(name, which):
     """No measure is left out of the figure."""
-    panels = reproduce.CURVES[which].values()
+    panels = claim_figures.CURVES[which].values()
     drawn = {measure for curves in panels for curve in curves.values() for measure in curve.values()}
     assert drawn == set(claims.measures_of(CLAIMS[name]))
 
@@ -135,14 +136,14 @@ def test_every_measure_is_in_a_claim_and_no_two_are_one():
     """Nothing is trained that no claim asks for."""
     used = {name for claim in CLAIMS.values() for name in claims.measures_of(claim)}
     assert used == set(MEASURES)
-    keys = [reproduce.flags_of(measure) for measure in MEASURES.values()]
+    keys = [verdicts.flags_of(measure) for measure in MEASURES.values()]
     assert len(set(keys)) == len(keys)
 
 
 @pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
 def test_the_flags_of_measures_are_flags(measure):
     """train.py and adapt.py take them, and they fit the method."""
-    rates, few_shot = reproduce.rates_of(measure)
+    rates, few_shot = verdicts.rates_of(measure)
     flags = [*methods.METHODS[measure.method][0].split(), *rates, *measure.flags.split()]
     given = explicit_flags(train.Config, PRETRAINING, [*flags, "--dataset", "strings"])
     cfg = train.make_config(**given)
@@ -163,10 +164,10 @@ def test_one_speed_is_one_speed():
 
 def test_sides_of_comparisons():
     """A measure, the difference of two, a number."""
-    measured = {"a": reproduce.Values(np.array([3.0, 5]), []), "b": reproduce.Values(np.array([1.0, 1]), [])}
-    assert reproduce.side("a", measured, (0, 1)).tolist() == [3, 5]
-    assert reproduce.side("a - b", measured, (0, 1)).tolist() == [2, 4]
-    assert reproduce.side(0.9, measured, (0, 1)).tolist() == [0.9, 0.9]
+    measured = {"a": verdicts.Values(np.array([3.0, 5]), []), "b": verdicts.Values(np.array([1.0, 1]), [])}
+    assert verdicts.side("a", measured, (0, 1)).tolist() == [3, 5]
+    assert verdicts.side("a - b", measured, (0, 1)).tolist() == [2, 4]
+    assert verdicts.side(0.9, measured, (0, 1)).tolist() == [0.9, 0.9]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +181,7 @@ def test_sides_of_comparisons():
 def test_too_few_or_other_seeds_are_refused(monkeypatch, capsys, argv, named):
     """Two seeds make no test, and results/ holds the values of the seeds that are compared."""
     monkeypatch.setattr("sys.argv", ["reproduce", *argv])
-    monkeypatch.chdir(reproduce.ROOT)
+    monkeypatch.chdir(verdicts.ROOT)
     monkeypatch.setattr(reproduce, "make_missing", None)
     with pytest.raises(SystemExit):
         reproduce.main()
@@ -190,7 +191,8 @@ def test_too_few_or_other_seeds_are_refused(monkeypatch, capsys, argv, named):
 @pytest.mark.parametrize(
     "line, named",
     [("--jobs 0", "--jobs"), ("--jobs -1", "--jobs"), ("--seeds 0 1 2 2", "--seeds"), ("--seeds -1 1 2", "--seeds"),
-     ("--results FILE", "--results FILE"), ("--results FILE/new", "--results"), ("--runs FILE", "--runs FILE")],
+     ("--results FILE", "--results FILE"), ("--results FILE/new", "--results"), ("--runs FILE", "--runs FILE"),
+     (f"--device cuda --results {verdicts.ROOT / 'results'}", "--device cuda")],
 )  # fmt: skip
 def test_flags_that_cannot_be(monkeypatch, capsys, tmp_path, line, named):
     """One sentence that names the flag, exit code 2, and no run."""
@@ -202,6 +204,67 @@ def test_flags_that_cannot_be(monkeypatch, capsys, tmp_path, line, named):
         reproduce.main()
     assert stopped.value.code == 2 and re.search(f"error: {named}[: ]", capsys.readouterr().err)
     assert (tmp_path / "FILE").read_text() == "mine"
+
+
+def test_a_device_is_used_by_all_runs(monkeypatch):
+    """cpu hides the GPUs from the scripts, which take one that they see; cuda needs one."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    verdicts.use_device("cpu")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cuda: torch sees no CUDA GPU"):
+        verdicts.use_device("cuda")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    verdicts.use_device("cuda")
+
+
+def test_an_estimate_counts_what_is_missing(workshop, monkeypatch):
+    """From the seconds of a step here: 5 pre-trainings for three measures of one run and five seeds, then none."""
+    folder, _ = workshop
+    monkeypatch.setattr(train, "main", lambda flags: {"seconds_per_step": 0.1} if flags["dry_run"] else None)
+    names, path = ["MHR", "MHR-z", "recovery by MHR"], folder / "claims.jsonl"
+    says = verdicts.estimate(names, verdicts.SEEDS, path, "cpu", 2)
+    assert says.startswith("missing: 5 pre-trainings of 150 s, 10 adaptations of ")
+    each, hours, by_two = (
+        float(x) for x in re.search(r"adaptations of (\d+) s: ([\d.]+) hours, 2 at a time ([\d.]+)", says).groups()
+    )
+    assert hours == pytest.approx((5 * 150 + 10 * each) / 3600, abs=0.06) and by_two == pytest.approx(
+        hours / 2, abs=0.06
+    )
+    verdicts.make_missing(names, verdicts.SEEDS, path, folder, 2)
+    assert verdicts.estimate(names, verdicts.SEEDS, path, "cpu", 2).startswith("missing: 0 pre-trainings")
+
+
+def test_a_page_made_elsewhere_is_compared(workshop):
+    """Beside each comparison that both have made: the difference and the verdict of results/."""
+    folder, _ = workshop
+    verdicts.make_missing(claims.measures_of(CLAIMS["expert"]), (0, 1, 2), folder / "claims.jsonl", folder, 1)
+    raw = verdicts.read_raw(folder / "claims.jsonl")
+    page = reproduce.render(raw, (0, 1, 2), ["expert", "mu"], with_history=False).split("# Beside results/")[1]
+    committed = verdicts.read_raw(verdicts.ROOT / "results" / "claims.jsonl")
+    for compared, ours, theirs in zip(
+        CLAIMS["expert"].compare,
+        verdicts.judged(CLAIMS["expert"], raw, (0, 1, 2)),
+        verdicts.judged(CLAIMS["expert"], committed, verdicts.SEEDS),
+        strict=True,
+    ):
+        (line,) = (line for line in page.splitlines() if f"| {reproduce.worded(*compared)} |" in line)
+        assert f"| {ours.difference:+.3f} (" in line and f"| {theirs.difference:+.1f} (" in line
+        assert line.endswith("| yes |" if ours.says == theirs.says else "| no |")
+    assert "| mu |" not in page
+    here = reproduce.render(committed, verdicts.SEEDS, list(claims.CLAIMS), with_history=True)
+    assert "Beside results/" not in here
+
+
+def test_a_claim_leads_to_what_it_is_where_skills_are_scarce(workshop):
+    folder, _ = workshop
+    names = ["few-shot", "mu", "mu-scarce"]
+    measures = [m for name in names for m in claims.measures_of(CLAIMS[name])]
+    verdicts.make_missing(measures, (0, 1, 2), folder / "claims.jsonl", folder, 1)
+    raw = verdicts.read_raw(folder / "claims.jsonl")
+    page = reproduce.render(raw, (0, 1, 2), names, with_history=False)
+    assert page.count("Where skills are scarce: [mu-scarce](#mu-scarce).") == 1 and "[few-shot-scarce]" not in page
+    assert "mu-scarce" in reproduce.claims_on_page(raw, (0, 1, 2), []) and "told-scarce" not in page
 
 
 def test_the_page_alone_makes_no_folder_of_runs(monkeypatch, tmp_path):
@@ -236,11 +299,11 @@ def test_a_damaged_raw_file_is_one_sentence(tmp_path, odd):
     """It names the line. Whole lines are read, also values over training."""
     path, over = tmp_path / "claims.jsonl", WHOLE | {"seed": 1, "value": {"300": 0.5}}
     path.write_text("".join(json.dumps(line) + "\n" for line in (WHOLE, over)))
-    assert reproduce.read_raw(path) == {("a", 0): WHOLE, ("a", 1): over}
+    assert verdicts.read_raw(path) == {("a", 0): WHOLE, ("a", 1): over}
     with open(path, "a") as file:
         file.write(odd + "\n")
     with pytest.raises(UserError, match=f"{path}:3 is damaged"):
-        reproduce.read_raw(path)
+        verdicts.read_raw(path)
 
 
 # --- Values and page --------------------------------------------------------------------------------------------------
@@ -278,7 +341,7 @@ def workshop(tmp_path, monkeypatch):
         return {"mean": mean, "over_steps": steps, "recovery": recovery, "commit": "abc1234"}
 
     for name, fake in (("pretrain", pretrain), ("adapt", adapt), ("run", run)):
-        monkeypatch.setattr(reproduce, name, fake)
+        monkeypatch.setattr(verdicts, name, fake)
     return tmp_path, done
 
 
@@ -286,25 +349,25 @@ def test_a_run_is_made_once_for_all_that_ask_it(workshop):
     """Three measures of one run take one pre-training for each seed, and a second call makes nothing."""
     folder, done = workshop
     arguments = (["MHR", "MHR-z", "MHR-mu"], (0, 1), folder / "claims.jsonl", folder / "runs", 2)
-    reproduce.make_missing(*arguments)
+    verdicts.make_missing(*arguments)
     assert sorted(line[:3] for line in done if line[0] == "train") == [("train", "MHR", 0), ("train", "MHR", 1)]
     assert len([line for line in done if line[0] == "adapt"]) == 6
     lines = [json.loads(line) for line in (folder / "claims.jsonl").read_text().splitlines()]
     assert {(line["value"], line["seed"]) for line in lines} == {(50.0, 0), (51.0, 1)}
     assert all(line["trained"] == 9 and line["new task"] == 4 for line in lines)
     assert all(line["commits"] == ["abc1234", "def5678"] for line in lines)
-    assert reproduce.hours(lines) * 3600 == 2 * 60 + 6 * 30  # each pre-training once
+    assert verdicts.hours(lines) * 3600 == 2 * 60 + 6 * 30  # each pre-training once
     before = len(done)
-    reproduce.make_missing(*arguments)
+    verdicts.make_missing(*arguments)
     assert len(done) == before
 
 
 def test_other_flags_are_another_value(workshop, monkeypatch):
     """A value made at other rates is not used for these."""
     folder, done = workshop
-    reproduce.make_missing(["Poly"], (0,), folder / "claims.jsonl", folder, 1)
+    verdicts.make_missing(["Poly"], (0,), folder / "claims.jsonl", folder, 1)
     monkeypatch.setitem(methods.RATES, "Poly", ("--lr=0.123", methods.RATES["Poly"][1]))
-    reproduce.make_missing(["Poly"], (0,), folder / "claims.jsonl", folder, 1)
+    verdicts.make_missing(["Poly"], (0,), folder / "claims.jsonl", folder, 1)
     assert len([line for line in done if line[0] == "train"]) == 2
 
 
@@ -312,9 +375,9 @@ def test_zero_shot_takes_the_average_of_routed_methods_only(workshop):
     """0 steps: the score before adaptation, of mu or of the one adapter; else training goes on first."""
     folder, done = workshop
     names = [f"{m}, told, +{k} steps" for k in (0, 100) for m in ("MHR-mu", "LoRA (Shared)")]
-    reproduce.make_missing(names, (3,), folder / "claims.jsonl", folder, 1)
-    raw = reproduce.read_raw(folder / "claims.jsonl")
-    values = [reproduce.collect(raw, [name], (3,))[name].values.tolist() for name in names]
+    verdicts.make_missing(names, (3,), folder / "claims.jsonl", folder, 1)
+    raw = verdicts.read_raw(folder / "claims.jsonl")
+    values = [verdicts.collect(raw, [name], (3,))[name].values.tolist() for name in names]
     assert values == [[4.0], [4.0], [12.0], [12.0]]
     assert {line[2] for line in done if line[0] == "adapt"} == {"mu", "all"}
     more = {line[2].split("/")[-1][:3]: line for line in done if line[0] == "train.py"}
@@ -325,17 +388,17 @@ def test_zero_shot_takes_the_average_of_routed_methods_only(workshop):
 
 def test_the_page_of_the_results_is_what_its_raw_file_gives():
     """results/claims.md is made from results/claims.jsonl, and every claim has all its values there."""
-    raw = reproduce.read_raw(reproduce.ROOT / "results" / "claims.jsonl")
-    names = reproduce.claims_on_page(raw, reproduce.SEEDS, [])
-    page = reproduce.render(raw, reproduce.SEEDS, names, with_history=True)
-    assert (reproduce.ROOT / "results" / "claims.md").read_text() == page and "not made yet" not in page
+    raw = verdicts.read_raw(verdicts.ROOT / "results" / "claims.jsonl")
+    names = reproduce.claims_on_page(raw, verdicts.SEEDS, [])
+    page = reproduce.render(raw, verdicts.SEEDS, names, with_history=True)
+    assert (verdicts.ROOT / "results" / "claims.md").read_text() == page and "not made yet" not in page
 
 
 def test_the_page_has_every_claim(workshop, monkeypatch):
     """All claims from invented values: verdicts by the rule, a figure for each, none left open."""
     folder, _ = workshop
     monkeypatch.setattr(figures, "save", lambda figure, stem: Path(f"{stem}.png").touch())  # to save time
-    reproduce.make_missing(list(MEASURES), (0, 1, 2), folder / "claims.jsonl", folder / "runs", 2)
+    verdicts.make_missing(list(MEASURES), (0, 1, 2), folder / "claims.jsonl", folder / "runs", 2)
     reproduce.write_page(folder, (0, 1, 2), list(CLAIMS))
     page = (folder / "claims.md").read_text()
     for name, claim in CLAIMS.items():
@@ -352,22 +415,22 @@ def test_the_page_has_every_claim(workshop, monkeypatch):
 def test_the_figures_of_the_results_are_legible(name, monkeypatch):
     """From the committed values, or from invented ones for a claim that is not made yet: no text is cut or lies on
     another or on a bar, and the figure says what bars are."""
-    raw, names = reproduce.read_raw(reproduce.ROOT / "results" / "claims.jsonl"), claims.measures_of(CLAIMS[name])
-    measured = reproduce.collect(raw, names, reproduce.SEEDS)
+    raw, names = verdicts.read_raw(verdicts.ROOT / "results" / "claims.jsonl"), claims.measures_of(CLAIMS[name])
+    measured = verdicts.collect(raw, names, verdicts.SEEDS)
     if measured.keys() != set(names):
         assert name in scarce.CLAIMS
         draw = np.random.default_rng(0).normal
         lines = [{"value": {"300": k / 9, "600": k / 8}} for k in range(5)] if name == "alignment-scarce" else []
-        measured = {m: reproduce.Values(draw(50 + 2 * k, 4, 5), lines) for k, m in enumerate(names)}
-    figure = drawn(monkeypatch, lambda: reproduce.FIGURES[CLAIMS[name].figure](measured, "unused"))
+        measured = {m: verdicts.Values(draw(50 + 2 * k, 4, 5), lines) for k, m in enumerate(names)}
+    figure = drawn(monkeypatch, lambda: claim_figures.FIGURES[CLAIMS[name].figure](measured, "unused"))
     check_legible(figure)
     assert any("5 seeds" in text.get_text() or "interval" in text.get_text() for text in figure.texts)
 
 
 def test_a_score_span_of_noise_is_shown_as_small(monkeypatch):
     """A tenth of a point is a two hundredth of the axis, or less."""
-    measured = {name: reproduce.Values(np.array([50, 50.1, 50.2]) + k / 10, []) for k, name in enumerate("ab")}
-    figure = drawn(monkeypatch, lambda: reproduce.draw_dots(measured, "unused", reproduce.SCORE))
+    measured = {name: verdicts.Values(np.array([50, 50.1, 50.2]) + k / 10, []) for k, name in enumerate("ab")}
+    figure = drawn(monkeypatch, lambda: claim_figures.draw_dots(measured, "unused", claim_figures.SCORE))
     low, high = figure.axes[0].get_xlim()
     assert high - low >= 20 and low < 50 < high
 
@@ -376,9 +439,9 @@ def test_a_measure_that_is_undefined_is_one_sentence(workshop, monkeypatch):
     """A run whose Z did not move has no recovery: its name and the reason, no traceback and no line."""
     folder, _ = workshop
     undefined = {"recovery": {"undefined": "all pairs of tasks are equally similar"}, "commit": "abc1234"}
-    monkeypatch.setattr(reproduce, "run", lambda *_: undefined)
+    monkeypatch.setattr(verdicts, "run", lambda *_: undefined)
     with pytest.raises(RunError, match=r"recovery.correlation is undefined \(all pairs"):
-        reproduce.make_missing(["recovery by Poly"], (0,), folder / "claims.jsonl", folder, 1)
+        verdicts.make_missing(["recovery by Poly"], (0,), folder / "claims.jsonl", folder, 1)
     assert not (folder / "claims.jsonl").exists()
 
 
@@ -386,7 +449,7 @@ def test_the_page_tells_what_is_not_made(workshop):
     """A claim that lacks one seed of one measure is named, and not judged by the others."""
     folder, _ = workshop
     names = claims.measures_of(CLAIMS["expert"])
-    reproduce.make_missing(names, (0, 1), folder / "claims.jsonl", folder, 1)
-    reproduce.make_missing(names[1:], (2,), folder / "claims.jsonl", folder, 1)
+    verdicts.make_missing(names, (0, 1), folder / "claims.jsonl", folder, 1)
+    verdicts.make_missing(names[1:], (2,), folder / "claims.jsonl", folder, 1)
     reproduce.write_page(folder, (0, 1, 2), ["expert"])
     assert "| expert | not made yet |" in (folder / "claims.md").read_text()
