@@ -34,6 +34,7 @@ from experiments import verdicts
 from experiments.methods import NAVIGATION, ROOT, OutOfTime, workers
 from experiments.real_runs import (
     BUDGETS, METHODS, Budget, Maker, few_shot_flags, in_order, make_all, read_raw, search, training_flags,
+    unpacked,
 )  # fmt: skip
 from experiments.verdicts import MARGIN, judge, judged, verdict
 from plumbing.errors import exit_on_user_error
@@ -287,7 +288,7 @@ def make(args):
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     budget, until = BUDGETS[args.budget], time.monotonic() + 60 * args.minutes
-    where = ["--data-dir", args.data_dir, "--backbone", args.backbone]
+    where = ["--data-dir", args.data_dir, "--backbone", unpacked(args.backbone, args.runs / "backbone")]
     maker = Maker(args.results / "real.jsonl", args.runs, where, device, until)
     locks = {name: threading.Lock() for name in METHODS}
     with workers(args.jobs) as pool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 import adapt
@@ -167,6 +168,23 @@ def test_it_stops_in_time_and_goes_on(bench, monkeypatch, capsys):
     limit[0] = 10**6
     page = command("--seeds", "0")
     assert "not made yet" not in page.split("### Comparisons")[1] and len(done) == len(set(done))
+
+
+def test_a_gguf_file_is_unpacked_once(monkeypatch, tmp_path):
+    """Into a folder with the same weights; a folder in any other form is used as it is."""
+    from plumbing.backbones import load_backbone
+
+    model, tokenizer = load_backbone("tiny", "cpu")
+    loaded = []
+    monkeypatch.setattr(real_runs, "load_backbone", lambda *args: loaded.append(args) or (model, tokenizer))
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "small.Q4.gguf").touch()
+    for _ in range(2):
+        folder = real_runs.unpacked(str(tmp_path / "packed"), tmp_path / "backbone")
+    assert loaded == [(str(tmp_path / "packed"), "cpu")] and folder == str(tmp_path / "backbone")
+    again, _ = load_backbone(folder, "cpu")
+    assert all(torch.equal(p, model.state_dict()[name]) for name, p in again.state_dict().items())
+    assert real_runs.unpacked("tiny", tmp_path / "none") == "tiny" and real_runs.unpacked(folder, tmp_path) == folder
 
 
 # --- The page ---------------------------------------------------------------------------------------------------------
