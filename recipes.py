@@ -80,6 +80,7 @@ FEW_SHOT = {
     ("strings", "full"): dict(lr=1.1e-4),
     **{("strings", m): dict(lr=2.7e-2) for m in ("lora", "shared", "ia3")},
     **{("strings", m): dict(lr=9e-3) for m in ("private", "adapter-soup")},
+    ("strings", "hyperformer"): dict(lr=1e-3),
     ("t0", "full"): dict(lr=1e-4),
     ("superni", "full"): dict(lr=5e-5),
     ("crossfit", "full"): dict(lr=3e-5),

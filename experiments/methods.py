@@ -57,7 +57,7 @@ RATES = {  # found by --tune: flags of train.py, then of adapt.py for each varia
     "Expert": ("--lr=0.015", {"all": "--lr=0.003"}),
     "Random by example": ("--lr=0.005", {"mu": "--lr=0.003"}),
     "Random by task": ("--lr=0.015", {"mu": "--lr=0.003"}),
-    "HyperFormer": ("--lr=0.0017 --lr-z=0.01", {"all": "--lr=0.003"}),
+    "HyperFormer": ("--lr=0.0017", {"all": "--lr=0.001"}),
     "Task-MoE": ("--lr=0.015", {"all": "--lr=0.003"}),
     "AdapterSoup": ("--lr=0.0017", {"all": "--lr=0.009"}),
     "Poly": ("--lr=0.015", {"all": "--lr=0.001", "z": "--lr-z=0.5", "mu": "--lr=0.003"}),
