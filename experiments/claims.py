@@ -114,7 +114,8 @@ CLAIMS = {
         note=BLIND.format("few-shot-told") + " HyperFormer's values are those of a generator that ended at its ReLU; "
         "with the linear layer after it, as in the authors' code, it scores otherwise (`methods.md`). AdapterSoup, "
         "which compares inputs, finds nothing to compare here. MHR's own Tab. 3 (T0-11B) has Poly level with MHR. "
-        "Expert is told which operations a held-out task is made of; Polytropon's Expert on CrossFit knows only its type, one of four.",
+        "Expert is told which operations a held-out task is made of; "
+        "Polytropon's Expert on CrossFit knows only its type, one of four.",
     ),
     "few-shot-told": Claim(
         "The same where the input says what to do: MHR is above Poly, and Poly above LoRA (Shared), also of a higher "
