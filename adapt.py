@@ -19,7 +19,8 @@ if none); random: all skills, equally; private: a fresh adapter (Polytropon sect
 adapter-soup: ONE adapter, the average of those of the most similar training tasks.
 
 Writes to the run folder: config.json, for each task SPLIT/TASK.safetensors and SPLIT/TASK.json (its scores), log.jsonl,
-predictions.jsonl (scored examples), provenance.json (what made it) and result.json.
+predictions.jsonl (scored examples; those before adaptation in before.predictions.jsonl), provenance.json (what made it)
+and result.json.
 """
 
 from dataclasses import dataclass
@@ -307,17 +308,21 @@ def adapt_in(folder: Path, cfg: Config) -> dict:
         for split, tasks in splits.items():
             for task in run.tasks(tasks, split, f"adapt {cfg.variant}, split {split}"):
                 begin(task)
-                before = evaluate_tasks(model, tokenizer, [task], [0], **scoring)[task.name]
+                lines = {"before": [], "after": []}
+                before = evaluate_tasks(model, tokenizer, [task], [0], **scoring, lines=lines["before"])[task.name]
                 torch.manual_seed(cfg.seed)  # a task's result does not depend on the tasks before it
+                start = time.monotonic()
                 stops = adapt_task(model, tokenizer, task, lengths, cfg, run, split)
-                metrics = all_scores(model, tokenizer, [task], [0], **scoring, lines=(lines := []))[task.name]
+                pace = stops["stopped"] * min(cfg.batch_size, len(task.train)) / (time.monotonic() - start)
+                metrics = all_scores(model, tokenizer, [task], [0], **scoring, lines=lines["after"])[task.name]
                 if run.writes:
                     save_trained(model, tokenizer, folder / split / task.name)
-                run.record(lines, before=before, stops=stops, metrics=metrics)
+                run.record(lines, before=before, stops=stops, metrics=metrics, examples_per_second=pace)
             results[split] = of_split(run.results(), tasks)
     metrics = {task.name: task.metric for tasks in splits.values() for task in tasks}
     result = over_splits(results) | {"seconds": round(run.seconds, 1), "parameters": counts, "metrics": metrics}
-    result |= {"peak_memory_gb": peak_memory(), "made_from": mark_of_run(Path(cfg.checkpoint))}
+    result |= {"examples_per_second": run.pace(), "peak_memory_gb": peak_memory()}
+    result["made_from"] = mark_of_run(Path(cfg.checkpoint))
     if processes.first():
         write_json(folder / "result.json", result)
         remove_checkpoint(folder)

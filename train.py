@@ -316,7 +316,8 @@ def train_in(folder: Path, cfg: Config) -> dict:
         few = dataclasses.replace(cfg, log_every=1, keep_every=0, eval_every=0, tensorboard=False)
         train_steps(model.train(), tokenizer, tasks, 3, few, folder)
         seconds = [line["seconds"] for line in read_lines(folder / "log.jsonl")] if processes.first() else [0.0]
-        return report_dry_run((seconds[-1] - seconds[0]) / 2, steps)
+        step = (seconds[-1] - seconds[0]) / 2
+        return report_dry_run(step, steps, max(0.0, seconds[0] - step) if cfg.compile else 0.0)
     if steps >= WORTH_COMPILING and not (cfg.compile or cfg.shard or cfg.precision == "nf4"):
         print(f"{'faster':21}--compile saves a quarter of a step, after half a minute (docs/gpu.md)")
     done = train_steps(model.train(), tokenizer, tasks, steps, cfg, folder).now

@@ -274,7 +274,7 @@ def continued_config(Config: type, flags: dict):
 # --- What may be done in a folder -------------------------------------------------------------------------------------
 
 OF_A_RUN = {  # what the scripts write to a run folder: pattern of a name; for a folder, of the names in it
-    r"((config|tasks|result|provenance)\.json|(log|predictions)\.jsonl)(\.tmp)?": "",
+    r"((config|tasks|result|provenance)\.json|(log|(before\.)?predictions)\.jsonl)(\.tmp)?": "",
     r"(adapter(-\d+)?|checkpoint|embeddings)\.safetensors(\.tmp)?": "",
     r"backbone(-\d+)?": r"(config|generation_config|tokenizer\w*|special_tokens_map|added_tokens|vocab)\.json"
     r"|model.*\.safetensors(\.index\.json)?|spiece\.model|merges\.txt|chat_template\.jinja",

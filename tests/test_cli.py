@@ -608,7 +608,8 @@ def test_an_adaptation_writes_its_folder(runs, adapted, name, variant):
     run = adapted(name, variant)
     assert contents(runs(name)) == checkpoint  # it only reads the pre-training run
     suffix = "" if (name, variant) == ("full", "all") else ".safetensors"
-    records = {"config.json", "log.jsonl", "result.json", "predictions.jsonl", "provenance.json"}
+    examples = {"predictions.jsonl", "before.predictions.jsonl"}
+    records = {"config.json", "log.jsonl", "result.json", "provenance.json", *examples}
     assert {path.name for path in run.iterdir()} == {*records, "0"}
     saved = {f"{task}{end}" for task in HELD_OUT[:2] for end in (suffix, ".json")}
     assert {path.name for path in (run / "0").iterdir()} == saved

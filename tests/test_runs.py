@@ -2,9 +2,12 @@
 
 import dataclasses
 import io
+import json
+import re
 import shutil
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -131,6 +134,21 @@ def test_a_dry_run_says_what_a_step_takes_and_leaves_nothing(run, flags, tmp_pat
     assert few["seconds_per_step"] > 0 and not (tmp_path / "few").exists()
 
 
+def test_a_dry_run_does_not_count_the_time_of_compiling(flags, tmp_path, monkeypatch, capsys):
+    """That is in the first step, and is said."""
+
+    def graph_of(loss_of, *_):
+        waits = iter([3.0])
+        return lambda tensors: time.sleep(next(waits, 0.0)) or loss_of(tensors)
+
+    monkeypatch.setattr(train, "graph_of", graph_of)
+    monkeypatch.setattr(train, "refuse_what_cannot_compile", lambda cfg: None)
+    found = train.main(flags | dict(output_dir=str(tmp_path / "x"), dry_run=True, compile=True))
+    assert found["seconds_per_step"] < 1
+    (said,) = re.findall(r"without the (\d+) s that compiling took", capsys.readouterr().out)
+    assert 3 <= int(said) <= 6
+
+
 # --- Scored examples --------------------------------------------------------------------------------------------------
 
 
@@ -143,12 +161,14 @@ def test_predictions_of_training_tasks_give_the_scores(run):
 
 
 def test_predictions_of_an_adaptation_give_the_scores(adapted):
-    lines, result = lines_of(adapted / "predictions.jsonl"), read(adapted / "result.json")
-    assert len(lines) == 3 * len(result["tasks"]) and {line["split"] for line in lines} == {"0"}
-    for name, score in result["tasks"].items():
-        own = [line for line in lines if line["task"] == name]
-        assert score == pytest.approx(sum(line["score"] for line in own) / 3)
-        assert all((line["score"] == 100) == (line["output"] in line["references"]) for line in own)
+    result = read(adapted / "result.json")
+    for file, key in (("predictions.jsonl", "tasks"), ("before.predictions.jsonl", "before")):
+        lines = lines_of(adapted / file)
+        assert len(lines) == 3 * len(result["tasks"]) and {line["split"] for line in lines} == {"0"}
+        for name, score in result[key].items():
+            own = [line for line in lines if line["task"] == name]
+            assert score == pytest.approx(sum(line["score"] for line in own) / 3)
+            assert all((line["score"] == 100) == (line["output"] in line["references"]) for line in own)
 
 
 def test_a_line_has_the_choices_and_their_scores():
@@ -177,14 +197,15 @@ def test_an_interrupted_adaptation_has_the_same_predictions(run, adapted, tmp_pa
     def record(self, lines, **result):
         done.append(1)
         if len(done) == 3:
-            self.examples.write({"split": self.split, **lines[0]})
+            for when, log in self.examples.items():
+                log.write({"split": self.split, **lines[when][0]})
             raise KeyboardInterrupt
         original(self, lines, **result)
 
     monkeypatch.setattr(tasks.TaskRun, "record", record)
     with pytest.raises(KeyboardInterrupt):
         adapt.main(FEW | dict(checkpoint=str(run), output_dir=str(folder)))
-    assert len(lines_of(folder / "predictions.jsonl")) == 7
+    assert len(lines_of(folder / "predictions.jsonl")) == len(lines_of(folder / "before.predictions.jsonl")) == 7
     adapt.main(FEW | dict(checkpoint=str(run), output_dir=str(folder), resume=True))
     same_run(folder, adapted)
 
@@ -293,7 +314,7 @@ def test_the_bar_of_tasks_keeps_name_and_scores_at_80_columns(monkeypatch):
     monkeypatch.setattr(tasks, "marks_of_tasks", lambda tasks: "")
     monkeypatch.setattr(tasks, "refuse_other", lambda *a: None)
     folder = Path(__file__).parent / "nowhere"
-    run = types.SimpleNamespace(folder=folder, in_step=1, made_with={}, seconds=0.0)
+    run = types.SimpleNamespace(folder=folder, in_step=1, made_with={}, seconds=0.0, paces=[])
     monkeypatch.setattr(Path, "mkdir", lambda *a, **k: None)
     monkeypatch.setattr(Path, "exists", lambda self: True)
     assert list(tasks.TaskRun.tasks(run, [types.SimpleNamespace(name=name)] * 3, "42", "adapt all, split 42")) == []
@@ -356,6 +377,21 @@ def test_each_start_is_on_record(run, flags, tmp_path, monkeypatch):
     least, most = (6 * 8 / max(1e-3, result["seconds"] + off) for off in (0.05, -0.05))  # seconds are rounded
     assert least - 0.1 <= result["examples_per_second"] <= most + 0.1
     assert 0.1 < result["peak_memory_gb"] < 20
+
+
+def test_an_adaptation_says_its_examples_per_second(run, adapted, tmp_path, monkeypatch):
+    """In the loop, without scoring. A task that an earlier version has finished lacks it, and does not count."""
+    assert read(adapted / "result.json")["examples_per_second"] > 0
+    loop = adapt.adapt_task
+    monkeypatch.setattr(adapt, "adapt_task", lambda *a: time.sleep(1) or loop(*a))
+    score, few = adapt.evaluate_tasks, FEW | dict(checkpoint=str(run), output_dir=str(tmp_path / "x"), batch_size=8)
+    monkeypatch.setattr(adapt, "evaluate_tasks", lambda *a, **k: time.sleep(1) or score(*a, **k))
+    name = next(iter(read(adapted / "result.json")["tasks"]))
+    assert 8 < adapt.main(few | dict(tasks=name))["examples_per_second"] <= 16  # 2 steps of 8 in 1 to 2 seconds
+    (tmp_path / "x" / "result.json").unlink()
+    done = read(path := tmp_path / "x" / "0" / f"{name}.json")
+    path.write_text(json.dumps({key: value for key, value in done.items() if key != "examples_per_second"}))
+    assert adapt.main(few | dict(tasks=name, resume=True))["examples_per_second"] == 0.0
 
 
 def test_the_commit_of_a_tree(tmp_path, monkeypatch):
