@@ -77,7 +77,7 @@ class Config:
     output_dir: str = flag("", "run folder; none: CHECKPOINT-VARIANT", metavar="DIR")
     resume: bool = flag(False, "resume the run in --output-dir, or start it if it is not there")
     overwrite: bool = flag(False, "replace the run in --output-dir")
-    dry_run: bool = flag(False, "stop after a few steps: what a step takes; nothing is written")
+    dry_run: bool = flag(False, "stop after a few steps: two examples in full, what a step takes; nothing is written")
     tensorboard: bool = flag(False, "also write the log for TensorBoard, to the run folder")
     deterministic: bool = flag(False, "on CUDA: bit-identical runs, slower (on a CPU they always are)")
     device: str = flag("auto", "auto: cuda if there is one, else cpu", ("auto", "cpu", "cuda", "mps"))
@@ -297,7 +297,7 @@ def adapt_in(folder: Path, cfg: Config) -> dict:
         record_start(folder)
     counts, first = count_parameters(model), next(iter(splits.values()))
     lengths, results = (base.max_input, base.max_output), {}
-    print(data.preview(first, tokenizer, model.config.is_encoder_decoder, *lengths))
+    print(data.preview(first, tokenizer, model.config.is_encoder_decoder, *lengths, whole=cfg.dry_run))
     few = f"{counted(len(first), 'task')}, each from {len(first[0].train)} examples"
     print(f"{'adaptation':21}{few}{f', in {len(splits)} splits' * (len(splits) > 1)}")
     print(f"{'trainable for each':21}{in_words(counts)}")

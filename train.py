@@ -81,7 +81,7 @@ class Config:
     save_every: str = flag("10m", "checkpoint interval: 200 is 200 steps, 10m is 10 minutes", metavar="STEPS|MINUTESm")
     resume: bool = flag(False, "resume the run in --output-dir, or start it if it is not there")
     overwrite: bool = flag(False, "replace the run in --output-dir")
-    dry_run: bool = flag(False, "stop after a few steps: what a step takes; nothing is written")
+    dry_run: bool = flag(False, "stop after a few steps: two examples in full, what a step takes; nothing is written")
     tensorboard: bool = flag(False, "also write the log for TensorBoard, to the run folder")
     compile: bool = flag(False, "compile the step: half a minute or more at the start, then faster (results/bench.md)")
     deterministic: bool = flag(False, "on CUDA: bit-identical runs, slower (on a CPU they always are)")
@@ -308,7 +308,8 @@ def train_in(folder: Path, cfg: Config) -> dict:
         write_config(folder, cfg)
     if processes.first():
         record_start(folder)
-    print(data.preview(tasks, tokenizer, model.config.is_encoder_decoder, cfg.max_input, cfg.max_output))
+    lengths = (cfg.max_input, cfg.max_output)
+    print(data.preview(tasks, tokenizer, model.config.is_encoder_decoder, *lengths, whole=cfg.dry_run))
     counts, sizes = count_parameters(model), [len(task.train) for task in tasks if len(task.train)]
     print(f"{'training':21}{counted(len(sizes), 'task')}, {sum(sizes):,} examples, {counted(steps, 'step')}")
     print(f"{'trainable':21}{in_words(counts)}; {counted(len(routers(model)), 'router')}")

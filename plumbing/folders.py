@@ -275,6 +275,7 @@ def continued_config(Config: type, flags: dict):
 
 OF_A_RUN = {  # what the scripts write to a run folder: pattern of a name; for a folder, of the names in it
     r"((config|tasks|result|provenance)\.json|(log|(before\.)?predictions)\.jsonl)(\.tmp)?": "",
+    r"(evaluation|zero-shot)(-\d+)?\.(json|predictions\.jsonl)(\.tmp|\.lock)?": "",
     r"(adapter(-\d+)?|checkpoint|embeddings)\.safetensors(\.tmp)?": "",
     r"backbone(-\d+)?": r"(config|generation_config|tokenizer\w*|special_tokens_map|added_tokens|vocab)\.json"
     r"|model.*\.safetensors(\.index\.json)?|spiece\.model|merges\.txt|chat_template\.jinja",

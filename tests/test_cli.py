@@ -1106,11 +1106,12 @@ def test_mu_of_every_kind_continues(runs, folder, name):
 
 
 @pytest.mark.parametrize("name, variant", grid(ADAPTED))
-def test_scoring_an_adaptation_again_gives_its_scores(adapted, capsys, name, variant):
+def test_scoring_an_adaptation_again_gives_its_scores(adapted, capsys, tmp_path, name, variant):
     torch.manual_seed(777)  # there is nothing random in scoring
     run = adapted(name, variant)
     capsys.readouterr()
-    assert evaluate.evaluate(evaluate.Config(checkpoint=str(run))) == read(run / "result.json")["tasks"]
+    cfg = evaluate.Config(checkpoint=str(run), save=str(tmp_path / "again.json"))
+    assert evaluate.evaluate(cfg) == read(run / "result.json")["tasks"]
     lines = [line for line in capsys.readouterr().out.splitlines() if re.search(r"  (exact )?\d+\.\d$", line)]
     assert [line.split()[0] for line in lines] == [*HELD_OUT[:2], "mean"]
 
@@ -1168,7 +1169,7 @@ def test_zero_shot(runs, folder, capsys, monkeypatch, name):
     capsys.readouterr()
     save = folder / f"zero-shot-{name}.json"
     cfg = evaluate.Config(checkpoint=str(runs(name)), zero_shot=True, save=str(save))
-    one, again = evaluate.evaluate(cfg), evaluate.evaluate(dataclasses.replace(cfg, save=""))
+    one, again = evaluate.evaluate(cfg), evaluate.evaluate(dataclasses.replace(cfg, save=f"{save}.again"))
     assert read(save)["mean"] == pytest.approx(sum(one.values()) / len(one))
     assert {task: next(iter(scores.values())) for task, scores in read(save)["tasks"].items()} == one
     assert list(one) == HELD_OUT
