@@ -34,7 +34,7 @@ class Config:
 
     examples:
       python evaluate.py --checkpoint runs/strings-mhr-0
-      python evaluate.py --checkpoint runs/strings-mhr-0 --zero-shot --save scores.json
+      python evaluate.py --checkpoint runs/strings-mhr-0 --zero-shot
     """
 
     checkpoint: str = flag(
@@ -47,11 +47,11 @@ class Config:
     test_examples: int = flag(0, "test examples per task to score; 0: all", group="how")
     batch_size: int = flag(64, "examples per batch")
     beams: int = flag(
-        0, "beams of beam search; 1 is greedy; none: those of the run of adapt.py, of the recipe (--zero-shot), 1"
+        0, "beams of beam search; 1 is greedy; 0: those of the run of adapt.py, of the recipe (--zero-shot), 1"
     )
     save: str = flag(
         "",
-        "JSON file for the scores, with all scored examples beside it; none: one in the run folder (but --constant)",
+        "JSON file for the scores, with all scored examples beside it; none: in the run folder (--constant: nowhere)",
         metavar="FILE",
     )
     device: str = flag("auto", "auto: cuda if there is one, else cpu", ("auto", "cpu", "cuda", "mps"))

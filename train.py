@@ -26,7 +26,7 @@ class Config:
 
     examples:
       python train.py --method mhr --heads 8 --dataset strings
-      python train.py --method mhr --heads 8 --dataset superni --data-dir DIR --device cuda
+      python train.py --method mhr --heads 8 --dataset superni --data-dir DIR
     """
 
     method: str = flag("mhr", "what is trained (mu: see --from-run)", METHODS, group="what to learn, and on what")

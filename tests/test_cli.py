@@ -251,13 +251,27 @@ def test_help_is_fast_and_complete(script):
         assert " ".join(field.metadata["help"].split()) in entry
         defaults = {d: r[field.name] for d, r in table.items() if field.name in r}
         words = {d: " ".join(v) if isinstance(v, tuple) else v for d, v in defaults.items()}
+        own = "none" if field.default == "" else " ".join(field.default) if field.type is tuple else str(field.default)
         says = [f"{words[d]} ({d})" for d in defaults if isinstance(d, str)]
-        says += ["some methods have their own"] if len(says) < len(defaults) else []
-        says = says or ["none" if field.default == "" else str(field.default)]
+        says += [f"else {own}"] if says and len(says) < sum(isinstance(d, str) for d in table) else []
+        says += ["some methods have their own"] if any(isinstance(d, tuple) for d in defaults) else []
+        says = says or [own]
         assert entry.endswith("[required]" if field.name == "checkpoint" else f"[default: {', '.join(says)}]")
         takes = {bool: f", --no-{flag[2:]}", int: " N", float: " X"}.get(field.type, r" [A-Z|m]+")
-        takes = f" {{{','.join(field.metadata['choices'])}}}" if field.metadata["choices"] else takes
+        choices = field.metadata["choices"]
+        takes = f" {{{','.join(choices)}}}" if 0 < len(choices) <= 6 else takes
         assert re.match(f"{flag}{takes} ", entry)
+        assert len(choices) <= 6 or f": {', '.join(choices)} [" in entry
+
+
+@pytest.mark.parametrize("command", ["train.py", "adapt.py", "evaluate.py", "-m tools.compare", "-m tools.show"])
+def test_help_fits_80_columns_and_cuts_no_name(monkeypatch, command):
+    """Nothing is wider; a line never ends within a flag or another word with hyphens."""
+    monkeypatch.setenv("COLUMNS", "80")
+    done = subprocess.run([sys.executable, *command.split(), "--help"], cwd=ROOT, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and max(map(len, lines)) <= 80
+    assert not [line for line in lines if line.endswith("-")]
 
 
 def refused(script: str, argv: list[str], capsys) -> str:
