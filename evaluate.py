@@ -196,7 +196,7 @@ class Saved:
             print(f"going on: {counted(len(self.outputs), 'task')} of {self.path} not scored again")
         of = lambda line: (line["split"], line.get("task", line.get("done")))  # noqa: E731
         stays = lambda line: line == head or of(line) in self.outputs  # noqa: E731
-        self.some = bool(self.outputs)
+        self.some = bool(self.outputs)  # whether a task is done
         self.log = Log(self.path.parent, stays, name=self.path.name).__enter__()
         if head is None:
             self.log.write(self.head)
