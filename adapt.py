@@ -19,7 +19,8 @@ if none); random: all skills, equally; private: a fresh adapter (Polytropon sect
 adapter-soup: ONE adapter, the average of those of the most similar training tasks.
 
 Writes to the run folder: config.json, for each task SPLIT/TASK.safetensors and SPLIT/TASK.json (its scores), log.jsonl,
-predictions.jsonl (scored examples), provenance.json (what made it) and result.json.
+predictions.jsonl (scored examples; those before adaptation in before.predictions.jsonl), provenance.json (what made it)
+and result.json.
 """
 
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ class Config:
     output_dir: str = flag("", "run folder; none: CHECKPOINT-VARIANT", metavar="DIR")
     resume: bool = flag(False, "resume the run in --output-dir, or start it if it is not there")
     overwrite: bool = flag(False, "replace the run in --output-dir")
-    dry_run: bool = flag(False, "stop after a few steps: what a step takes; nothing is written")
+    dry_run: bool = flag(False, "stop after a few steps: two examples in full, what a step takes; nothing is written")
     tensorboard: bool = flag(False, "also write the log for TensorBoard, to the run folder")
     deterministic: bool = flag(False, "on CUDA: bit-identical runs, slower (on a CPU they always are)")
     device: str = flag("auto", "auto: cuda if there is one, else cpu", ("auto", "cpu", "cuda", "mps"))
@@ -296,7 +297,7 @@ def adapt_in(folder: Path, cfg: Config) -> dict:
         record_start(folder)
     counts, first = count_parameters(model), next(iter(splits.values()))
     lengths, results = (base.max_input, base.max_output), {}
-    print(data.preview(first, tokenizer, model.config.is_encoder_decoder, *lengths))
+    print(data.preview(first, tokenizer, model.config.is_encoder_decoder, *lengths, whole=cfg.dry_run))
     few = f"{counted(len(first), 'task')}, each from {len(first[0].train)} examples"
     print(f"{'adaptation':21}{few}{f', in {len(splits)} splits' * (len(splits) > 1)}")
     print(f"{'trainable for each':21}{in_words(counts)}")
@@ -307,17 +308,21 @@ def adapt_in(folder: Path, cfg: Config) -> dict:
         for split, tasks in splits.items():
             for task in run.tasks(tasks, split, f"adapt {cfg.variant}, split {split}"):
                 begin(task)
-                before = evaluate_tasks(model, tokenizer, [task], [0], **scoring)[task.name]
+                lines = {"before": [], "after": []}
+                before = evaluate_tasks(model, tokenizer, [task], [0], **scoring, lines=lines["before"])[task.name]
                 torch.manual_seed(cfg.seed)  # a task's result does not depend on the tasks before it
+                start = time.monotonic()
                 stops = adapt_task(model, tokenizer, task, lengths, cfg, run, split)
-                metrics = all_scores(model, tokenizer, [task], [0], **scoring, lines=(lines := []))[task.name]
+                pace = stops["stopped"] * min(cfg.batch_size, len(task.train)) / (time.monotonic() - start)
+                metrics = all_scores(model, tokenizer, [task], [0], **scoring, lines=lines["after"])[task.name]
                 if run.writes:
                     save_trained(model, tokenizer, folder / split / task.name)
-                run.record(lines, before=before, stops=stops, metrics=metrics)
+                run.record(lines, before=before, stops=stops, metrics=metrics, examples_per_second=pace)
             results[split] = of_split(run.results(), tasks)
     metrics = {task.name: task.metric for tasks in splits.values() for task in tasks}
     result = over_splits(results) | {"seconds": round(run.seconds, 1), "parameters": counts, "metrics": metrics}
-    result |= {"peak_memory_gb": peak_memory(), "made_from": mark_of_run(Path(cfg.checkpoint))}
+    result |= {"examples_per_second": run.pace(), "peak_memory_gb": peak_memory()}
+    result["made_from"] = mark_of_run(Path(cfg.checkpoint))
     if processes.first():
         write_json(folder / "result.json", result)
         remove_checkpoint(folder)

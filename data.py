@@ -11,6 +11,7 @@ into tensors.
 import functools
 import itertools
 import random
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from plumbing.tables import shortened
+from plumbing.tables import shortened, wrapped
 
 
 class Example(NamedTuple):
@@ -116,23 +117,36 @@ def drawn(tasks: list[Task], count: int) -> list[Item]:
 
 
 def preview(
-    tasks: list[Task], tokenizer, encoder_decoder: bool, max_input: int, max_output: int, part: str = "train"
-) -> str:
-    """Two examples, and how long the inputs and outputs of 256 are, as text of at most 80 columns. part: train, dev or
-    test."""
+    tasks: list[Task], tokenizer, encoder_decoder: bool, max_input: int, max_output: int, part: str = "train",
+    whole: bool = False,
+) -> str:  # fmt: skip
+    """Two examples, and how long the inputs and outputs of 256 are, as text of at most 80 columns.
+
+    part: train, dev or test. whole: the examples in up to 600 characters, with their line breaks, in the terminal's
+    width; else one line each.
+    """
     items = drawn([replace(task, train=getattr(task, part)) for task in tasks], 256)
     lines = []
     for item in random.Random(0).sample(items, min(2, len(items))):
-        lines.append(f"{shortened(tasks[item.task].name, 19):21}{shortened(item.example.input, 59)}")
-        lines.append(f"{'->':>19}  {shortened(item.output, 59)}")
-    whole = 10**6  # more tokens than any text has
-    outputs = encode_outputs([item.output for item in items], tokenizer, encoder_decoder, whole)
-    inputs = encode_inputs([item.example for item in items], tokenizer, whole)
+        name = shortened(tasks[item.task].name, 19)
+        for title, text in ((f"{name:21}", item.example.input), (f"{'->':>19}  ", item.output)):
+            for line in in_full(text, shutil.get_terminal_size().columns - 21) if whole else [shortened(text, 59)]:
+                lines.append(title + line)
+                title = " " * 21
+    most = 10**6  # more tokens than any text has
+    outputs = encode_outputs([item.output for item in items], tokenizer, encoder_decoder, most)
+    inputs = encode_inputs([item.example for item in items], tokenizer, most)
     for name, rows, limit in (("inputs", inputs, max_input), ("outputs", outputs, max_output)):
         lengths, cut = sorted(map(len, rows)), sum(len(row) > limit for row in rows) / len(rows)
         text = f"median {lengths[len(rows) // 2]} tokens, longest {lengths[-1]}, cut at {limit}: {cut:.1%}"
         lines.append(f"{f'{name} ({len(rows)} drawn)':21}{text}")
     return "\n".join(lines)
+
+
+def in_full(text: str, width: int) -> list[str]:
+    r"""A text of up to 600 characters, of a longer one the beginning and the end, as lines that end after each \n."""
+    parts = shortened(text, 600).replace(r"\n", "\\n\n").removesuffix("\n").split("\n")
+    return [line for part in parts for line in wrapped(part, max(20, width))]
 
 
 def collate(

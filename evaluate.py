@@ -5,8 +5,9 @@
     python evaluate.py --checkpoint runs/NAME --zero-shot  a pre-training run on the held-out tasks, not adapted
     python evaluate.py --checkpoint runs/NAME --constant   the held-out tasks' most frequent training answer, no model
 
-With --save NAME.json every scored example is written to NAME.predictions.jsonl, task by task: the same command, if it
-was cut off, scores the tasks that are not there yet (`python -m tools.show NAME.predictions.jsonl` prints them).
+With --save NAME.json the scores are in that file, and every scored example in NAME.predictions.jsonl, task by task: the
+same command, if it was cut off, scores the tasks that are not there yet (`python -m tools.show NAME.predictions.jsonl`
+prints them). Without it NAME is evaluation or zero-shot, in the run folder, and evaluation-2 after that.
 
 Several runs in one table: `python -m tools.compare RUN RUN ...`
 """
@@ -33,7 +34,7 @@ class Config:
 
     examples:
       python evaluate.py --checkpoint runs/strings-mhr-0
-      python evaluate.py --checkpoint runs/strings-mhr-0 --zero-shot --save scores.json
+      python evaluate.py --checkpoint runs/strings-mhr-0 --zero-shot
     """
 
     checkpoint: str = flag(
@@ -46,11 +47,11 @@ class Config:
     test_examples: int = flag(0, "test examples per task to score; 0: all", group="how")
     batch_size: int = flag(64, "examples per batch")
     beams: int = flag(
-        0, "beams of beam search; 1 is greedy; none: those of the run of adapt.py, of the recipe (--zero-shot), 1"
+        0, "beams of beam search; 1 is greedy; 0: those of the run of adapt.py, of the recipe (--zero-shot), 1"
     )
     save: str = flag(
         "",
-        "JSON file for the scores; beside it all examples are saved, and an interrupted evaluation resumes",
+        "JSON file for the scores, with all scored examples beside it; none: in the run folder (--constant: nowhere)",
         metavar="FILE",
     )
     device: str = flag("auto", "auto: cuda if there is one, else cpu", ("auto", "cpu", "cuda", "mps"))
@@ -68,6 +69,7 @@ MOVED = {
 if __name__ == "__main__":  # read the flags before the slow imports: --help and mistakes answer at once
     FLAGS = explicit_flags(Config, {}, moved=MOVED)
 
+import itertools
 import statistics
 import tempfile
 from collections import defaultdict
@@ -108,13 +110,42 @@ def evaluate(cfg: Config) -> dict[str, float]:
     if adapted and (cfg.zero_shot or cfg.constant):
         flag = "--zero-shot" if cfg.zero_shot else "--constant"
         raise UserError(f"{flag} needs a run folder of train.py, this one is of adapt.py")
+    if not (cfg.save or cfg.constant):
+        cfg = replace(cfg, save=default_save(cfg))
     score_run = _score_adapted if adapted else _score_held_out if cfg.zero_shot or cfg.constant else _score_pretrained
     with advice_on_memory("a smaller --batch-size", then=""), Saved(cfg) as saved:
         scores, tasks = score_run(cfg, folder, saved)
     print_scores(scores, by_group(main_scores(scores), tasks))
     if cfg.save and processes.first():
         write_json(Path(cfg.save), {"mean": mean(main_scores(scores)), "tasks": scores})
+        print(f"saved in {cfg.save}")
     return main_scores(scores)
+
+
+def default_save(cfg: Config) -> str:
+    """The file of --save, where it is not given: the first name in the run folder that is free, or that of an
+    evaluation with these settings which was cut off."""
+    name = "zero-shot" if cfg.zero_shot else "evaluation"
+    for k in itertools.count(1):
+        path = Path(cfg.checkpoint) / (f"{name}-{k}.json" if k > 1 else f"{name}.json")
+        begun = predictions_of(path)
+        if not path.exists() and (not begun.exists() or read_lines(begun)[:1] in ([], [head_of(cfg)])):
+            break
+    if processes.first():
+        refuse_save(path)
+    return str(path)
+
+
+def predictions_of(save: Path) -> Path:
+    """Where the scored examples are saved, beside the scores."""
+    return Path(f"{str(save).removesuffix('.json')}.predictions.jsonl")
+
+
+def head_of(cfg: Config) -> dict:
+    """The first line of the scored examples: what a resumed evaluation must have in common with this one."""
+    same = {name: value for name, value in asdict(cfg).items() if name not in ("save", "batch_size", "device")}
+    folder = Path(cfg.checkpoint)
+    return same | {"checkpoint": str(folder), "made_by": mark_of_run(folder)}
 
 
 def refuse_save(path: Path):
@@ -125,22 +156,20 @@ def refuse_save(path: Path):
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name):
             pass
     except OSError as error:
-        raise UserError(f"--save {path} cannot be written: {error.strerror}") from None
+        raise UserError(f"--save {path} cannot be written: {error.strerror}; give another --save") from None
 
 
 class Saved:
     """The scored examples of --save, within this context: NAME.predictions.jsonl.
 
     Its first line has the settings, and a line {"done": TASK, ...} ends each task: what comes without one was cut off,
-    and is removed. Raises UserError if the file is of an evaluation with other settings or data, or in use.
+    and is removed; so is a file without a task. Raises UserError if the file is of an evaluation with other settings or
+    data, or in use.
     """
 
     def __init__(self, cfg: Config):
-        self.path = (
-            Path(f"{cfg.save.removesuffix('.json')}.predictions.jsonl") if cfg.save and not cfg.constant else None
-        )
-        same = {name: value for name, value in asdict(cfg).items() if name not in ("save", "batch_size", "device")}
-        self.head, self.outputs = same | {"made_by": mark_of_run(Path(cfg.checkpoint))}, {}
+        self.path = predictions_of(Path(cfg.save)) if cfg.save and not cfg.constant else None
+        self.head, self.outputs = head_of(cfg), {}
 
     def __enter__(self):
         self.log = None
@@ -167,6 +196,7 @@ class Saved:
             print(f"going on: {counted(len(self.outputs), 'task')} of {self.path} not scored again")
         of = lambda line: (line["split"], line.get("task", line.get("done")))  # noqa: E731
         stays = lambda line: line == head or of(line) in self.outputs  # noqa: E731
+        self.some = bool(self.outputs)  # whether a task is done
         self.log = Log(self.path.parent, stays, name=self.path.name).__enter__()
         if head is None:
             self.log.write(self.head)
@@ -175,6 +205,8 @@ class Saved:
     def __exit__(self, *error):
         if self.log:
             self.log.__exit__(*error)
+            if processes.first() and not self.some:
+                self.path.unlink()
         if self.path:
             self.lock.release()
             Path(self.lock.lock_file).unlink(missing_ok=True)
@@ -196,6 +228,7 @@ class Saved:
                     self.log.write({"split": split, **line})
             (task,) = (task for task in tasks if task.name == name)
             self.log.write({"split": split, "done": name, "made_with": {"data set": marks_of_tasks([task])}})
+            self.some = True
         return {task.name: (known | found)[task.name] for task in tasks}
 
 

@@ -26,7 +26,7 @@ class Config:
 
     examples:
       python train.py --method mhr --heads 8 --dataset strings
-      python train.py --method mhr --heads 8 --dataset superni --data-dir DIR --device cuda
+      python train.py --method mhr --heads 8 --dataset superni --data-dir DIR
     """
 
     method: str = flag("mhr", "what is trained (mu: see --from-run)", METHODS, group="what to learn, and on what")
@@ -81,7 +81,7 @@ class Config:
     save_every: str = flag("10m", "checkpoint interval: 200 is 200 steps, 10m is 10 minutes", metavar="STEPS|MINUTESm")
     resume: bool = flag(False, "resume the run in --output-dir, or start it if it is not there")
     overwrite: bool = flag(False, "replace the run in --output-dir")
-    dry_run: bool = flag(False, "stop after a few steps: what a step takes; nothing is written")
+    dry_run: bool = flag(False, "stop after a few steps: two examples in full, what a step takes; nothing is written")
     tensorboard: bool = flag(False, "also write the log for TensorBoard, to the run folder")
     compile: bool = flag(False, "compile the step: half a minute or more at the start, then faster (results/bench.md)")
     deterministic: bool = flag(False, "on CUDA: bit-identical runs, slower (on a CPU they always are)")
@@ -308,7 +308,8 @@ def train_in(folder: Path, cfg: Config) -> dict:
         write_config(folder, cfg)
     if processes.first():
         record_start(folder)
-    print(data.preview(tasks, tokenizer, model.config.is_encoder_decoder, cfg.max_input, cfg.max_output))
+    lengths = (cfg.max_input, cfg.max_output)
+    print(data.preview(tasks, tokenizer, model.config.is_encoder_decoder, *lengths, whole=cfg.dry_run))
     counts, sizes = count_parameters(model), [len(task.train) for task in tasks if len(task.train)]
     print(f"{'training':21}{counted(len(sizes), 'task')}, {sum(sizes):,} examples, {counted(steps, 'step')}")
     print(f"{'trainable':21}{in_words(counts)}; {counted(len(routers(model)), 'router')}")
@@ -316,7 +317,8 @@ def train_in(folder: Path, cfg: Config) -> dict:
         few = dataclasses.replace(cfg, log_every=1, keep_every=0, eval_every=0, tensorboard=False)
         train_steps(model.train(), tokenizer, tasks, 3, few, folder)
         seconds = [line["seconds"] for line in read_lines(folder / "log.jsonl")] if processes.first() else [0.0]
-        return report_dry_run((seconds[-1] - seconds[0]) / 2, steps)
+        step = (seconds[-1] - seconds[0]) / 2
+        return report_dry_run(step, steps, max(0.0, seconds[0] - step) if cfg.compile else 0.0)
     if steps >= WORTH_COMPILING and not (cfg.compile or cfg.shard or cfg.precision == "nf4"):
         print(f"{'faster':21}--compile saves a quarter of a step, after half a minute (docs/gpu.md)")
     done = train_steps(model.train(), tokenizer, tasks, steps, cfg, folder).now

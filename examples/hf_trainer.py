@@ -41,10 +41,9 @@ class AdapterTrainer(Trainer):
 def rows(tokenizer, count: int, seed: int) -> list[dict]:
     """Examples of all tasks in turn. `task_ids` is a column like any other, one integer for each example."""
     draw, examples = random.Random(seed), []
-    for k in range(count):
-        word, task = "".join(draw.choices("abcdefghij", k=4)), k % len(TASKS)
-        labels = tokenizer(TASKS[task](word)).input_ids
-        examples.append({"input_ids": tokenizer(f"do: {word}").input_ids, "labels": labels, "task_ids": task})
+    for task in (k % len(TASKS) for k in range(count)):
+        word = "".join(draw.choices("abcdefghij", k=4))
+        examples.append({**tokenizer(f"do: {word}", text_target=TASKS[task](word)), "task_ids": task})
     return examples
 
 
@@ -53,35 +52,25 @@ def make_trainer(folder: str, steps: int = 120) -> Trainer:
     set_seed(0)
     tokenizer, model = AutoTokenizer.from_pretrained(NAME), AutoModelForSeq2SeqLM.from_pretrained(NAME)
 
-    def make_layer(name, linear):
-        return MHRLinear(linear, LoRA(rank=4), MHRRouter(tasks=len(TASKS), skills=4, heads=4))
-
     freeze(model)
-    inject(model, make_layer, pattern_of("lora", model))
+    layers = pattern_of("lora", model)
+    inject(model, lambda _, linear: MHRLinear(linear, LoRA(rank=4), MHRRouter(len(TASKS), skills=4, heads=4)), layers)
     accept_task_ids(model)  # all that a Trainer needs: the model takes task_ids from the batch
 
     Z = [router.Z for router in routers(model)]
     skills = [p for name, p in adapter_parameters(model).items() if not name.endswith(".Z")]
     optimizer = AdamW([{"params": skills, "lr": 1e-2}, {"params": Z, "lr": 1e-1}], weight_decay=0.0)
     settings = TrainingArguments(
-        output_dir=folder,
-        max_steps=steps,
-        save_steps=max(1, steps // 4),
-        logging_steps=max(1, steps // 4),
-        per_device_train_batch_size=18,
-        gradient_checkpointing=True,
+        folder, max_steps=steps, save_steps=max(1, steps // 4), logging_steps=max(1, steps // 4), report_to=[],
+        per_device_train_batch_size=18, gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         remove_unused_columns=False,  # else it drops task_ids, which the model's forward does not name
-        report_to=[],
-    )
+    )  # fmt: skip
     return AdapterTrainer(
-        model=model,
-        args=settings,
-        train_dataset=rows(tokenizer, 2000, seed=0),
-        eval_dataset=rows(tokenizer, 60, seed=1),
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        model, settings, DataCollatorForSeq2Seq(tokenizer),
+        train_dataset=rows(tokenizer, 2000, seed=0), eval_dataset=rows(tokenizer, 60, seed=1),
         optimizers=(optimizer, None),  # None: the Trainer's own schedule, which scales both rates
-    )
+    )  # fmt: skip
 
 
 def main(folder: str = "runs/hf-trainer", steps: int = 120):

@@ -71,6 +71,11 @@ def explicit_flags(Config: type, recipes: dict, argv: list[str] | None = None, m
     return flags
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)  # names of flags stay whole
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
@@ -81,9 +86,9 @@ def _parser(Config: type, recipes: dict) -> _Parser:
     about, _, examples = (Config.__doc__ or "").partition("\n")
     module = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m tools.analyze`
     parser = _Parser(
-        prog=f"python -m {module.name}" if module else None, description=about.strip(),
+        prog=f"python -m {module.name}" if module else None, description=textwrap.fill(about.strip(), 80),
         epilog=textwrap.dedent(examples).strip(), allow_abbrev=False,
-        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS, formatter_class=_Help,
     )  # fmt: skip
     group = parser
     for field in dataclasses.fields(Config):
@@ -102,15 +107,19 @@ def _options(field: dataclasses.Field, recipes: dict) -> dict:
     shown = lambda value: " ".join(value) if isinstance(value, tuple) else value  # noqa: E731
     having = {key: shown(r[field.name]) for key, r in recipes.items() if field.name in r}
     by_dataset = [f"{value} ({key})" for key, value in having.items() if isinstance(key, str)]
-    by_dataset += ["some methods have their own"] if len(by_dataset) < len(having) else []
-    default = ", ".join(by_dataset) or (shown(field.default) if field.default not in ("", ()) else "none")
-    note = "[required]" if field.metadata["required"] else f"[default: {default}]"
-    options = dict(help=f"{field.metadata['help']} {note}".replace("%", "%%"))
+    own = shown(field.default) if field.default not in ("", ()) else "none"
+    by_dataset += [f"else {own}"] if 0 < len(by_dataset) < sum(isinstance(key, str) for key in recipes) else []
+    by_dataset += ["some methods have their own"] if any(not isinstance(key, str) for key in having) else []
+    note = "[required]" if field.metadata["required"] else f"[default: {', '.join(by_dataset) or own}]"
+    choices, says = field.metadata["choices"], field.metadata["help"]
+    if many := len(",".join(choices)) > 50:  # more than a line of 80 columns has room for
+        says += f": {', '.join(choices)}"
+    options = dict(help=f"{says} {note}".replace("%", "%%"))
     if field.type is bool:
         return options | {"action": argparse.BooleanOptionalAction}
-    if field.metadata["choices"]:
-        options["choices"] = field.metadata["choices"]
-    else:
+    if choices:
+        options["choices"] = choices
+    if not choices or many:
         options["metavar"] = field.metadata["metavar"] or {int: "N", float: "X"}.get(field.type, "NAME")
     return options | ({"nargs": "+"} if field.type is tuple else {"type": field.type})
 

@@ -230,10 +230,11 @@ def _value(field: dataclasses.Field, value, path: Path):
     return tuple(values) if several else value
 
 
-MAY_CHANGE = (  # on --resume: where the run is, and what changes no more than rounding
+MAY_CHANGE = (  # on --resume: where the run is, what is seen of it, and what changes no more than rounding
     "resume", "save_every", "keep_every", "output_dir", "device", "data_dir", "micro_batch", "checkpointing",
-    "eval_batch", "deterministic", "shard", "dry_run", "tensorboard",
+    "eval_batch", "deterministic", "shard", "dry_run", "tensorboard", "log_every",
 )  # fmt: skip
+MAY_CHANGE_IN = {"train.py": ("eval_every",)}  # there it looks alone; in adapt.py it decides when a task stops
 
 
 def resumed_config(Config: type, flags: dict):
@@ -245,9 +246,9 @@ def resumed_config(Config: type, flags: dict):
         return None
     saved = read_config(Config, path)
     flags = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
-    fixed = {name: value for name, value in flags.items() if name not in MAY_CHANGE}
-    refuse_change(saved, fixed, f"the run in {path.parent}")
-    return dataclasses.replace(saved, **{name: value for name, value in flags.items() if name in MAY_CHANGE})
+    may = MAY_CHANGE + MAY_CHANGE_IN.get(_script(vars(saved)), ())
+    refuse_change(saved, {k: v for k, v in flags.items() if k not in may}, f"the run in {path.parent}")
+    return dataclasses.replace(saved, **{name: value for name, value in flags.items() if name in may})
 
 
 FIXED_BY_RUN = (
@@ -273,7 +274,8 @@ def continued_config(Config: type, flags: dict):
 # --- What may be done in a folder -------------------------------------------------------------------------------------
 
 OF_A_RUN = {  # what the scripts write to a run folder: pattern of a name; for a folder, of the names in it
-    r"((config|tasks|result|provenance)\.json|(log|predictions)\.jsonl)(\.tmp)?": "",
+    r"((config|tasks|result|provenance)\.json|(log|(before\.)?predictions)\.jsonl)(\.tmp)?": "",
+    r"(evaluation|zero-shot)(-\d+)?\.(json|predictions\.jsonl)(\.tmp|\.lock)?": "",
     r"(adapter(-\d+)?|checkpoint|embeddings)\.safetensors(\.tmp)?": "",
     r"backbone(-\d+)?": r"(config|generation_config|tokenizer\w*|special_tokens_map|added_tokens|vocab)\.json"
     r"|model.*\.safetensors(\.index\.json)?|spiece\.model|merges\.txt|chat_template\.jinja",

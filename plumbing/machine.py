@@ -84,8 +84,13 @@ def peak_memory() -> float:
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)
 
 
-def report_dry_run(seconds: float, steps: int) -> dict:
-    """Say what a step took, and what all will take; returns {"seconds_per_step", "peak_memory_gb"}."""
+def report_dry_run(seconds: float, steps: int, compiling: float = 0.0) -> dict:
+    """Say what a step took, and what all will take; returns {"seconds_per_step", "peak_memory_gb"}.
+
+    compiling: the seconds by which --compile made the first step longer, in neither of the two.
+    """
     whole, memory = timedelta(seconds=round(seconds * steps)), peak_memory()
     print(f"dry run: {seconds:.3g} s a step, {counted(steps, 'step')} would take {whole}; memory {memory:.2f} GB")
+    if compiling:
+        print(f"         without the {compiling:.0f} s that compiling took, in the first step")
     return {"seconds_per_step": seconds, "peak_memory_gb": memory}

@@ -3,12 +3,13 @@
     with TaskRun(folder, made_with) as run:
         for task in run.tasks(tasks, split, "adapt"):    # those that are not done
             ...
-            run.record(before=..., stops=..., metrics=...)
+            run.record(lines, before=..., stops=..., metrics=...)
         results = run.results()                          # of all, also those done before an interruption
 
 A task that has its result file is done: a resumed run skips it.
 """
 
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,9 @@ from plumbing.checkpoint import marks_of_tasks
 from plumbing.folders import check_numbers, read_json, refuse_other, write_json
 from plumbing.run import Log
 from plumbing.tables import shortened
+
+
+EXAMPLES = {"after": "predictions.jsonl", "before": "before.predictions.jsonl"}  # files of scored examples
 
 
 class InStep:
@@ -52,20 +56,24 @@ class TaskRun(Log):
     """
 
     def __init__(self, folder: Path, made_with: dict[str, str], shard: bool = False, board: bool = False):
-        self.folder, self.made_with, self.seconds = folder, made_with, 0.0
+        self.folder, self.made_with, self.seconds, self.paces = folder, made_with, 0.0, []
         self.in_step = processes.count() if shard else 1  # how many processes compute a task together
         self.writes = self.in_step == 1 or processes.first()
         done = lambda line: (folder / line["split"] / f"{line['task']}.json").exists()  # noqa: E731
         super().__init__(folder, done, everyone=self.in_step == 1, board=board)
-        self.examples = Log(folder, done, everyone=self.in_step == 1, name="predictions.jsonl")
+        self.examples = {
+            when: Log(folder, done, everyone=self.in_step == 1, name=name) for when, name in EXAMPLES.items()
+        }
 
     def __enter__(self):
-        self.examples.__enter__()
+        for log in self.examples.values():
+            log.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error):
         super().__exit__(*error)
-        self.examples.__exit__(*error)
+        for log in self.examples.values():
+            log.__exit__(*error)
 
     def tasks(self, tasks: list, split: str, title: str) -> Iterator:
         """Those of this process's tasks (`data.Task`) that are not done, with a bar that shows the scores of each."""
@@ -81,26 +89,31 @@ class TaskRun(Log):
                 yield task
             if self.in_step > 1:
                 processes.wait()  # until the result is written
-            one = self.own[task.name] = read_json(
-                path, before=float, stops=dict, metrics=dict, seconds=float, made_with=dict
-            )
-            check_numbers(path, one["metrics"], {"before": one["before"], "seconds": one["seconds"]})
+            one = read_json(path, before=float, stops=dict, metrics=dict, seconds=float, made_with=dict)
+            self.own[task.name] = one = {"examples_per_second": 0.0} | one  # files of earlier versions lack it
+            check_numbers(path, one["metrics"], {k: one[k] for k in ("before", "seconds", "examples_per_second")})
             refuse_other(path, one["made_with"], self.made)
             self.seconds += one["seconds"]
+            self.paces += [one["examples_per_second"]] * (one["examples_per_second"] > 0)
             before, after = f"{one['before']:.1f}", f"{next(iter(one['metrics'].values())):.1f}"
             bar.set_postfix_str(f"{shortened(task.name, 26)} {before} -> {after}")
             if bar.disable:
                 print(f"{task.name:40} split {split:5} before {before:>5}  after {after:>5}", flush=True)
 
-    def record(self, lines: list[dict], **result):
-        """The task is done: write its result file. lines: its scored examples, for predictions.jsonl. result: "before",
-        "stops" and "metrics" (the main one first)."""
+    def record(self, lines: dict[str, list[dict]], **result):
+        """The task is done: write its result file. lines: its scored examples, for each file of EXAMPLES. result:
+        "before", "stops", "metrics" (the main one first) and "examples_per_second"."""
         if self.writes:
-            for line in lines:
-                self.examples.write({"split": self.split, **line})
-            self.examples.flush_to_disk()
+            for when, log in self.examples.items():
+                for line in lines[when]:
+                    log.write({"split": self.split, **line})
+                log.flush_to_disk()
             self.flush_to_disk()
             write_json(self.file_of_task, result | {"seconds": time.monotonic() - self.start, "made_with": self.made})
+
+    def pace(self) -> float:
+        """Training examples per second in a task's loop, the mean over this process's tasks."""
+        return round(statistics.fmean(self.paces or [0.0]), 1)
 
     def results(self) -> dict[str, dict]:
         """{task name: content of its result file} of the tasks of the last split, those of all processes."""

@@ -303,8 +303,8 @@ def same_run(folder: Path, reference: Path):
     measured = dict.fromkeys(("seconds", "peak_memory_gb", "examples_per_second"), 0)
     results = [json.loads((f / "result.json").read_text()) | measured for f in (folder, reference)]
     assert results[0] == results[1]
-    examples = [f / "predictions.jsonl" for f in (folder, reference) if (f / "predictions.jsonl").exists()]
-    assert len({path.read_bytes() for path in examples}) <= 1
+    for path in reference.glob("*predictions.jsonl"):
+        assert (folder / path.name).read_bytes() == path.read_bytes(), path
 
 
 # --- Figures ----------------------------------------------------------------------------------------------------------

@@ -562,6 +562,16 @@ def test_the_logarithmic_axis_has_numbers(monkeypatch, counts):
     assert len(numbers_of(figure.axes[0].yaxis)) >= 2
 
 
+@pytest.mark.parametrize("first", [2.0, 2.5, 3.1, 4.2, 5.5, 7.3, 9.4])
+@pytest.mark.parametrize("falls", [0.05, 0.4, 0.8, 1.5, 2.5, 4.0])
+def test_the_axis_of_a_loss_has_enough_numbers(monkeypatch, first, falls):
+    """Three or more, mostly four, wherever the losses are; none over another."""
+    losses = {"": {"a": [([1, 2, 3], [first, first / 10 ** (falls / 2), first / 10**falls])]}}
+    figure = drawn(monkeypatch, lambda: figures.over_steps(losses, "", "loss", figures.LOSS))
+    check_legible(figure)
+    assert len(numbers_of(figure.axes[0].yaxis)) >= (4 if falls < 0.9 else 3)
+
+
 def test_numbers_in_short():
     assert [figures.in_short(x) for x in (0.5, 32, 200, 3000, 2e6, 1e9)] == ["0.5", "32", "200", "3k", "2M", "1B"]
 

@@ -251,13 +251,27 @@ def test_help_is_fast_and_complete(script):
         assert " ".join(field.metadata["help"].split()) in entry
         defaults = {d: r[field.name] for d, r in table.items() if field.name in r}
         words = {d: " ".join(v) if isinstance(v, tuple) else v for d, v in defaults.items()}
+        own = "none" if field.default == "" else " ".join(field.default) if field.type is tuple else str(field.default)
         says = [f"{words[d]} ({d})" for d in defaults if isinstance(d, str)]
-        says += ["some methods have their own"] if len(says) < len(defaults) else []
-        says = says or ["none" if field.default == "" else str(field.default)]
+        says += [f"else {own}"] if says and len(says) < sum(isinstance(d, str) for d in table) else []
+        says += ["some methods have their own"] if any(isinstance(d, tuple) for d in defaults) else []
+        says = says or [own]
         assert entry.endswith("[required]" if field.name == "checkpoint" else f"[default: {', '.join(says)}]")
         takes = {bool: f", --no-{flag[2:]}", int: " N", float: " X"}.get(field.type, r" [A-Z|m]+")
-        takes = f" {{{','.join(field.metadata['choices'])}}}" if field.metadata["choices"] else takes
+        choices = field.metadata["choices"]
+        takes = f" {{{','.join(choices)}}}" if 0 < len(choices) <= 6 else takes
         assert re.match(f"{flag}{takes} ", entry)
+        assert len(choices) <= 6 or f": {', '.join(choices)} [" in entry
+
+
+@pytest.mark.parametrize("command", ["train.py", "adapt.py", "evaluate.py", "-m tools.compare", "-m tools.show"])
+def test_help_fits_80_columns_and_cuts_no_name(monkeypatch, command):
+    """Nothing is wider; a line never ends within a flag or another word with hyphens."""
+    monkeypatch.setenv("COLUMNS", "80")
+    done = subprocess.run([sys.executable, *command.split(), "--help"], cwd=ROOT, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and max(map(len, lines)) <= 80
+    assert not [line for line in lines if line.endswith("-")]
 
 
 def refused(script: str, argv: list[str], capsys) -> str:
@@ -608,7 +622,8 @@ def test_an_adaptation_writes_its_folder(runs, adapted, name, variant):
     run = adapted(name, variant)
     assert contents(runs(name)) == checkpoint  # it only reads the pre-training run
     suffix = "" if (name, variant) == ("full", "all") else ".safetensors"
-    records = {"config.json", "log.jsonl", "result.json", "predictions.jsonl", "provenance.json"}
+    examples = {"predictions.jsonl", "before.predictions.jsonl"}
+    records = {"config.json", "log.jsonl", "result.json", "provenance.json", *examples}
     assert {path.name for path in run.iterdir()} == {*records, "0"}
     saved = {f"{task}{end}" for task in HELD_OUT[:2] for end in (suffix, ".json")}
     assert {path.name for path in (run / "0").iterdir()} == saved
@@ -1105,11 +1120,12 @@ def test_mu_of_every_kind_continues(runs, folder, name):
 
 
 @pytest.mark.parametrize("name, variant", grid(ADAPTED))
-def test_scoring_an_adaptation_again_gives_its_scores(adapted, capsys, name, variant):
+def test_scoring_an_adaptation_again_gives_its_scores(adapted, capsys, tmp_path, name, variant):
     torch.manual_seed(777)  # there is nothing random in scoring
     run = adapted(name, variant)
     capsys.readouterr()
-    assert evaluate.evaluate(evaluate.Config(checkpoint=str(run))) == read(run / "result.json")["tasks"]
+    cfg = evaluate.Config(checkpoint=str(run), save=str(tmp_path / "again.json"))
+    assert evaluate.evaluate(cfg) == read(run / "result.json")["tasks"]
     lines = [line for line in capsys.readouterr().out.splitlines() if re.search(r"  (exact )?\d+\.\d$", line)]
     assert [line.split()[0] for line in lines] == [*HELD_OUT[:2], "mean"]
 
@@ -1167,7 +1183,7 @@ def test_zero_shot(runs, folder, capsys, monkeypatch, name):
     capsys.readouterr()
     save = folder / f"zero-shot-{name}.json"
     cfg = evaluate.Config(checkpoint=str(runs(name)), zero_shot=True, save=str(save))
-    one, again = evaluate.evaluate(cfg), evaluate.evaluate(dataclasses.replace(cfg, save=""))
+    one, again = evaluate.evaluate(cfg), evaluate.evaluate(dataclasses.replace(cfg, save=f"{save}.again"))
     assert read(save)["mean"] == pytest.approx(sum(one.values()) / len(one))
     assert {task: next(iter(scores.values())) for task, scores in read(save)["tasks"].items()} == one
     assert list(one) == HELD_OUT

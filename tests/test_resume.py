@@ -370,6 +370,18 @@ def test_what_changes_rounding_alone_may_change(cut_run, reference):
         torch.testing.assert_close(ours[name], whole[name], rtol=1e-3, atol=1e-3)
 
 
+def test_a_resumed_run_may_be_looked_at_more_often(cut_run, reference, tmp_path):
+    """The same bits are trained. In adapt.py --eval-every decides when a task stops: there it is refused."""
+    train.main(dict(output_dir=str(cut_run), resume=True, log_every=1, eval_every=2))
+    assert [line["step"] for line in log_lines(cut_run) if "valid_loss" in line] == [4, 6, 8, 10, 12]
+    assert [line["step"] for line in log_lines(cut_run)] == list(range(4, STEPS + 1))
+    assert (cut_run / "adapter.safetensors").read_bytes() == (reference / "adapter.safetensors").read_bytes()
+    few = FEW | dict(checkpoint=str(reference), output_dir=str(tmp_path / "few"))
+    adapt.main(few)
+    with pytest.raises(UserError, match="--eval-every 1 does not fit the run in .*few, whose is 2"):
+        adapt.main(few | dict(resume=True, eval_every=1))
+
+
 def test_the_same_command_with_resume(reference, tmp_path):
     """--split comes from the command line as a list, and from config.json as a tuple."""
     line = f"--checkpoint {reference} --output-dir {tmp_path / 'few'} --split 1 2 --tasks sort+double --steps 2"

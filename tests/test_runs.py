@@ -2,9 +2,12 @@
 
 import dataclasses
 import io
+import json
+import re
 import shutil
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -92,6 +95,21 @@ def test_the_preview_shows_texts_and_lengths():
     assert lines[5].split() == "outputs (4 drawn) median 6 tokens, longest 7, cut at 4: 75.0%".split()
 
 
+@pytest.mark.parametrize("columns", [50, 120])
+def test_the_preview_of_a_dry_run_shows_texts_in_full(monkeypatch, columns):
+    """Whatever is between the first and the last word, with the template's line breaks, in the terminal's width."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = "Task:\n\n" + "word " * 60 + "end.\nOutput:\n"
+    task = Task("a", "exact", [Example(text, ("an answer " * 9,))], [], [])
+    *lines, _, _ = data.preview([task], tokenizer, True, 99, 99, whole=True).splitlines()
+    assert max(map(len, lines)) <= columns and [line[:21].strip() for line in lines if line[:21].strip()] == ["a", "->"]
+    shown = [line[21:] for line in lines]
+    assert shown[:2] == ["Task:\\n", "\\n"] and "Output:\\n" in shown and " ".join(shown).count("answer") == 9
+    assert " ".join(shown).split() == text.replace("\n", "\\n ").split() + ["an", "answer"] * 9
+    long = " ".join(data.in_full("start " + "x " * 2000 + "end", 59))
+    assert long.startswith("start x") and long.endswith("x end") and "\u2026" in long and 500 < len(long) <= 620
+
+
 def test_looking_at_the_data_leaves_the_random_state(run):
     before = torch.get_rng_state()
     many = [Example(str(k), (str(k), "other")) for k in range(1000)]
@@ -110,7 +128,7 @@ def test_scripts_show_the_data_first(run, flags, capsys):
     folder = run.parent / "shown"
     train.main(flags | dict(output_dir=str(folder), steps=1, eval_examples=0))
     adapt.main(FEW | dict(checkpoint=str(run), output_dir=str(folder) + "-all", steps=1))
-    evaluate.main(dict(checkpoint=str(run), test_examples=1, device="cpu"))
+    evaluate.main(dict(checkpoint=str(folder), test_examples=1, device="cpu"))
     assert capsys.readouterr().out.count("\ninputs (") == 3
 
 
@@ -118,7 +136,7 @@ def test_scripts_show_the_data_first(run, flags, capsys):
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_a_dry_run_says_what_a_step_takes_and_leaves_nothing(run, flags, tmp_path, capsys, there):
+def test_a_dry_run_says_what_a_step_takes_and_leaves_nothing(run, flags, tmp_path, capsys, there, monkeypatch):
     """Also where the folder already holds a run, which is left as it is."""
     before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
     folder = run if there else tmp_path / "new"
@@ -126,9 +144,27 @@ def test_a_dry_run_says_what_a_step_takes_and_leaves_nothing(run, flags, tmp_pat
     said = capsys.readouterr().out
     assert found["seconds_per_step"] > 0 and found["peak_memory_gb"] > 0.1
     assert "dry run: " in said and "1,000 steps would take " in said and "inputs (" in said
+    monkeypatch.setattr(data, "preview", lambda *a, whole=False, **_: f"whole {whole}")
     assert folder.exists() == there and before == {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
     few = adapt.main(FEW | dict(checkpoint=str(run), output_dir=str(tmp_path / "few"), dry_run=True))
     assert few["seconds_per_step"] > 0 and not (tmp_path / "few").exists()
+    train.main(flags | dict(output_dir=str(folder), dry_run=True, steps=1000))
+    assert capsys.readouterr().out.count("whole True") == 2
+
+
+def test_a_dry_run_does_not_count_the_time_of_compiling(flags, tmp_path, monkeypatch, capsys):
+    """That is in the first step, and is said."""
+
+    def graph_of(loss_of, *_):
+        waits = iter([3.0])
+        return lambda tensors: time.sleep(next(waits, 0.0)) or loss_of(tensors)
+
+    monkeypatch.setattr(train, "graph_of", graph_of)
+    monkeypatch.setattr(train, "refuse_what_cannot_compile", lambda cfg: None)
+    found = train.main(flags | dict(output_dir=str(tmp_path / "x"), dry_run=True, compile=True))
+    assert found["seconds_per_step"] < 1
+    (said,) = re.findall(r"without the (\d+) s that compiling took", capsys.readouterr().out)
+    assert 3 <= int(said) <= 6
 
 
 # --- Scored examples --------------------------------------------------------------------------------------------------
@@ -143,12 +179,14 @@ def test_predictions_of_training_tasks_give_the_scores(run):
 
 
 def test_predictions_of_an_adaptation_give_the_scores(adapted):
-    lines, result = lines_of(adapted / "predictions.jsonl"), read(adapted / "result.json")
-    assert len(lines) == 3 * len(result["tasks"]) and {line["split"] for line in lines} == {"0"}
-    for name, score in result["tasks"].items():
-        own = [line for line in lines if line["task"] == name]
-        assert score == pytest.approx(sum(line["score"] for line in own) / 3)
-        assert all((line["score"] == 100) == (line["output"] in line["references"]) for line in own)
+    result = read(adapted / "result.json")
+    for file, key in (("predictions.jsonl", "tasks"), ("before.predictions.jsonl", "before")):
+        lines = lines_of(adapted / file)
+        assert len(lines) == 3 * len(result["tasks"]) and {line["split"] for line in lines} == {"0"}
+        for name, score in result[key].items():
+            own = [line for line in lines if line["task"] == name]
+            assert score == pytest.approx(sum(line["score"] for line in own) / 3)
+            assert all((line["score"] == 100) == (line["output"] in line["references"]) for line in own)
 
 
 def test_a_line_has_the_choices_and_their_scores():
@@ -177,14 +215,15 @@ def test_an_interrupted_adaptation_has_the_same_predictions(run, adapted, tmp_pa
     def record(self, lines, **result):
         done.append(1)
         if len(done) == 3:
-            self.examples.write({"split": self.split, **lines[0]})
+            for when, log in self.examples.items():
+                log.write({"split": self.split, **lines[when][0]})
             raise KeyboardInterrupt
         original(self, lines, **result)
 
     monkeypatch.setattr(tasks.TaskRun, "record", record)
     with pytest.raises(KeyboardInterrupt):
         adapt.main(FEW | dict(checkpoint=str(run), output_dir=str(folder)))
-    assert len(lines_of(folder / "predictions.jsonl")) == 7
+    assert len(lines_of(folder / "predictions.jsonl")) == len(lines_of(folder / "before.predictions.jsonl")) == 7
     adapt.main(FEW | dict(checkpoint=str(run), output_dir=str(folder), resume=True))
     same_run(folder, adapted)
 
@@ -204,6 +243,62 @@ def test_an_evaluation_goes_on_where_it_was_cut_off(run, adapted, tmp_path, kind
     assert (tmp_path / "cut.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
     done = [line["done"] for line in lines_of(tmp_path / "whole.predictions.jsonl") if "done" in line]
     assert len(scored) < len(done) or share == 0.02
+
+
+def test_every_evaluation_saves_its_examples(run, flags, tmp_path, monkeypatch, capsys):
+    """In the run folder, each under a name of its own; one that was cut off goes on; --overwrite knows them."""
+    shutil.copytree(run, folder := tmp_path / "run")
+    one, zero = dict(checkpoint=str(folder), test_examples=1, device="cpu"), dict(zero_shot=True)
+    expected = evaluate.evaluate(evaluate.Config(**one))
+    evaluate.main(one | zero)
+    evaluate.main(one | dict(constant=True))  # no model, so nothing but the scores of --save
+    said = capsys.readouterr().out
+    assert f"saved in {folder / 'evaluation.json'}\n" in said and f"saved in {folder / 'zero-shot.json'}\n" in said
+    new = {p.name for p in folder.iterdir()} - {p.name for p in run.iterdir()}
+    assert new == {f"{name}.{end}" for name in ("evaluation", "zero-shot") for end in ("json", "predictions.jsonl")}
+    assert read(folder / "evaluation.json")["tasks"].keys() == expected.keys()
+    lines = lines_of(folder / "evaluation.predictions.jsonl")
+    assert sum(line["score"] for line in lines if "score" in line) == pytest.approx(sum(expected.values()))
+
+    before, first = contents(folder), (folder / "evaluation.predictions.jsonl").read_bytes()
+    cut = folder / "evaluation-2.predictions.jsonl"
+    cut.write_bytes(first[: len(first) // 2])
+    evaluate.main(one | dict(test_examples=2))  # not the settings of the one that was cut off: a third
+    assert cut.read_bytes() == first[: len(first) // 2] and (folder / "evaluation-3.json").exists()
+    assert evaluate.evaluate(evaluate.Config(**one | dict(checkpoint=f"{folder}/"))) == expected
+    assert f"of {cut} not scored again" in capsys.readouterr().out and cut.read_bytes() == first
+    assert before.items() <= contents(folder).items()
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # before a task is done: nothing is left
+        patch.setattr(evaluate, "all_scores", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        evaluate.main(one | dict(test_examples=3))
+    assert not list(folder.glob("*-4*")) and not list(folder.glob("*.lock"))
+    train.main(flags | dict(output_dir=str(folder), overwrite=True, steps=1))
+    assert not list(folder.glob("evaluation*"))
+
+
+def test_the_examples_before_an_adaptation_and_after_it(run, tmp_path):
+    """Those before are what the pre-trained run writes; those after what evaluate.py finds with the saved adapters."""
+    few = FEW | dict(checkpoint=str(run), output_dir=str(tmp_path / "few"), steps=40, lr=0.1, batch_size=32)
+    adapt.main(few)
+    evaluate.main(dict(checkpoint=str(tmp_path / "few"), device="cpu"))
+    names = ("evaluation.predictions.jsonl", "predictions.jsonl", "before.predictions.jsonl")
+    scored, after, before = ([x["output"] for x in lines_of(tmp_path / "few" / n) if "output" in x] for n in names)
+    assert scored == after != before and len(after) == len(before) == 24
+
+
+def test_an_evaluation_in_a_folder_of_others_is_refused(run, monkeypatch):
+    """It cannot be saved there: said before the run is loaded."""
+
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(evaluate.tempfile, "NamedTemporaryFile", refuse)
+    monkeypatch.setattr(evaluate, "load_run", None)
+    with pytest.raises(
+        UserError, match="^--save .*/evaluation.json cannot be written: Permission denied; give another"
+    ):
+        evaluate.main(dict(checkpoint=str(run), device="cpu"))
 
 
 def test_an_evaluation_with_other_settings_is_refused(run, tmp_path):
@@ -293,7 +388,7 @@ def test_the_bar_of_tasks_keeps_name_and_scores_at_80_columns(monkeypatch):
     monkeypatch.setattr(tasks, "marks_of_tasks", lambda tasks: "")
     monkeypatch.setattr(tasks, "refuse_other", lambda *a: None)
     folder = Path(__file__).parent / "nowhere"
-    run = types.SimpleNamespace(folder=folder, in_step=1, made_with={}, seconds=0.0)
+    run = types.SimpleNamespace(folder=folder, in_step=1, made_with={}, seconds=0.0, paces=[])
     monkeypatch.setattr(Path, "mkdir", lambda *a, **k: None)
     monkeypatch.setattr(Path, "exists", lambda self: True)
     assert list(tasks.TaskRun.tasks(run, [types.SimpleNamespace(name=name)] * 3, "42", "adapt all, split 42")) == []
@@ -356,6 +451,21 @@ def test_each_start_is_on_record(run, flags, tmp_path, monkeypatch):
     least, most = (6 * 8 / max(1e-3, result["seconds"] + off) for off in (0.05, -0.05))  # seconds are rounded
     assert least - 0.1 <= result["examples_per_second"] <= most + 0.1
     assert 0.1 < result["peak_memory_gb"] < 20
+
+
+def test_an_adaptation_says_its_examples_per_second(run, adapted, tmp_path, monkeypatch):
+    """In the loop, without scoring. A task that an earlier version has finished lacks it, and does not count."""
+    assert read(adapted / "result.json")["examples_per_second"] > 0
+    loop = adapt.adapt_task
+    monkeypatch.setattr(adapt, "adapt_task", lambda *a: time.sleep(1) or loop(*a))
+    score, few = adapt.evaluate_tasks, FEW | dict(checkpoint=str(run), output_dir=str(tmp_path / "x"), batch_size=8)
+    monkeypatch.setattr(adapt, "evaluate_tasks", lambda *a, **k: time.sleep(1) or score(*a, **k))
+    name = next(iter(read(adapted / "result.json")["tasks"]))
+    assert 8 < adapt.main(few | dict(tasks=name))["examples_per_second"] <= 16  # 2 steps of 8 in 1 to 2 seconds
+    (tmp_path / "x" / "result.json").unlink()
+    done = read(path := tmp_path / "x" / "0" / f"{name}.json")
+    path.write_text(json.dumps({key: value for key, value in done.items() if key != "examples_per_second"}))
+    assert adapt.main(few | dict(tasks=name, resume=True))["examples_per_second"] == 0.0
 
 
 def test_the_commit_of_a_tree(tmp_path, monkeypatch):

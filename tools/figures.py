@@ -116,12 +116,15 @@ def linear_axis(ax, name: str, least: Range):
 
 
 def log_axis(ax, name: str, least: Range):
-    """Make the axis "x" or "y" of drawn values logarithmic; every span of `least` decades has two numbers or more."""
+    """Make the axis "x" or "y" of drawn values logarithmic; every span of `least` decades has two numbers or more,
+    of less than one decade four."""
     ax.set(**{f"{name}scale": "log"})
     low, high = least.around(*np.log10(getattr(ax, f"get_{name}lim")()))
     ax.set(**{f"{name}lim": (10**low, 10**high)})
     of = getattr(ax, f"{name}axis")
-    subs = (1, 2, 5) if high - low < 1.6 else (1, 3) if high - low < 2.6 else (1,)
+    span, most = high - low, 2.6 if name == "x" else 4  # numbers above each other need less room
+    subs = (1, 3) if span < most else (1,)
+    subs = (1, 1.5, 2, 3, 5, 7) if span < 0.99 else (1, 2, 5) if span < 1.6 else subs
     of.set_major_locator(LogLocator(10, subs, numticks=99 if len(subs) > 1 else None))
     of.set_major_formatter(lambda x, _: in_short(x))
     of.set_minor_locator(NullLocator())

@@ -3,7 +3,9 @@ r"""Print scored examples of a run: what the model wrote, and where it was wrong
     python -m tools.show runs/NAME                                   a line for each task: a collapsed model is seen
     python -m tools.show runs/NAME --task TASK --worst 3 --best 3    the worst and the best examples of a task
 
-Reads predictions.jsonl of a run folder of train.py or adapt.py, or X.predictions.jsonl of `evaluate.py --save X.json`.
+Reads predictions.jsonl of a run folder of train.py or adapt.py, or a file X.predictions.jsonl: of an evaluation, or
+before.predictions.jsonl of adapt.py, the same examples before adaptation.
+
 Scores are those of single examples under the task's main metric. The mean of them is the score of the task, but where
 the metric is one of all examples together, as a correlation. Line breaks, control and invisible characters are printed
 as \n, \x1b, \u200b; a backslash as two.
@@ -24,7 +26,7 @@ class Config:
       python -m tools.show runs/strings-mhr-0-all --task sort+swap --worst 3
     """
 
-    run: str = flag("", "run folder, or predictions file of evaluate.py --save", metavar="RUN_OR_FILE", positional=True)
+    run: str = flag("", "run folder, or a file X.predictions.jsonl", metavar="RUN_OR_FILE", positional=True)
     task: str = flag("", "print examples of this task, choices with their log-probabilities")
     worst: int = flag(1, "how many of those with the lowest scores")
     best: int = flag(1, "how many of those with the highest scores")
