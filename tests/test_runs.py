@@ -233,12 +233,12 @@ def test_an_interrupted_adaptation_has_the_same_predictions(run, adapted, tmp_pa
 def test_an_evaluation_goes_on_where_it_was_cut_off(run, adapted, tmp_path, kind, share, monkeypatch):
     folder = adapted if kind == "adapted" else run
     how = dict(checkpoint=str(folder), zero_shot=kind == "zero-shot", test_examples=2, device="cpu")
-    expected = evaluate.main(how | dict(save=str(tmp_path / "whole.json")))
+    evaluate.main(how | dict(save=str(tmp_path / "whole.json")))
     content = (tmp_path / "whole.predictions.jsonl").read_bytes()
     (tmp_path / "cut.predictions.jsonl").write_bytes(content[: int(len(content) * share)])
     scored, original = [], evaluate.all_scores
     monkeypatch.setattr(evaluate, "all_scores", lambda *a, **k: scored.extend(a[2]) or original(*a, **k))
-    assert evaluate.main(how | dict(save=str(tmp_path / "cut.json"))) == expected
+    evaluate.main(how | dict(save=str(tmp_path / "cut.json")))
     assert (tmp_path / "cut.predictions.jsonl").read_bytes() == content
     assert (tmp_path / "cut.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
     done = [line["done"] for line in lines_of(tmp_path / "whole.predictions.jsonl") if "done" in line]
