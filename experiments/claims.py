@@ -112,7 +112,7 @@ CLAIMS = {
         [("MHR", ">", "Poly"), *(("Poly", ">", other) for other in OTHERS)],
         also=("Full", "Full, then LoRA"),
         note=BLIND.format("few-shot-told") + " HyperFormer's values are those of a generator that ended at its ReLU; "
-        "with the linear layer after it, as in the authors' code, it scores otherwise (`methods.md`). AdapterSoup, "
+        "the linear layer that the authors' code has after it helps on dev tasks (`methods.md`). AdapterSoup, "
         "which compares inputs, finds nothing to compare here. MHR's own Tab. 3 (T0-11B) has Poly level with MHR. "
         "Expert is told which operations a held-out task is made of; "
         "Polytropon's Expert on CrossFit knows only its type, one of four.",
