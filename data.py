@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from plumbing.tables import shortened, wrapped
+from plumbing.tables import shortened, visible, wrapped
 
 
 class Example(NamedTuple):
@@ -145,7 +145,8 @@ def preview(
 
 def in_full(text: str, width: int) -> list[str]:
     r"""A text of up to 600 characters, of a longer one the beginning and the end, as lines that end after each \n."""
-    parts = shortened(text, 600).replace(r"\n", "\\n\n").removesuffix("\n").split("\n")
+    *parts, last = (text if len(text) <= 600 else f"{text[:400]}…{text[-199:]}").split("\n")
+    parts = [visible(part) + r"\n" for part in parts] + [visible(last)]
     return [line for part in parts for line in wrapped(part, max(20, width))]
 
 

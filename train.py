@@ -379,7 +379,7 @@ def make_config(**flags) -> Config:
         print(f"ignored with {given}: {', '.join(ignored)}")
     cfg.device = pick_device(cfg.device)
     if cfg.device != "cuda" and "precision" not in flags:
-        cfg.precision = "fp32"  # bfloat16 saves a GPU's memory; on a CPU it only costs time
+        cfg.precision = "fp32"  # bfloat16 saves a GPU's memory; most CPUs are slower with it
     if not cfg.output_dir:
         name = f"{cfg.from_run.rstrip('/')}-{cfg.method}-{cfg.steps}-steps"
         cfg.output_dir = name if cfg.from_run else f"runs/{cfg.dataset}-{cfg.method}-{cfg.seed}"
@@ -394,7 +394,8 @@ def run_config(folder: str, data_dir: str = "", device: str = "auto") -> Config:
     check_ranges(base)
     device = pick_device(device)
     precision = precision_here(base.precision)
-    precision = "fp32" if device != "cuda" and precision == "bf16" else precision  # as in `make_config`
+    if device not in ("cuda", base.device) and precision == "bf16":
+        precision = "fp32"  # as in `make_config`, unless the run itself chose bf16 there
     return dataclasses.replace(base, data_dir=data_dir or base.data_dir, device=device, precision=precision)
 
 

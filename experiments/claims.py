@@ -50,7 +50,7 @@ OTHER_SIZES = ("LoRA-big", "(IA)^3")
 
 MEASURES = {
     **{name: Measure(name) for name in METHODS if name not in ("Private", "Random by example", "Random by task")},
-    "HyperFormer": Measure("HyperFormer", rates=("--lr=0.0017 --lr-z=0.01", {"all": "--lr=0.003"})),  # see few-shot
+    "HyperFormer": Measure("HyperFormer", rates=("--lr=0.0017 --lr-z=0.01", {"all": "--lr=0.003"})),  # as in results/
     "Full, then LoRA": Measure("Full", "lora"),
     "Private": Measure("Private"),
     "Private-mu": Measure("Private", "mu"),
@@ -86,7 +86,7 @@ class Claim(NamedTuple):
     """A claim of the papers.
 
     says: the claim in our words. place: where the papers make it. compare: [(a, relation, b)]; a and b are a measure, a
-    number, or "measure - measure". also: further measures to show. figure: a function of reproduce.FIGURES. note: what
+    number, or "measure - measure". also: further measures to show. figure: a key of claim_figures.FIGURES. note: what
     a reader must know of this setting.
     """
 
@@ -111,8 +111,7 @@ CLAIMS = {
         "MHR Fig. 2, Tab. 2; Polytropon Tab. 1",
         [("MHR", ">", "Poly"), *(("Poly", ">", other) for other in OTHERS)],
         also=("Full", "Full, then LoRA"),
-        note=BLIND.format("few-shot-told") + " HyperFormer's values are those of a generator that ended at its ReLU; "
-        "the linear layer that the authors' code has after it helps on dev tasks (`methods.md`). AdapterSoup, "
+        note=BLIND.format("few-shot-told") + " AdapterSoup, "
         "which compares inputs, finds nothing to compare here. MHR's own Tab. 3 (T0-11B) has Poly level with MHR. "
         "Expert is told which operations a held-out task is made of; "
         "Polytropon's Expert on CrossFit knows only its type, one of four.",

@@ -10,23 +10,14 @@ at any time and resumes. Two run in parallel, with one thread each (--jobs).
 
 import argparse
 import json
-import math
-import os
-import signal
-import subprocess
-import sys
-import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
+from experiments.commands import ROOT, run, side_by_side
 from plumbing.errors import exit_on_user_error
-from plumbing.machine import commit
 from plumbing.tables import aligned, mean_std_text
 from recipes import FEW_SHOT, LEARNED, PRETRAINING
 
-ROOT = Path(__file__).resolve().parents[1]
 KEEP_EVERY = 300  # --keep-every: steps between the adapters that `tools/analyze.py` looks at
 RECIPE = json.dumps([PRETRAINING["strings"], FEW_SHOT["strings"], KEEP_EVERY])  # another recipe makes other runs
 RECIPE = RECIPE.replace('"best_by"', '"keep"')  # its name when the values in results/ were made
@@ -69,51 +60,6 @@ SIZED = {  # methods that --tune --skills searches: further flags
     "Random by example": (),
     "Random by task": (),
 }
-
-
-class OutOfTime(Exception):
-    """The time that was given is over."""
-
-
-def run(script: str, flags: list[str], result: Path, until: float = math.inf) -> dict:
-    """Run a script (train.py) or command (tools.analyze) unless the JSON file `result` that it writes exists.
-
-    until: of time.monotonic(); a script that is not done then is told to stop, as by Ctrl-C. Returns the file's content
-    and "commit", the commit of this tree that made it. Raises OutOfTime, or SystemExit if the script fails.
-    """
-    if not result.exists():
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        entry = [script] if script.endswith(".py") else ["-m", script]
-        command, code = [sys.executable, *entry, *flags], commit()
-        if (left := until - time.monotonic()) < 0:
-            raise OutOfTime
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
-            try:
-                out, err = process.communicate(timeout=left if left < math.inf else None)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGINT)  # it saves what it has
-                process.communicate()
-                raise OutOfTime from None
-        if process.returncode == -signal.SIGINT:  # Ctrl-C in a terminal reaches all
-            raise KeyboardInterrupt
-        if process.returncode:
-            raise SystemExit(f"{' '.join(command)}\nended with code {process.returncode}:\n{err[-2000:]}")
-        (result.parent / "commit").write_text(code)
-        print(f"{result.parent.name}: {out.splitlines()[-1]}", flush=True)
-    made_by = result.parent / "commit"  # missing if this program was killed while the script ran
-    return json.loads(result.read_text()) | {"commit": made_by.read_text() if made_by.exists() else "unknown"}
-
-
-@contextmanager
-def workers(jobs: int):
-    """A pool of threads that, on Ctrl-C or an error, starts none of the waiting runs."""
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            yield pool
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def pretrain(name: str, seed: int, root: Path, extra: tuple[str, ...] = ()) -> tuple[Path, dict]:
@@ -231,17 +177,16 @@ def main():
         parser.error("--seeds must not be negative")
     if args.skills and not (args.tune and min(args.skills) > 0 and set(args.methods) & set(SIZED)):
         parser.error(f"--skills goes with --tune and with {' or '.join(SIZED)}, and must be above 0")
-    with workers(args.jobs) as pool:
-        if args.tune:
-            named = [(name, more) for name, more in SIZED.items() if name in args.methods]
-            sized = [(name, (f"--skills={s}", *more)) for s in args.skills for name, more in named]
-            usual = [(name, ()) for name in args.methods]
-            searches = pool.map(lambda search: tune(search[0], RUNS, search[1]), sized or usual)
-            head = ("method", "pre-training", "variant", "few-shot", "dev score", "")
-            print(aligned([head, *(line for lines in searches for line in lines)], left=4))
-            return
-        runs = [(name, seed) for seed in args.seeds for name in args.methods]
-        results = list(pool.map(lambda r: one_seed(*r, RUNS), runs))
+    if args.tune:
+        named = [(name, more) for name, more in SIZED.items() if name in args.methods]
+        sized = [(name, (f"--skills={s}", *more)) for s in args.skills for name, more in named]
+        usual = [(name, ()) for name in args.methods]
+        searches = side_by_side(lambda search: tune(search[0], RUNS, search[1]), sized or usual, args.jobs)
+        head = ("method", "pre-training", "variant", "few-shot", "dev score", "")
+        print(aligned([head, *(line for lines in searches for line in lines)], left=4))
+        return
+    runs = [(name, seed) for seed in args.seeds for name in args.methods]
+    results = side_by_side(lambda r: one_seed(*r, RUNS), runs, args.jobs)
     print(table({name: [of for r, of in zip(runs, results, strict=True) if r[0] == name] for name in args.methods}))
 
 

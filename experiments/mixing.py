@@ -29,7 +29,8 @@ import benchmarks
 import data
 import train
 from experiments.bench import machine
-from experiments.methods import NAVIGATION, ROOT, RUNS, workers
+from experiments.commands import ROOT, side_by_side
+from experiments.methods import NAVIGATION, RUNS
 from plumbing.errors import exit_on_user_error
 from plumbing.tables import aligned
 from recipes import PRETRAINING
@@ -89,8 +90,7 @@ def scores(jobs: int) -> list[tuple[str, ...]]:
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         return json.loads(done.stdout.splitlines()[-1])
 
-    with workers(jobs) as pool:
-        found = dict(zip(runs, pool.map(lambda r: run(*r), runs), strict=True))
+    found = dict(zip(runs, side_by_side(lambda r: run(*r), runs, jobs), strict=True))
     lines = [("method", "window", "seen tasks", "held-out tasks", "seconds")]
     for method, window in itertools.product(METHODS, WINDOWS):
         several = [found[method, window, seed] for seed in SEEDS]

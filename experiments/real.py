@@ -7,11 +7,13 @@
 
 DIR has tasks of CrossFit in the gym's layout (docs/benchmarks.md); FOLDER is a language model with or without encoder.
 results/real.jsonl gets a line as soon as a value is made, and results/real.md is written when the command ends,
-whatever ended it. --runs holds what is half done: moved to another machine with real.jsonl, the command goes on there
-(DIR and FOLDER under the same names). Weights whose values are all written down are deleted, so that it stays small.
+whatever ended it. --runs holds what is half done: moved to another machine with real.jsonl, the command goes on there,
+if DIR and FOLDER lie in the same place beside the repository. Weights whose values are all written down are deleted,
+so that it stays small.
 
 What is made, in which order and with which rates is in `real_runs.py`; verdicts follow the rule of `verdicts.py`, with
-at least three seeds. Seeds and few-shot splits are paired: a difference is taken within a seed and a split.
+at least three seeds. Seeds and few-shot splits are paired: a difference is taken within a seed and a split, and a seed
+counts when it has all splits.
 """
 
 from plumbing.errors import exit_quietly_on_signals
@@ -21,6 +23,7 @@ if __name__ == "__main__":  # Ctrl-C during the slow imports
 
 import argparse
 import math
+import os
 import statistics
 import threading
 import time
@@ -31,13 +34,16 @@ import numpy as np
 from scipy import stats
 
 from experiments import verdicts
-from experiments.methods import NAVIGATION, ROOT, OutOfTime, workers
+from experiments.claim_figures import shown
+from experiments.commands import ROOT, OutOfTime, side_by_side
+from experiments.methods import NAVIGATION
 from experiments.real_runs import (
-    BUDGETS, METHODS, Budget, Maker, few_shot_flags, in_order, make_all, read_raw, search, training_flags,
-    unpacked,
+    BUDGETS, METHODS, RATES, Z_RATES, Budget, Maker, few_shot_flags, in_order, make_all, read_raw, search, setup_of,
+    training_flags, unpacked,
 )  # fmt: skip
 from experiments.verdicts import MARGIN, judge, judged, verdict
 from plumbing.errors import exit_on_user_error
+from plumbing.machine import cpu
 from plumbing.tables import markdown, mean_std_text
 from tools import figures
 
@@ -57,14 +63,15 @@ class Claim(NamedTuple):
 CLAIMS = {
     "few-shot": Claim(
         "After few-shot adaptation MHR is above Poly, and Poly above one LoRA, also a larger one.",
-        "CrossFit, BART-large: MHR 57.8, Poly 56.7, LoRA 55.9 (MHR 2022 Tab. 2); T0, T5-XL: 69.1, 68.0, 66.0",
+        "CrossFit, BART-large: MHR 57.8, Poly 56.7, LoRA 55.9 (MHR 2022 Tab. 2); T0, T5-XL: MHR, h = 64, 69.1, Poly "
+        "68.0, LoRA 66.0 (MHR Tab. 2)",
         ("few-shot", "few-shot-told", "few-shot-scarce"),
         (("MHR", ">", "Poly"), ("Poly", ">", "LoRA"), ("Poly", ">", "LoRA-big")),
     ),
     "z": Claim(
         "Training the routing alone comes close to training everything for MHR, not as close for Poly; MHR-z is above "
         "Poly-z, and more heads help it.",
-        "T0, T5-XL: MHR-z 68.3, MHR 69.1, Poly-z 66.4, Poly 68.0 (MHR Tab. 2)",
+        "T0, T5-XL, h = 64: MHR-z 68.3, MHR 69.1, Poly-z 66.4, Poly 68.0 (MHR Tab. 2)",
         ("z", "z-scarce"),
         (
             ("MHR-z", "~", "MHR"), ("Poly - Poly-z", ">", "MHR - MHR-z"), ("MHR-z", ">", "Poly-z"),
@@ -113,6 +120,14 @@ def label(name: str, variant: str) -> str:
     return f"{method}{f'-{variant}' * (variant != 'all')}{comma}{sizes}"
 
 
+def rates_of(raw: dict[str, dict], name: str, budget: Budget) -> tuple[str, dict[str, str]] | None:
+    """The rates of a method as `search` found them; None if it is not done."""
+    try:
+        return search(name, budget, lambda flags, few: raw[f"{flags} | {few} --tasks dev"]["value"])
+    except KeyError:
+        return None
+
+
 def values_of(raw: dict[str, dict], budget: Budget) -> dict[str, dict[tuple, dict]]:
     """{measure: {(seed, split): its line's value}} of all that is made; of an alignment {(seed,): value}.
 
@@ -120,9 +135,8 @@ def values_of(raw: dict[str, dict], budget: Budget) -> dict[str, dict[tuple, dic
     """
     found = {}
     for name, (_, variants) in METHODS.items():
-        try:
-            rate, few = search(name, budget, lambda flags, few: raw[f"{flags} | {few} --tasks dev"]["value"])
-        except KeyError:  # the search of its rates is not done
+        rate, few = rates_of(raw, name, budget) or (None, None)
+        if not rate:
             continue
         for seed in sorted({int(key.split()[-1]) for key in raw if " | " not in key}):  # of pre-trainings
             flags = training_flags(name, budget, rate, seed, budget.steps)
@@ -148,11 +162,13 @@ def differences(measured: dict, a: str, b: str) -> dict[tuple, float]:
     return {key: total(sides[0], key) - total(sides[1], key) for key in sorted(common)}
 
 
-def by_seed(values: dict[tuple, float]) -> list[float]:
-    """The mean over splits of each seed."""
-    return [
-        statistics.fmean(v for key, v in values.items() if key[0] == seed) for seed in sorted({k[0] for k in values})
-    ]
+def by_seed(values: dict[tuple, float], splits: tuple[int, ...]) -> tuple[list[float], list[float]]:
+    """Means over the splits: of the seeds that have all of them, and of those that have some. Alignments have none."""
+    found = ([], [])
+    for seed in sorted({key[0] for key in values}):
+        of = {key[1:]: value for key, value in values.items() if key[0] == seed}
+        found[() not in of and len(of) < len(splits)].append(statistics.fmean(of.values()))
+    return found
 
 
 def enough(mean: float, std: float, most: int = 200) -> int | None:
@@ -174,7 +190,7 @@ self-attention.{about} For each method the same search of learning rates, on the
 (`experiments/real_runs.py`); no test task was used to choose anything. Scores: the mean of the test tasks' official
 metrics, in percent. All values, with their flags, commit, date and device, are in `real.jsonl`.
 
-A verdict needs three seeds, and follows the rule of [claims.md](claims.md): "a > b" by a paired t-test at 5 %, "~" and
+A verdict needs three seeds, and follows the rule of `results/claims.md`: "a > b" by a paired t-test at 5 %, "~" and
 "<=" with a margin of {margin:g} points. "Signs as theirs": of the comparisons a > b, those whose mean is above 0,
 whatever chance makes of it. "Would decide": seeds after which the interval leaves out zero if mean and
 standard deviation stay as seen; with one seed the deviation is that of its few-shot splits.
@@ -186,87 +202,103 @@ gym's random partition, 29 tasks to train on, 3 to choose rates, 5 to test. The 
 
 def write(folder: Path):
     """Write real.md and a figure for each budget of which something is made, from real.jsonl in a folder."""
-    raw, sections = read_raw(folder / "real.jsonl"), []
+    raw, sections, here = read_raw(folder / "real.jsonl"), [], folder.resolve() == ROOT / "results"
     toy = verdicts.read_raw(ROOT / "results" / "claims.jsonl")
     for name, budget in BUDGETS.items():
         measured = values_of(raw, budget)
         if scores := {m: of for m, of in measured.items() if len(next(iter(of))) == 2}:
-            of_seeds = {m: by_seed({key: value["mean"] for key, value in of.items()}) for m, of in scores.items()}
+            of_seeds = {shown(m): sum(means(of, budget), []) for m, of in scores.items()}
             reference = "LoRA" if "LoRA" in of_seeds else ""
             what = "mean score on the test tasks (%)"
             figures.by_method(of_seeds, folder / f"real-{name}", what, figures.PERCENT, reference)
-            sections.append(section(name, budget, measured, scores, toy))
+            sections.append(section(name, budget, measured, scores, raw, claims_table(measured, budget, toy, here)))
     text = "".join(sections) or "\nNothing is made yet.\n"
-    about, navigation = (ABOUT, NAVIGATION) if folder.resolve() == ROOT / "results" else ("", "")
+    about, navigation = (ABOUT, NAVIGATION) if here else ("", "")
     (folder / "real.md").write_text(PAGE.format(navigation=navigation, margin=MARGIN, about=about, sections=text))
 
 
-def section(name: str, budget: Budget, measured: dict, scores: dict, toy: dict) -> str:
-    """A budget's part of the page: claims, scores, comparisons, training."""
+def means(of: dict[tuple, dict], budget: Budget) -> tuple[list[float], list[float]]:
+    """The mean scores of a measure by seed, as `by_seed`."""
+    return by_seed({key: value["mean"] for key, value in of.items()}, budget.splits)
+
+
+def section(name: str, budget: Budget, measured: dict, scores: dict, raw: dict, claims: str) -> str:
+    """A budget's part of the page: claims, scores, comparisons, training, rates."""
     alt = "each method and variant on a line: its seeds as dots, their mean as a diamond, one LoRA as a dashed line"
-    parts = [f"\n## Budget `{name}`\n", f"{budget.says}\n", claims_table(measured, toy), ""]
-    parts += [f"![Mean scores: {alt}](real-{name}.png)\n", scores_table(measured, scores), ""]
-    parts += ["### Comparisons\n", comparisons_table(measured), "", "### Pre-training\n", training_table(measured), ""]
-    return "\n".join(parts)
+    parts = [f"\n## Budget `{name}`\n", f"{budget.says}\n", claims, ""]
+    parts += [f"![Mean scores: {alt}](real-{name}.png)\n", scores_table(budget, scores), ""]
+    parts += ["### Comparisons\n", "In brackets: seeds without all their splits.\n"]
+    parts += [comparisons_table(measured, budget), "", "### Pre-training\n", training_table(measured), ""]
+    steps = f"{budget.search_steps:,} of the {budget.steps:,} steps"
+    parts += ["### Learning rates\n", f"The best of three on the dev tasks, after {steps}, seed 0; * is at an edge.\n"]
+    return "\n".join([*parts, rates_table(raw, budget), ""])
 
 
-def verdict_here(measured: dict, claim: Claim) -> tuple[str, list[tuple]]:
-    """(verdict, [(comparison, differences by seed, what judge says)]) of a claim."""
+def verdict_here(measured: dict, budget: Budget, claim: Claim) -> tuple[str, list[tuple]]:
+    """(verdict, [(comparison, differences, what judge says if three seeds are whole)]) of a claim."""
     rows = []
     for a, relation, b in claim.compare:
         pairs = differences(measured, a, b)
-        seeds = by_seed(pairs)
+        seeds = by_seed(pairs, budget.splits)[0]
         part = judge(np.array(seeds), relation, np.zeros(len(seeds))) if len(seeds) >= 3 else None
-        rows.append((f"{a} {relation} {b}", pairs, part))
+        rows.append((f"{shown(a)} {relation} {shown(b)}", pairs, part))
     if not any(pairs for _, pairs, _ in rows):
         return "not made yet", rows
-    if any(part is None for _, _, part in rows):
-        return f"undecided: {max(len(by_seed(pairs)) for _, pairs, _ in rows)} of 3 seeds", rows
-    return verdict([part for _, _, part in rows]), rows
+    parts = [part for _, _, part in rows if part]
+    if len(parts) < len(rows):
+        return f"undecided: {len(parts)} of {len(rows)} comparisons have three seeds", rows
+    return verdict(parts), rows
 
 
-def on_strings(name: str, raw: dict) -> str:
-    """The verdict of a claim of `claims.md`, with a link, or that it is not made yet."""
+def on_strings(name: str, raw: dict, here: bool) -> str:
+    """The verdict of a claim of `claims.md`, or that it is not made yet. here: with a link."""
     parts = judged(verdicts.CLAIMS[name], raw, verdicts.SEEDS)
-    return f"[{name}](claims.md#{name}): {verdict(parts)}" if parts else f"{name}: not made yet"
+    return f"{f'[{name}](claims.md#{name})' if parts and here else name}: {verdict(parts) if parts else 'not made yet'}"
 
 
-def claims_table(measured: dict, toy: dict) -> str:
+def claims_table(measured: dict, budget: Budget, toy: dict, here: bool) -> str:
     lines = ["| the papers say | their numbers | on `strings` | here | signs as theirs |", "|---|---|---|---|---|"]
     for claim in CLAIMS.values():
-        says, rows = verdict_here(measured, claim)
-        made = [statistics.fmean(by_seed(pairs)) > 0 for what, pairs, _ in rows if pairs and " > " in what]
-        beside = "; ".join(on_strings(name, toy) for name in claim.toy)
+        says, rows = verdict_here(measured, budget, claim)
+        made = [statistics.fmean(pairs.values()) > 0 for what, pairs, _ in rows if pairs and " > " in what]
+        beside = "; ".join(on_strings(name, toy, here) for name in claim.toy)
         lines.append(f"| {claim.says} | {claim.papers} | {beside} | {says} | {sum(made)} of {len(made)} |")
     return "\n".join(lines)
 
 
-def scores_table(measured: dict, scores: dict) -> str:
+def scores_table(budget: Budget, scores: dict) -> str:
     tasks = list(next(iter(next(iter(scores.values())).values()))["tasks"])
     lines = [("method", "seeds x splits", "for a new task", "before", "after", *tasks)]
     for name, of in scores.items():
-        each = list(of.values())
-        mean = mean_std_text(by_seed({key: value["mean"] for key, value in of.items()}), "±")
+        each, (whole, part) = list(of.values()), means(of, budget)
         before = statistics.fmean(value["before"] for value in each)
         by_task = [f"{statistics.fmean(value['tasks'][task] for value in each):.1f}" for task in tasks]
         new = f"{sum(each[0]['parameters'].values()):,}"
-        lines.append((name, str(len(each)), new, f"{before:.1f}", mean, *by_task))
+        mean = mean_std_text(whole or part, "±")
+        lines.append((shown(name), str(len(each)), new, f"{before:.1f}", mean, *by_task))
     return markdown(lines, left=1)
 
 
-def comparisons_table(measured: dict) -> str:
+def comparisons_table(measured: dict, budget: Budget) -> str:
     lines = [("claim", "comparison", "seed by seed", "mean", "verdict", "would decide")]
     for name, claim in CLAIMS.items():
-        for what, pairs, part in verdict_here(measured, claim)[1]:
-            seeds, digits = by_seed(pairs), 3 if name == "alignment" else 1
-            mean = statistics.fmean(seeds) if seeds else 0.0
-            spread = seeds if len(seeds) > 1 else list(pairs.values())
-            need = enough(mean, statistics.stdev(spread)) if len(spread) > 1 and " > " in what else None
-            decides = "" if len(spread) < 2 or " > " not in what else f"{need} seeds" if need else "more than 200 seeds"
-            shown = " ".join(f"{x:+.{digits}f}" for x in seeds) or "not made yet"
-            says = part.says if part else "undecided" if seeds else ""
-            lines.append((name, what, shown, f"{mean:+.{digits}f}" if seeds else "", says, decides))
+        for what, pairs, part in verdict_here(measured, budget, claim)[1]:
+            (whole, some), digits = by_seed(pairs, budget.splits), 3 if name == "alignment" else 1
+            each = [f"{x:+.{digits}f}" for x in whole] + [f"({x:+.{digits}f})" for x in some]
+            mean = f"{statistics.fmean(whole):+.{digits}f}" if whole else ""
+            says = part.says if part else "undecided" if pairs else ""
+            decides = would_decide(whole, list(pairs.values())) if whole and " > " in what else ""
+            lines.append((name, what, " ".join(each) or "not made yet", mean, says, decides))
     return markdown(lines, left=2)
+
+
+def would_decide(seeds: list[float], pairs: list[float]) -> str:
+    """How many seeds would leave out zero, by the deviation of the seeds, or of the splits if there is one seed."""
+    spread = seeds if len(seeds) > 1 else pairs
+    if len(spread) < 2:
+        return ""
+    need = enough(statistics.fmean(seeds), statistics.stdev(spread))
+    return f"{need} seeds" if need else "more than 200 seeds"
 
 
 def training_table(measured: dict) -> str:
@@ -279,6 +311,16 @@ def training_table(measured: dict) -> str:
     return markdown(lines, left=1)
 
 
+def rates_table(raw: dict[str, dict], budget: Budget) -> str:
+    lines = [("method", "pre-training", "few-shot")]
+    edge = lambda rate, rates: "*" * (rate in (rates[0], rates[-1]))  # noqa: E731
+    for name in METHODS:
+        if found := rates_of(raw, name, budget):
+            each = (f"{v}: {few}{edge(few.split()[1], Z_RATES if v == 'z' else RATES)}" for v, few in found[1].items())
+            lines.append((name, f"--lr {found[0]}{edge(found[0], RATES)}", ", ".join(each)))
+    return markdown(lines, left=3)
+
+
 # --- The command ------------------------------------------------------------------------------------------------------
 
 
@@ -287,13 +329,14 @@ def make(args):
     import torch
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on = torch.cuda.get_device_name() if device == "cuda" else f"cores of {cpu()}"
+    where = {"--data-dir": os.path.relpath(args.data_dir, ROOT), "--backbone": unpacked(args.backbone)}
     budget, until = BUDGETS[args.budget], time.monotonic() + 60 * args.minutes
-    where = ["--data-dir", args.data_dir, "--backbone", unpacked(args.backbone, args.runs / "backbone")]
-    maker = Maker(args.results / "real.jsonl", args.runs, where, device, until)
+    setup = setup_of(args.data_dir, args.backbone)
+    maker = Maker(args.results / "real.jsonl", args.runs, setup, where, device, on, until)
     locks = {name: threading.Lock() for name in METHODS}
-    with workers(args.jobs) as pool:
-        runs = in_order(tuple(args.seeds) or budget.seeds)
-        list(pool.map(lambda run: make_all(maker, run[1], budget, run[0], locks[run[1]]), runs))
+    runs = in_order(tuple(args.seeds) or budget.seeds)
+    side_by_side(lambda run: make_all(maker, run[1], budget, run[0], locks[run[1]]), runs, args.jobs)
 
 
 def main():
@@ -313,6 +356,10 @@ def main():
         parser.error("--data-dir and --backbone are needed, but for --page")
     if args.jobs < 1 or args.minutes <= 0 or any(seed < 0 for seed in args.seeds):
         parser.error("--jobs and --minutes must be above 0, --seeds not negative")
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error("--seeds names one twice")
+    if args.data_dir and not Path(args.data_dir).is_dir():
+        parser.error(f"--data-dir {args.data_dir} is no folder")
     for name in ("results",) if args.page else ("results", "runs"):
         try:
             getattr(args, name).mkdir(parents=True, exist_ok=True)

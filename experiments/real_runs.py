@@ -7,21 +7,28 @@ then the other seeds, then the other methods.
 """
 
 import json
+import math
+import os
 import shutil
 import threading
 import zlib
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from experiments.methods import run
+from experiments.commands import ROOT, Failed, run
 from plumbing.backbones import load_backbone
+from plumbing.checkpoint import LOWER_RATE
 from plumbing.errors import UserError
-from plumbing.folders import read_json
+from plumbing.folders import append_line, read_json, read_lines
+from plumbing.machine import commit
+from recipes import FEW_SHOT, PRETRAINING
 
 # --- What is compared -------------------------------------------------------------------------------------------------
 
-SETTING = "--dataset crossfit --layers self-attention --rank 4 --precision bf16"  # the rest: the recipe, and a budget
+SETTING = "--dataset crossfit --layers self-attention --rank 4 --precision bf16"  # the rest: recipe and budget
 LOOKS = 5  # at gradient alignment, in training
 METHODS = {  # name: (flags of train.py, variants of adapt.py; the first one chooses the rate of pre-training)
     "LoRA": ("--method lora", ("all",)),
@@ -55,7 +62,8 @@ class Budget(NamedTuple):
 
 BUDGETS = {
     "papers": Budget(
-        "Polytropon's recipe whole: 30 epochs in batches of 32, then 1,000 few-shot steps of 8, five splits, 4 beams.",
+        "Polytropon's recipe, but for the rank of 4 (there 16): 12,540 steps of 32, which are 30 epochs of 13,345 "
+        "examples; then at most 1,000 few-shot steps of 8, five splits, 4 beams.",
         "", 12_540, "", (100, 13, 21, 42, 87), (0, 1, 2), 1_000, "--steps 300",
     ),
     "cpu": Budget(
@@ -78,8 +86,14 @@ def in_order(seeds: tuple[int, ...]) -> list[tuple[int, str]]:
 # --- Values: from the raw file, or from runs --------------------------------------------------------------------------
 
 
+def setup_of(data_dir: str, backbone: str) -> str:
+    """What all values of a raw file have in common: names of data and backbone, and a mark of the recipe."""
+    recipe = zlib.crc32(json.dumps([PRETRAINING["crossfit"], FEW_SHOT["crossfit"], SETTING]).encode())
+    return f"{Path(data_dir).resolve().name}, {Path(backbone).name}, recipe {recipe:08x}"
+
+
 def training_flags(name: str, budget: Budget, rate: str, seed: int, steps: int) -> str:
-    """All that determines a pre-training but its data and backbone."""
+    """All that determines a pre-training but what its setup has (`setup_of`)."""
     size = f"--steps {steps} --keep-every {steps // LOOKS}"
     return " ".join(f"{SETTING} {METHODS[name][0]} {budget.train} {size} --lr {rate} --seed {seed}".split())
 
@@ -92,11 +106,12 @@ def few_shot_flags(variant: str, budget: str, split: int, rate: str, seed: int) 
 def read_raw(path: Path) -> dict[str, dict]:
     """{key: line} of a raw file; {} if there is none. Raises UserError for a damaged line."""
     lines = {}
-    for number, text in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # without the rest of a killed process
+    for number, text in enumerate(whole, 1):
         try:
             line = json.loads(text)
             ok = isinstance(line["key"], str) and isinstance(line["value"], dict)
-            if not ok or any(type(line[key]) is not str for key in ("commit", "made", "on")):
+            if not ok or any(type(line[key]) is not str for key in ("commit", "made", "on", "setup")):
                 raise ValueError
             lines[line["key"]] = line
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -107,46 +122,58 @@ def read_raw(path: Path) -> dict[str, dict]:
 class Maker:
     """Makes values by the project's own commands until the time is over, and writes each one down.
 
-    where: flags of train.py for data and backbone; device: cpu or cuda. Neither is part of a key.
+    setup: what all values of a raw file have in common, beside what is in their keys. where: flags of train.py for data
+    and backbone. on: the device in words. Raises UserError if the raw file is of another setup.
     """
 
-    def __init__(self, raw: Path, runs: Path, where: list[str], device: str, until: float):
-        self.raw, self.runs, self.where, self.device, self.until = raw, runs, where, device, until
-        self.lines, self.lock = read_raw(raw), threading.Lock()
+    def __init__(self, raw: Path, runs: Path, setup: str, where: dict[str, str], device: str, on: str, until: float):
+        self.raw, self.runs, self.setup, self.where, self.device = raw, runs, setup, where, device
+        self.on, self.until, self.lines, self.lock = on, until, read_raw(raw), threading.Lock()
+        if others := {line["setup"] for line in self.lines.values()} - {setup}:
+            raise UserError(f"{raw} has values of {others.pop()}, these would be of {setup}: give another --results")
 
-    def value(self, key: str, make: Callable[[], tuple[dict, Path]]) -> dict:
-        """The value of a key; make() gives it with the folder of the run that it is of, if it is not there yet."""
+    def value(self, key: str, make: Callable[[], dict]) -> dict:
+        """The value of a key; make() gives it, and the "commit" that it was made at, if it is not there yet."""
         if key not in self.lines:
-            value, folder = make()
-            start = read_json(folder / "provenance.json", starts=list)["starts"][-1]
-            on = start["gpus"][0] if self.device == "cuda" else f"one core of {start['cpu']}"
-            line = {"key": key, "value": value, "commit": start["commit"], "made": start["date"][:10], "on": on}
-            with self.lock, open(self.raw, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            value = make()
+            line = {"key": key, "value": value, "commit": value.pop("commit"), "made": str(date.today()), "on": self.on}
+            with self.lock:
+                append_line(self.raw, line | {"setup": self.setup})
             self.lines[key] = line
         return self.lines[key]["value"]
 
-    def run(self, script: str, flags: list[str], result: Path) -> dict:
-        return run(script, [*flags, "--device", self.device], result, self.until)
+    def folder(self, *flags: str) -> Path:
+        """The folder of a run: relative, so that it is the same on another machine."""
+        names = [f"{zlib.crc32(f'{self.setup} {text}'.encode()):08x}" for text in flags]
+        return Path(os.path.relpath(self.runs, ROOT)) / "-".join(names)
 
-    def pretrain(self, flags: str) -> Path:
-        """The folder of a pre-training that is done."""
-        folder = self.folder(flags)
+    def run(self, script: str, folder: Path, flags: list[str], result: str = "result.json") -> dict:
+        named = [*flags, "--device", self.device, "--output-dir", str(folder)]
+        return run(script, named, ROOT / folder / result, self.until)
+
+    def pretrain(self, flags: str) -> dict:
+        """The result of a pre-training."""
+        where = [word for flag, value in self.where.items() for word in (flag, value)]
+        return self.run("train.py", self.folder(flags), [*flags.split(), *where, "--save-every", "2m", "--resume"])
+
+    def weights(self, flags: str) -> Path:
+        """The folder of a pre-training with its weights, which are deleted once all values that need them are there."""
+        folder = ROOT / self.folder(flags)
         if (folder / "result.json").exists() and not (folder / "adapter.safetensors").exists():
-            shutil.rmtree(folder)  # its weights were deleted when all its values were there: others are asked for now
-        named = [*flags.split(), *self.where, "--save-every", "2m", "--resume", "--output-dir", str(folder)]
-        self.run("train.py", named, folder / "result.json")
-        return folder
+            (folder / "result.json").unlink()
+            shutil.rmtree(folder)
+        self.pretrain(flags)
+        return self.folder(flags)
 
     def trained(self, flags: str) -> dict:
         """{"loss": means of the first and of the last twentieth, "parameters", "seconds"} of a pre-training."""
 
         def make():
-            folder = self.pretrain(flags)
-            losses = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
-            part, done = max(1, len(losses) // 20), read_json(folder / "result.json", seconds=float, parameters=dict)
+            done = self.pretrain(flags)
+            losses = [line["loss"] for line in read_lines(ROOT / self.folder(flags) / "log.jsonl")]
+            part = max(1, len(losses) // 20)
             ends = [sum(of) / len(of) for of in (losses[:part], losses[-part:])]
-            return {"loss": ends, "parameters": done["parameters"], "seconds": done["seconds"]}, folder
+            return {"loss": ends} | {key: done[key] for key in ("parameters", "seconds", "commit")}
 
         return self.value(flags, make)
 
@@ -154,49 +181,63 @@ class Maker:
         """{"tasks": {name: score}, "mean", "before": their mean, "dev_loss": mean, "seconds"} of an adaptation."""
 
         def make():
-            base = self.folder(flags)
-            folder = base.with_name(f"{base.name}-{zlib.crc32(few.encode()):08x}-{tasks}")
-            if not (folder / "result.json").exists():
-                self.pretrain(flags)
-            named = ["--checkpoint", str(base), *few.split(), "--tasks", tasks, "--resume", "--output-dir", str(folder)]
-            done = self.run("adapt.py", named, folder / "result.json")
-            split = next(path for path in folder.iterdir() if path.name.isdecimal())
+            folder = self.folder(flags, f"{few} --tasks {tasks}")
+            if not (ROOT / folder / "result.json").exists():
+                self.weights(flags)
+            base = ["--checkpoint", str(self.folder(flags)), "--data-dir", self.where["--data-dir"]]
+            done = self.run("adapt.py", folder, [*base, *few.split(), "--tasks", tasks, "--resume"])
+            split = next(path for path in (ROOT / folder).iterdir() if path.name.isdecimal())
             stops = [read_json(path, stops=dict)["stops"]["dev_loss"] for path in split.glob("*.json")]
             scores = {name: round(score, 3) for name, score in done["tasks"].items()}
-            forget(folder)
-            value = {"tasks": scores, "mean": done["mean"], "before": done["mean_before"], "seconds": done["seconds"]}
-            return value | {"dev_loss": sum(stops) / len(stops), "parameters": done["parameters"]}, folder
+            forget(ROOT / folder)
+            value = {"tasks": scores, "mean": done["mean"], "before": done["mean_before"]}
+            value |= {key: done[key] for key in ("parameters", "seconds", "commit")}
+            return value | {"dev_loss": sum(stops) / len(stops)}
 
         return self.value(f"{flags} | {few} --tasks {tasks}", make)
+
+    def tried(self, flags: str, few: str) -> dict:
+        """`adapted` on the dev tasks; {"dev_loss": None} if pre-training at this rate is not finite."""
+        try:
+            return self.adapted(flags, few, "dev")
+        except Failed as failed:
+            if LOWER_RATE not in str(failed):
+                raise
+            return self.value(f"{flags} | {few} --tasks dev", lambda: {"dev_loss": None, "commit": commit()})
 
     def alignment(self, flags: str) -> dict:
         """{"inventory", "mixtures": {step: mean cosine of the training tasks' gradients}} of a pre-training."""
 
         def make():
-            base = self.pretrain(flags)
-            named = ["--checkpoint", str(base), "--examples", "16", "--output-dir", str(base / "analysis")]
-            done = self.run("tools.analyze", named, base / "analysis" / "analysis.json")
+            base = self.folder(flags)
+            if not (ROOT / base / "analysis" / "analysis.json").exists():
+                self.weights(flags)
+            of_run = ["--checkpoint", str(base), "--data-dir", self.where["--data-dir"], "--examples", "16"]
+            done = self.run("tools.analyze", base / "analysis", of_run, "analysis.json")
             keys = {"inventory": "alignment", "mixtures": "alignment_mixed"}
-            return {of: {str(line["step"]): line[key] for line in done["over_steps"]} for of, key in keys.items()}, base
+            over = {of: {str(line["step"]): line[key] for line in done["over_steps"]} for of, key in keys.items()}
+            return over | {"commit": done["commit"]}
 
         return self.value(f"{flags} | alignment", make)
 
-    def folder(self, flags: str) -> Path:
-        return self.runs / f"{zlib.crc32(flags.encode()):08x}"
 
-
-def unpacked(backbone: str, folder: Path) -> str:
-    """The backbone of a GGUF file as a folder of safetensors, made once: every run then loads it in a second, where
-    dequantising takes 15. Any other backbone as it is."""
-    if not list(Path(backbone).glob("*.gguf")) or (Path(backbone) / "config.json").exists():
+def unpacked(backbone: str) -> str:
+    """The backbone of a GGUF file as a folder of safetensors in runs/, made once: every run then loads it in a second,
+    where dequantising takes 15. Any other backbone as it is. Of folders the path from ROOT."""
+    files = sorted(Path(backbone).glob("*.gguf"))
+    if not Path(backbone).is_dir():
         return backbone
+    if not files or (Path(backbone) / "config.json").exists():
+        return os.path.relpath(backbone, ROOT)
+    folder = ROOT / "runs" / f"unpacked-{files[0].stem}-{files[0].stat().st_size}"
     if not folder.exists():
         model, tokenizer = load_backbone(backbone, "cpu")
-        shutil.rmtree(part := folder.with_name(f"{folder.name}.part"), ignore_errors=True)
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        part.rename(folder)
-    return str(folder)
+        folder.parent.mkdir(exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent) as part:
+            model.save_pretrained(f"{part}/model")
+            tokenizer.save_pretrained(f"{part}/model")
+            Path(part, "model").rename(folder)
+    return os.path.relpath(folder, ROOT)
 
 
 def forget(folder: Path):
@@ -213,13 +254,15 @@ def search(name: str, budget: Budget, trial: Callable[[str, str], dict]) -> tupl
 
     trial(flags of train.py, flags of adapt.py) returns what `Maker.adapted` does. Seed 0, the first few-shot split.
     First the rate of pre-training, of three, by the first variant at the middle rate; then each variant's rate, of
-    three (under z that of Z). So every method has 3 short pre-trainings, and 3 trials for each variant.
+    three (under z that of Z). So every method has 3 short pre-trainings, and 3 trials for each variant. A rate at which
+    training fails is the worst.
     """
 
     def loss(rate: str, variant: str, few: str) -> float:
         flags = training_flags(name, budget, rate, 0, budget.search_steps)
         few_flags = few_shot_flags(variant, f"{budget.search_few} --test-examples 1", budget.splits[0], few, 0)
-        return trial(flags, few_flags)["dev_loss"]
+        found = trial(flags, few_flags)["dev_loss"]
+        return math.inf if found is None else found
 
     variants = METHODS[name][1]
     best = min(RATES, key=lambda rate: loss(rate, variants[0], f"--lr {RATES[1]}"))
@@ -233,9 +276,9 @@ def search(name: str, budget: Budget, trial: Callable[[str, str], dict]) -> tupl
 def make_all(maker: Maker, name: str, budget: Budget, seed: int, lock: threading.Lock):
     """All values of a seed and a method. lock: of the method, so that two seeds do not both search."""
     with lock:
-        rate, few = search(name, budget, lambda flags, few: maker.adapted(flags, few, "dev"))
+        rate, few = search(name, budget, maker.tried)
         for short in RATES:
-            forget(maker.folder(training_flags(name, budget, short, 0, budget.search_steps)))
+            forget(ROOT / maker.folder(training_flags(name, budget, short, 0, budget.search_steps)))
     flags = training_flags(name, budget, rate, seed, budget.steps)
     maker.trained(flags)
     for split in budget.splits:
@@ -243,4 +286,4 @@ def make_all(maker: Maker, name: str, budget: Budget, seed: int, lock: threading
             maker.adapted(flags, few_shot_flags(variant, budget.few, split, few[variant], seed), "all")
     if name in ALIGNED:
         maker.alignment(flags)
-    forget(maker.folder(flags))
+    forget(ROOT / maker.folder(flags))

@@ -24,11 +24,13 @@ from pathlib import Path
 from experiments import claims
 from experiments.claim_figures import ALTS, FIGURES, reference, shown
 from experiments.claims import Claim, measures_of, parts_of
+from experiments.scarce import SEARCHED
 from experiments.verdicts import (
     CLAIMS, MARGIN, SEEDS, Values, Verdict, collect, estimate, hours, judged, make_missing, read_raw, use_device,
     verdict,
 )  # fmt: skip
-from experiments.methods import KEEP_EVERY, NAVIGATION, ROOT, RUNS
+from experiments.commands import ROOT
+from experiments.methods import KEEP_EVERY, NAVIGATION, RUNS
 from plumbing.errors import exit_on_user_error
 from recipes import FEW_SHOT, PRETRAINING
 from tools import analyze
@@ -50,8 +52,10 @@ def beside_results(raw: dict[tuple[str, int], dict], seeds: tuple[int, ...], nam
             cells = " | ".join(f"{in_numbers(v)[0]} ({in_numbers(v)[1]}), {v.says}" for v in (ours, theirs))
             same = "yes" if ours.says == theirs.says else "no"
             lines.append(f"| {name} | {worded(*compared)} | {cells} | {same} |")
-    head = "| claim | comparison | here | in results/ | same verdict |\n|---|---|---|---|---|\n"
-    return "# Beside results/\n\n" + head + "\n".join(lines) + "\n" if lines else ""
+    commits = ", ".join(sorted({commit for line in there.values() for commit in line["commits"]}))
+    head = f"# Beside results/\n\nThose values are of commit {commits}.\n{CHANGES}\n"
+    head += "| claim | comparison | here | in results/ | same verdict |\n|---|---|---|---|---|\n"
+    return head + "\n".join(lines) + "\n" if lines else ""
 
 
 def write_page(folder: Path, seeds: tuple[int, ...], names: list[str]):
@@ -89,6 +93,8 @@ def render(raw: dict[tuple[str, int], dict], seeds: tuple[int, ...], names: list
     recipe, few = PRETRAINING["strings"], FEW_SHOT["strings"]
     about = dict(seeds=", ".join(map(str, seeds)), commits=commits, hours=hours(used), margin=MARGIN)
     about |= dict(steps=recipe["steps"], batch=recipe["batch_size"], rank=recipe["rank"], skills=recipe["skills"])
+    on_gpu = any(line.get("on") == "cuda" for line in used)
+    about |= dict(count=len(seeds), where=", runs on a GPU side by side," if on_gpu else " of one core")
     about |= dict(shots=few["shots"], few_steps=few["steps"], few_batch=few["batch_size"], few_every=few["eval_every"])
     about |= dict(seen=recipe["eval_examples"], keep=KEEP_EVERY, examples=analyze.Config.examples)
     about |= dict(history=HISTORY if with_history else "", navigation=NAVIGATION if with_history else "")
@@ -98,15 +104,15 @@ def render(raw: dict[tuple[str, int], dict], seeds: tuple[int, ...], names: list
 
 PAGE = """{navigation}# The papers' claims at laptop scale
 
-The papers make claims about routing; each is tested here with five runs of every method that it compares, on a
+The papers make claims about routing; each is tested here with {count} runs of every method that it compares, on a
 benchmark of string-editing tasks whose skills are known (`strings`) and a model of 1.2 million parameters. That is
 small: MHR's tables are of T5-XL, 3 billion parameters (Tab. 3: T0-11B), on T0's and Super-NaturalInstructions' tasks;
 those of its 2022 version of BART-large on CrossFit and T5-Large on Natural Instructions; Polytropon's of BART-large
 on CrossFit, and of an agent. A claim is a list of comparisons, each of two methods:
 
-* **holds**: all come out as the paper says, by more than chance makes likely. In this setting five seeds support it.
+* **holds**: all come out as the paper says, by more than chance makes likely. In this setting {count} seeds support it.
 * **does not hold here**: at least one contradicts the paper, by more than chance makes likely.
-* **undecided**: neither. The claim may be true or not; five runs do not tell.
+* **undecided**: neither. The claim may be true or not; {count} runs do not tell.
 
 "a > b": a scores higher; "a ~ b": within {margin:g} points; "a <= b": at most {margin:g} points higher. LoRA (Shared):
 `--method lora`, one LoRA for all tasks. A method's name alone: for a held-out task all of it is trained; "-z": that
@@ -148,29 +154,30 @@ their differences have a standard deviation of 4 points, a true difference of 5 
 in 91 %, and true equality in 53 %. Intervals below are of 95 %; the one-sided tests of "<=" and "~" are
 those of 90 %, which are narrower.
 {history}
-Pre-training and few-shot adaptation took {hours:.1f} hours of one core by the clock; analyses, zero-shot runs and
+Pre-training and few-shot adaptation took {hours:.1f} hours{where} by the clock; analyses, zero-shot runs and
 scores are not counted. Commit {commits}.
 
 # Numbers
 
 """
 
+CHANGES = """Two things have changed since: batches were sorted by length within 50 batches, now 8 (`data.batches`), and
+HyperFormer ended at its ReLU, now in a linear layer, with other learning rates (`results/methods.md`).
+"""  # in the code, since the values of results/
 HISTORY = """
 Not blind: when the rule was written, scores of other rates had been seen, and when these runs were made, scores of
 these very settings, seeds 0 to 2 ([LOG.md](LOG.md)). Seeds 3 and 4 are new: hence the differences seed by seed. A
 seed fixes a value only as far as rounding goes: seed 1 of MHR gave 78.1 ([methods.md](methods.md)) and, with products
 taken in another order, 69.3.
 
-They were made on two cores of an AMD EPYC, torch 2.13.0 (CPU), on 2026-11-23, before two changes of the code: batches
-were sorted by length within 50 batches, now 8 ([data.py](../data.py)), and HyperFormer ended at its ReLU.
-
+They were made on two cores of an AMD EPYC, torch 2.13.0 (CPU), on 2026-11-23. {changes}
 Three comparisons are decided by a hair, at p of 0.044 to 0.0498: Poly > Expert (few-shot); MHR, 16 heads > Poly, 8
 skills (heads); and alignment of MHR, inventory > alignment of LoRA (Shared), inventory, on which alone the verdict of
 alignment rests.
 
 What few-shot adaptation, z and μ give on real tasks with a real model, in two seeds of a small budget, is in
 [smollm.md](smollm.md): there MHR and Poly are close together, and LoRA is above both.
-"""  # of results/claims.md alone, not of a page that a reader makes
+""".replace("{changes}", CHANGES)  # of results/claims.md alone, not of a page that a reader makes
 
 
 def worded(a: str | float, relation: str, b: str | float) -> str:
@@ -219,7 +226,7 @@ def in_numbers(part: Verdict) -> tuple[str, str]:
 def section(name: str, claim: Claim, measured: dict[str, Values], parts: list[Verdict]) -> str:
     """The numbers of a claim: comparisons and values."""
     spent = hours([line for of in measured.values() for line in of.lines])
-    text = [f"## {name}: numbers", "", f"({spent:.1f} hours of one core, some for other claims too.)", ""]
+    text = [f"## {name}: numbers", "", f"({spent:.1f} hours of runs, some for other claims too.)", ""]
     text += ["| comparison | difference | 95 % interval | | seed by seed |", "|---|---:|---:|---|---|"]
     for comparison, part in zip(claim.compare, parts, strict=True):
         (mean, interval), each = in_numbers(part), [f"{x:+.{digits_of(part)}f}" for x in part.seeds]
@@ -252,7 +259,10 @@ def main():
         parser.error("--seeds: give --results too, for results/ holds the values of the seeds that are compared")
     if args.device == "cuda" and args.results.resolve() == ROOT / "results":
         parser.error("--device cuda: give --results and --runs too, for results/ holds values made on CPUs")
-    names = list(CLAIMS) if "all" in args.claim else args.claim
+    ready = [name for name in CLAIMS if name in claims.CLAIMS or SEARCHED]
+    names = ready if "all" in args.claim else args.claim
+    if not set(names) <= set(ready):
+        parser.error("--claim: rates for scarce skills are not searched yet, see experiments/scarce.py")
     for name in ("results",) if args.page else ("results", "runs"):
         try:
             getattr(args, name).mkdir(parents=True, exist_ok=True)
@@ -264,7 +274,7 @@ def main():
         print(estimate(measures, tuple(args.seeds), args.results / "claims.jsonl", args.device, args.jobs))
         return
     if not args.page:
-        make_missing(measures, tuple(args.seeds), args.results / "claims.jsonl", args.runs, args.jobs)
+        make_missing(measures, tuple(args.seeds), args.results / "claims.jsonl", args.runs, args.jobs, args.device)
     asked = [] if "all" in args.claim else names
     raw = read_raw(args.results / "claims.jsonl")
     write_page(args.results, tuple(args.seeds), claims_on_page(raw, tuple(args.seeds), asked))

@@ -19,7 +19,8 @@ SCARCE, SKILLS, TASKS = 2, (2, 3, 4, 8), 64
 OTHER_HEADS = (2, 4, 8, 32)  # beside 16; one head is Poly
 NEW = "windows of 8"  # of batches sorted by length (`data.batches`); the values of claims.py were made with 50
 
-AT = {  # found by --tune --skills: as RATES, at a number of skills
+SEARCHED = False  # until the command above has run, AT has the recipe's rates, and nothing is made with them
+AT = {  # as RATES, at a number of skills
     **{("Poly", s): RATES["Poly"] for s in SKILLS},
     **{("MHR", s): RATES["MHR"] for s in SKILLS},
     **{(f"Random by {unit}", SCARCE): RATES[f"Random by {unit}"] for unit in ("example", "task")},

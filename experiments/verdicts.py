@@ -29,9 +29,10 @@ from scipy import stats
 
 from experiments import claims, scarce
 from experiments.claims import Claim, Measure, measures_of, parts_of
-from experiments.methods import METHODS, RATES, ROOT, RUNS, adapt, pretrain, run, workers
+from experiments.commands import ROOT, run, side_by_side
+from experiments.methods import METHODS, RATES, RUNS, adapt, pretrain
 from plumbing.errors import RunError, UserError
-from plumbing.folders import check_numbers
+from plumbing.folders import append_line, check_numbers
 from recipes import PRETRAINING, VARIANTS
 from tools import figures
 
@@ -62,7 +63,8 @@ def flags_of(measure: Measure) -> str:
 def read_raw(path: Path) -> dict[tuple[str, int], dict]:
     """{(flags, seed): line} of a raw file; {} if there is none. Raises UserError for a damaged line."""
     lines = {}
-    for number, text in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # without the rest of a killed process
+    for number, text in enumerate(whole, 1):
         try:
             line = json.loads(text)
             value, (before, after) = line["value"], line["seconds"]
@@ -79,8 +81,11 @@ def read_raw(path: Path) -> dict[tuple[str, int], dict]:
     return lines
 
 
-def make_missing(names: list[str], seeds: tuple[int, ...], path: Path, runs: Path, jobs: int):
-    """Make the values of these measures that the raw file lacks, and append each one as soon as it is made."""
+def make_missing(names: list[str], seeds: tuple[int, ...], path: Path, runs: Path, jobs: int, device: str = "cpu"):
+    """Make the values of these measures that the raw file lacks, and append each one as soon as it is made.
+
+    device: where scripts run, for the lines. Raises UserError if the file has values that were made on another.
+    """
     have, groups = read_raw(path), defaultdict(list)
     for name in names:
         measure = MEASURES[name]
@@ -88,6 +93,8 @@ def make_missing(names: list[str], seeds: tuple[int, ...], path: Path, runs: Pat
             if (flags_of(measure), seed) not in have:
                 groups[seed, measure.method, (*rates_of(measure)[0], *measure.flags.split())].append(measure)
     lock = threading.Lock()
+    if others := {line.get("on", "cpu") for line in have.values()} - {device}:
+        raise UserError(f"{path} has values made on {others.pop()}: give another --results, or --device")
 
     def make(group):
         (seed, method, flags), measures = group  # measures of one run
@@ -96,12 +103,11 @@ def make_missing(names: list[str], seeds: tuple[int, ...], path: Path, runs: Pat
             value, new, seconds, commit = ask(measure, checkpoint, trained, seed)
             line = {"flags": flags_of(measure), "seed": seed, "value": value, "trained": total(trained)}
             line |= {"new task": new, "seconds": [trained["seconds"], seconds]}
-            line |= {"commits": [trained["commit"], commit]}
-            with lock, open(path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            line |= {"commits": [trained["commit"], commit], "on": device}
+            with lock:
+                append_line(path, line)
 
-    with workers(jobs) as pool:
-        list(pool.map(make, sorted(groups.items())))
+    side_by_side(make, sorted(groups.items(), key=lambda group: group[0]), jobs)
 
 
 def use_device(device: str):
@@ -120,11 +126,14 @@ def estimate(names: list[str], seeds: tuple[int, ...], path: Path, device: str, 
     A step of a method counts as MHR's. An adaptation takes its share of a pre-training as in results/. Runs side by
     side are taken not to slow each other down, so on one GPU it may be longer.
     """
+    import torch
+
     import train
 
+    torch.set_num_threads(1)  # as runs have
     have, there = read_raw(path), read_raw(ROOT / "results" / "claims.jsonl").values()
     missing = [(seed, m) for name in names for seed in seeds if (flags_of(m := MEASURES[name]), seed) not in have]
-    trainings = len({(seed, m.method, m.flags, m.rates and str(m.rates)) for seed, m in missing})
+    trainings = len({(seed, m.method, *rates_of(m)[0], m.flags) for seed, m in missing})
     adaptations = len([m for _, m in missing if m.then in VARIANTS])
     before, after = (sum(line["seconds"][k] for line in there if line["seconds"][1]) for k in (0, 1))
     tried = train.main(dict(method="mhr", dataset="strings", device=device, dry_run=True))
@@ -153,7 +162,8 @@ def ask(measure: Measure, checkpoint: Path, trained: dict, seed: int) -> tuple[f
         return value, None, 0.0, commit
     folder = checkpoint / "analysis-of-claims"
     flags = ["--checkpoint", str(checkpoint), "--output-dir", str(folder)]
-    same_run = (m for m in MEASURES.values() if (m.method, m.flags) == (measure.method, measure.flags))
+    run_of = lambda m: (m.method, m.flags, rates_of(m)[0])  # noqa: E731
+    same_run = (m for m in MEASURES.values() if run_of(m) == run_of(measure))
     flags += [] if any(m.then.startswith("alignment") for m in same_run) else ["--no-alignment"]  # it takes a minute
     analysis = run("tools.analyze", flags, folder / "analysis.json")
     if measure.then.startswith("alignment"):

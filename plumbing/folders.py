@@ -108,6 +108,16 @@ def read_lines(path: Path) -> list[dict]:
     return lines
 
 
+def append_line(path: Path, line: dict):
+    """Add a line to a file of JSON lines, on disk when this returns; an incomplete last line is cut off first."""
+    with open(path, "ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(f"{json.dumps(line, ensure_ascii=False)}\n".encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def truncate_log(path: Path, stays: Callable[[dict], bool]):
     """Drop the lines of a log that the resumed run will write again, and a last line that is incomplete.
 

@@ -1,11 +1,8 @@
 """experiments/methods.py: the search has the same steps for all methods, and existing runs are reused."""
 
-import contextlib
-import json
 import math
 import re
 import runpy
-import time
 
 import pytest
 from hypothesis import given
@@ -88,67 +85,6 @@ def test_flags_give_all_that_a_methods_own_recipe_sets():
 def test_every_method_has_rates_for_its_variants():
     for name, (_, variants) in methods.METHODS.items():
         assert set(methods.RATES[name][1]) == set(variants) <= set(VARIANTS)
-
-
-def pretend(monkeypatch, code: int, out: str, err: str = "", begins=lambda: None):
-    """Scripts end at once, with this code and output."""
-
-    class Process(contextlib.nullcontext):
-        returncode = code
-
-        def communicate(self, timeout=None):
-            return out, err
-
-    def start(command, **options):
-        begins()
-        process = Process()
-        process.enter_result = process
-        return process
-
-    monkeypatch.setattr(methods.subprocess, "Popen", start)
-
-
-def test_a_script_is_told_to_stop_when_the_time_is_over(tmp_path, monkeypatch):
-    """By the signal of Ctrl-C, on which a script saves what it has; and none is begun after that."""
-    script = tmp_path / "slow.py"
-    script.write_text(
-        "import pathlib, sys, time\n"
-        "try:\n    pathlib.Path(sys.argv[1], 'began').touch(); time.sleep(60)\n"
-        "except KeyboardInterrupt:\n    pathlib.Path(sys.argv[1], 'saved').touch()\n"
-    )
-    until = time.monotonic() + 2
-    for _ in range(2):
-        with pytest.raises(methods.OutOfTime):
-            methods.run(str(script), [str(tmp_path)], tmp_path / "result.json", until)
-        assert (tmp_path / "saved").exists() and time.monotonic() < until + 20
-        (tmp_path / "began").unlink(missing_ok=True)
-    assert not (tmp_path / "began").exists() and not (tmp_path / "commit").exists()
-
-
-def test_what_was_made_is_not_made_again(monkeypatch, tmp_path):
-    """A script runs if its file does not exist. The commit of the tree is written beside the file; it is missing if
-    this program was killed before."""
-    calls = []
-
-    def write():
-        calls.append(1)
-        (tmp_path / "result.json").write_text(json.dumps({"mean": 3.0}))
-
-    pretend(monkeypatch, 0, "done\n", begins=write)
-    monkeypatch.setattr(methods, "commit", lambda: "abc")
-    for _ in range(2):
-        assert methods.run("train.py", ["--seed", "0"], tmp_path / "result.json") == {"mean": 3.0, "commit": "abc"}
-    assert len(calls) == 1
-    assert (tmp_path / "commit").read_text() == "abc"
-    (tmp_path / "commit").unlink()
-    assert methods.run("train.py", [], tmp_path / "result.json")["commit"] == "unknown" and len(calls) == 1
-
-
-def test_a_script_that_fails_ends_all_with_its_words(monkeypatch, tmp_path):
-    monkeypatch.setattr(methods, "commit", lambda: "abc")
-    pretend(monkeypatch, 2, "", "error: --x is wrong\n")
-    with pytest.raises(SystemExit, match="--x is wrong"):
-        methods.run("train.py", [], tmp_path / "result.json")
 
 
 def test_another_recipe_is_another_folder():

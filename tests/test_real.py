@@ -16,8 +16,9 @@ from scipy import stats
 
 import adapt
 import train
-from experiments import methods, real, real_runs
+from experiments import commands, real, real_runs
 from experiments.real_runs import BUDGETS, METHODS, Budget
+from plumbing.checkpoint import LOWER_RATE
 from plumbing.errors import UserError
 from plumbing.flags import explicit_flags, unused
 from recipes import FEW_SHOT, PRETRAINING, VARIANTS
@@ -38,13 +39,10 @@ def bench(tmp_path, monkeypatch):
         if result.exists():
             return json.loads(result.read_text()) | {"commit": "abc"}
         if time.monotonic() > until:
-            raise methods.OutOfTime
+            raise commands.OutOfTime
         done.append((script, " ".join(flags)))
         folder.mkdir(parents=True, exist_ok=True)
-        key = " ".join(flag for flag in flags if "/" not in flag)  # without paths
-        draw = np.random.default_rng(zlib.crc32(key.encode()) + zlib.crc32(folder.name.encode()))
-        start = {"commit": "abc", "date": "2026-01-02T03:04", "cpu": "one", "gpus": []}
-        (folder / "provenance.json").write_text(json.dumps({"starts": [start]}))
+        draw = np.random.default_rng(zlib.crc32(folder.name.encode()))
         scores = {task: float(draw.normal(50, 3)) for task in TASKS}
         done_now = {"tasks": scores, "mean": float(np.mean(list(scores.values()))), "mean_before": 1.0, "seconds": 2.0}
         done_now |= {"parameters": {"adapters": 5, "routing": 1}}
@@ -52,7 +50,7 @@ def bench(tmp_path, monkeypatch):
             (folder / "adapter.safetensors").touch()
             (folder / "log.jsonl").write_text("".join(json.dumps({"loss": 9.0 - k}) + "\n" for k in range(5)))
         elif script == "adapt.py":
-            assert (Path(flags[flags.index("--checkpoint") + 1]) / "adapter.safetensors").exists()
+            assert (real.ROOT / flags[flags.index("--checkpoint") + 1] / "adapter.safetensors").exists()
             split = folder / flags[flags.index("--split") + 1]
             split.mkdir()
             (split / "a.json").write_text(json.dumps({"stops": {"dev_loss": float(draw.random())}}))
@@ -70,7 +68,7 @@ def bench(tmp_path, monkeypatch):
 
     def command(*more: str):
         places = f"--results {tmp_path / 'results'} --runs {tmp_path / 'runs'} --jobs 1 --device cpu".split()
-        monkeypatch.setattr("sys.argv", ["real", "--data-dir", "D", "--backbone", "B", *places, *more])
+        monkeypatch.setattr("sys.argv", ["real", "--data-dir", str(tmp_path), "--backbone", "B", *places, *more])
         real.main()
         return (tmp_path / "results" / "real.md").read_text()
 
@@ -144,17 +142,17 @@ def test_nothing_is_made_twice_and_weights_go(bench, tmp_path):
     raw.write_text("\n".join(line for line in lines if line != lost) + "\n")
     assert command("--seeds", "0") == page and len(done) == before
     raw.write_text("\n".join(line for line in lines if line != lost) + "\n")
-    few = json.loads(lost)["key"].split(" | ")[1].removesuffix(" --tasks all")
-    for folder in (tmp_path / "runs").glob(f"*-{zlib.crc32(few.encode()):08x}-all"):  # of several methods
-        shutil.rmtree(folder)
+    maker = real_runs.Maker(raw, tmp_path / "runs", real_runs.setup_of(str(tmp_path), "B"), {}, "cpu", "", 0)
+    shutil.rmtree(real.ROOT / maker.folder(*json.loads(lost)["key"].split(" | ")))
     assert command("--seeds", "0") == page
     assert [script for script, _ in done[before:]] == ["train.py", "adapt.py"]
 
 
-def test_it_stops_in_time_and_goes_on(bench, monkeypatch, capsys):
+@pytest.mark.parametrize("after", [0, 1, 7, 12, 40])
+def test_it_stops_in_time_and_goes_on(bench, monkeypatch, capsys, after):
     """Stopped after any number of runs, what it has is on the page, and in the end it is what one call gives."""
     command, done = bench
-    clock, limit = real_runs.run, [12]
+    clock, limit = real_runs.run, [after]
 
     def slow(script, flags, result, until=math.inf):
         if not result.exists():
@@ -164,27 +162,30 @@ def test_it_stops_in_time_and_goes_on(bench, monkeypatch, capsys):
     monkeypatch.setattr(real_runs, "run", slow)
     page = command("--seeds", "0", "--minutes", "600")
     assert "600 minutes are over: the same command goes on" in capsys.readouterr().out
-    assert "| LoRA |" in page and "not made yet" in page
+    assert ("Nothing is made yet" if after < 8 else "| LoRA |") in page
     limit[0] = 10**6
-    page = command("--seeds", "0")
+    page = command("--seeds", "0", "--jobs", "3")
     assert "not made yet" not in page.split("### Comparisons")[1] and len(done) == len(set(done))
 
 
 def test_a_gguf_file_is_unpacked_once(monkeypatch, tmp_path):
-    """Into a folder with the same weights; a folder in any other form is used as it is."""
+    """Into a folder with the same weights, another one for another file; any other backbone is used as it is."""
     from plumbing.backbones import load_backbone
 
     model, tokenizer = load_backbone("tiny", "cpu")
     loaded = []
     monkeypatch.setattr(real_runs, "load_backbone", lambda *args: loaded.append(args) or (model, tokenizer))
-    (tmp_path / "packed").mkdir()
-    (tmp_path / "packed" / "small.Q4.gguf").touch()
-    for _ in range(2):
-        folder = real_runs.unpacked(str(tmp_path / "packed"), tmp_path / "backbone")
-    assert loaded == [(str(tmp_path / "packed"), "cpu")] and folder == str(tmp_path / "backbone")
-    again, _ = load_backbone(folder, "cpu")
+    monkeypatch.setattr(real_runs, "ROOT", tmp_path)
+    for name in ("a", "b", "a"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / f"{name}.Q4.gguf").touch()
+        folder = real_runs.unpacked(str(tmp_path / name))
+        assert folder == f"runs/unpacked-{name}.Q4-0"
+    assert loaded == [(str(tmp_path / name), "cpu") for name in "ab"]
+    again, _ = load_backbone(str(tmp_path / folder), "cpu")
     assert all(torch.equal(p, model.state_dict()[name]) for name, p in again.state_dict().items())
-    assert real_runs.unpacked("tiny", tmp_path / "none") == "tiny" and real_runs.unpacked(folder, tmp_path) == folder
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["unpacked-a.Q4-0", "unpacked-b.Q4-0"]
+    assert real_runs.unpacked("tiny") == "tiny" and real_runs.unpacked(str(tmp_path / folder)) == folder
 
 
 # --- The page ---------------------------------------------------------------------------------------------------------
@@ -194,9 +195,8 @@ def test_verdicts_need_three_seeds(bench):
     """With one seed there are differences and no verdict; with three the rule of verdicts.py."""
     command, _ = bench
     one = command("--seeds", "0")
-    assert "undecided: 1 of 3 seeds" in one and "holds |" not in one.split("| here |")[1].replace(
-        "does not hold here", ""
-    )
+    here = [line.split(" | ")[3] for line in one.split("| here |")[1].splitlines()[2:8]]
+    assert len(here) == len(real.CLAIMS) and all(re.match(r"undecided: 0 of \d comparisons", cell) for cell in here)
     page = command()
     row = re.search(r"\| few-shot \| Poly > LoRA \| (.*?) \| (.*?) \| (\w+) \| (.*?) \|", page)
     seeds = [float(x) for x in row[1].split()]
@@ -206,12 +206,79 @@ def test_verdicts_need_three_seeds(bench):
 
 
 def test_seeds_and_splits_are_paired():
-    """A difference is taken where both sides have the seed and the split, also of differences of measures."""
+    """A difference is taken where both sides have the seed and the split, also of differences of measures. A seed
+    counts when it has all splits."""
     of = lambda pairs: {key: {"mean": value} for key, value in pairs.items()}  # noqa: E731
     measured = {"a": of({(0, 1): 5, (0, 2): 9, (1, 1): 3}), "b": of({(0, 1): 1, (1, 1): 4}), "c": of({(0, 1): 2})}
     assert real.differences(measured, "a", "b") == {(0, 1): 4, (1, 1): -1}
     assert real.differences(measured, "a - b", "c") == {(0, 1): 2} and real.differences(measured, "a", "d") == {}
-    assert real.by_seed({(0, 1): 4, (0, 2): 2, (1, 1): -1}) == [3, -1]
+    assert real.by_seed({(0, 1): 4, (0, 2): 2, (1, 1): -1}, (1, 2)) == ([3], [-1])
+    assert real.by_seed({(0,): 4, (1,): 2}, (1, 2)) == ([4, 2], [])  # alignments have no splits
+
+
+def test_a_part_of_a_seed_decides_nothing(bench, tmp_path):
+    """Three seeds of which one lacks a split of one side: in brackets, and no verdict."""
+    command, _ = bench
+    command()
+    raw = tmp_path / "results" / "real.jsonl"
+    lost = lambda key: "--method lora --steps 10" in key and "--split 13" in key and "--seed 2 |" in key  # noqa: E731
+    lines = raw.read_text().splitlines()
+    raw.write_text("".join(f"{line}\n" for line in lines if not lost(json.loads(line)["key"])))
+    real.write(tmp_path / "results")
+    page = (tmp_path / "results" / "real.md").read_text()
+    assert len(lines) - len(raw.read_text().splitlines()) == 1
+    assert re.search(r"\| Poly > LoRA \| \S+ \S+ \([+-][\d.]+\) \| [+-][\d.]+ \| undecided \|", page)
+    assert "| undecided: 2 of 3 comparisons have three seeds |" in page
+
+
+def test_a_rate_at_which_training_fails_is_the_worst(bench, monkeypatch, tmp_path):
+    """It is written down as such and not tried again; another failure ends the command with its words."""
+    command, done = bench
+    inner, broken = real_runs.run, [LOWER_RATE]
+
+    def run(script, flags, result, until=math.inf):
+        if script == "train.py" and "--lr 3e-3" in " ".join(flags):
+            done.append(("failed", " ".join(flags)))
+            raise commands.Failed(f"train.py ended with code 1: the loss is nan. {broken[0]}")
+        return inner(script, flags, result, until)
+
+    monkeypatch.setattr(real_runs, "run", run)
+    page = command("--seeds", "0")
+    rates = [line.split(" | ")[1] for line in page.split("| method | pre-training | few-shot |")[1].splitlines()[2:]]
+    assert len(rates) == len(METHODS) and not any("3e-3" in rate for rate in rates)
+    failed = [line for line in done if line[0] == "failed"]
+    assert len(failed) == len(set(failed)) == len(METHODS)
+    command("--seeds", "0")
+    assert len([line for line in done if line[0] == "failed"]) == len(failed)
+    (tmp_path / "results" / "real.jsonl").unlink()
+    broken[0] = "out of memory"
+    with pytest.raises(commands.Failed, match="out of memory"):
+        command("--seeds", "0")
+
+
+def test_values_of_another_setup_are_refused(bench, tmp_path, monkeypatch):
+    """Another backbone, other data or another recipe: nothing is made, nothing is taken for this one's."""
+    command, done = bench
+    page, before = command("--seeds", "0"), len(done)
+    (tmp_path / "other").mkdir()
+    for more in (["--backbone", "C"], ["--data-dir", str(tmp_path / "other")]):
+        with pytest.raises(UserError, match="has values of .*, these would be of .*: give another --results"):
+            command("--seeds", "0", *more)
+    with monkeypatch.context() as patch:
+        patch.setitem(FEW_SHOT["crossfit"], "lr_z", 0.123)
+        with pytest.raises(UserError, match="recipe"):
+            command("--seeds", "0")
+    assert command("--seeds", "0") == page and len(done) == before
+
+
+def test_it_goes_on_where_it_was_moved_to(bench, tmp_path, monkeypatch):
+    """Paths of runs and backbones are relative to the repository: another place of it changes none."""
+    maker = real_runs.Maker(tmp_path / "r.jsonl", real.ROOT / "runs" / "real", "s", {"--data-dir": "d"}, "cpu", "", 0)
+    assert str(maker.folder("a", "b")).startswith("runs/real/") and real_runs.unpacked("some/name") == "some/name"
+    here = maker.folder("a")
+    monkeypatch.setattr(real_runs, "ROOT", tmp_path)
+    maker.runs = tmp_path / "runs" / "real"
+    assert maker.folder("a") == here
 
 
 @pytest.mark.parametrize("mean, std", [(5.0, 4.0), (-5.0, 4.0), (1.0, 4.0), (3.0, 0.5)])
@@ -250,7 +317,8 @@ def test_the_page_of_the_results_is_what_its_raw_file_gives(tmp_path, monkeypatc
     "line, named",
     [("", "--data-dir"), ("--data-dir D", "--data-dir and --backbone"), ("--page --jobs 0", "--jobs"),
      ("--page --minutes 0", "--jobs and --minutes"), ("--page --seeds -1", "--jobs"),
-     ("--page --results FILE", "--results FILE")],
+     ("--page --results FILE", "--results FILE"), ("--page --seeds 0 0", "--seeds"),
+     ("--data-dir NONE --backbone B", "--data-dir NONE")],
 )  # fmt: skip
 def test_flags_that_cannot_be(monkeypatch, capsys, tmp_path, line, named):
     """One sentence that names the flag, exit code 2."""
@@ -264,11 +332,11 @@ def test_flags_that_cannot_be(monkeypatch, capsys, tmp_path, line, named):
 
 @pytest.mark.parametrize("odd", ["{", "[]", "\0", json.dumps({"key": "a", "value": 1}), json.dumps({"key": 1})])
 def test_a_damaged_raw_file_is_one_sentence(tmp_path, odd):
-    whole = {"key": "a", "value": {"mean": 1.0}, "commit": "abc", "made": "2026-01-02", "on": "cpu"}
+    whole = {"key": "a", "value": {"mean": 1.0}, "commit": "abc", "made": "2026-01-02", "on": "cpu", "setup": "s"}
     (tmp_path / "real.jsonl").write_text(json.dumps(whole) + "\n")
     assert real_runs.read_raw(tmp_path / "real.jsonl") == {"a": whole}
     with open(tmp_path / "real.jsonl", "a") as file:
-        file.write(odd + "\n")
+        file.write(f"{odd}\n")
     with pytest.raises(UserError, match="real.jsonl:2 is damaged"):
         real_runs.read_raw(tmp_path / "real.jsonl")
 
@@ -286,7 +354,7 @@ def test_all_of_it_with_a_tiny_model(monkeypatch, tmp_path):
                 script, (analyze, {})
             )
             module.main(explicit_flags(module.Config, recipes, flags))
-        return json.loads(result.read_text())
+        return json.loads(result.read_text()) | {"commit": "abc"}
 
     monkeypatch.setattr(real_runs, "run", run)
     small, few = "--max-input 32 --max-output 8 --batch-size 4", "--eval-every 1 --beams 1"

@@ -235,6 +235,34 @@ def test_an_estimate_counts_what_is_missing(workshop, monkeypatch):
     assert verdicts.estimate(names, verdicts.SEEDS, path, "cpu", 2).startswith("missing: 0 pre-trainings")
 
 
+def test_values_of_two_devices_are_not_mixed(workshop):
+    """A file of values made on CPUs takes none made on a GPU, and the page says where they were made."""
+    folder, done = workshop
+    path = folder / "claims.jsonl"
+    verdicts.make_missing(claims.measures_of(CLAIMS["expert"]), (0, 1, 2), path, folder, 1, "cuda")
+    page = reproduce.render(verdicts.read_raw(path), (0, 1, 2), ["expert"], with_history=False)
+    assert "hours, runs on a GPU side by side, by the clock" in page and "with 3 runs of every" in page
+    before = len(done)
+    with pytest.raises(UserError, match="has values made on cuda: give another --results, or --device"):
+        verdicts.make_missing(["MHR-z"], (0,), path, folder, 1)
+    assert len(done) == before
+
+
+def test_scarce_skills_wait_for_their_rates(monkeypatch, capsys):
+    """Until the search has run they are not made: not with all, and not if they are asked for."""
+    asked = []
+    monkeypatch.setattr(reproduce, "make_missing", lambda names, *_: asked.extend(names))
+    monkeypatch.setattr(reproduce, "write_page", lambda *_: None)
+    monkeypatch.setattr(reproduce, "SEARCHED", False)
+    monkeypatch.setattr("sys.argv", ["reproduce"])
+    reproduce.main()
+    assert asked and not set(asked) & set(scarce.MEASURES)
+    monkeypatch.setattr("sys.argv", ["reproduce", "--claim", "mu-scarce"])
+    with pytest.raises(SystemExit):
+        reproduce.main()
+    assert "error: --claim: rates for scarce skills are not searched yet" in capsys.readouterr().err
+
+
 def test_a_page_made_elsewhere_is_compared(workshop):
     """Beside each comparison that both have made: the difference and the verdict of results/."""
     folder, _ = workshop
@@ -251,7 +279,7 @@ def test_a_page_made_elsewhere_is_compared(workshop):
         (line,) = (line for line in page.splitlines() if f"| {reproduce.worded(*compared)} |" in line)
         assert f"| {ours.difference:+.3f} (" in line and f"| {theirs.difference:+.1f} (" in line
         assert line.endswith("| yes |" if ours.says == theirs.says else "| no |")
-    assert "| mu |" not in page
+    assert "| mu |" not in page and "Those values are of commit 2288691" in page and "50 batches" in page
     here = reproduce.render(committed, verdicts.SEEDS, list(claims.CLAIMS), with_history=True)
     assert "Beside results/" not in here
 

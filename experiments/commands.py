@@ -1,0 +1,90 @@
+"""The project's commands, run side by side from a program: each once, and stopped early if need be."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from plumbing.machine import commit
+
+ROOT = Path(__file__).resolve().parents[1]
+GRACE = 60  # seconds that a command has to save what it has
+stopping = threading.Event()  # nothing is begun any more, and what runs is stopped
+
+
+class OutOfTime(Exception):
+    """The time that was given is over."""
+
+
+class Failed(SystemExit):
+    """A command failed; the text says which, and its last words."""
+
+
+def run(script: str, flags: list[str], result: Path, until: float = math.inf) -> dict:
+    """Run a script (train.py) or command (tools.analyze) unless the JSON file `result` that it writes exists.
+
+    until: of time.monotonic(); a command that is not done then is stopped, and saves what it has. Returns the file's
+    content and "commit", the commit of this tree that made it. Raises OutOfTime, or Failed.
+    """
+    if not result.exists():
+        entry, code = [script] if script.endswith(".py") else ["-m", script], commit()
+        command = [sys.executable, *entry, *flags]
+        status, out, err = finish(command, until)
+        if status == -signal.SIGINT:  # Ctrl-C in a terminal reaches all
+            raise KeyboardInterrupt
+        if status:
+            raise Failed(f"{' '.join(command)}\nended with code {status}:\n{err[-2000:]}")
+        (result.parent / "commit").write_text(code)
+        print(f"{result.parent.name}: {out.splitlines()[-1]}", flush=True)
+    made_by = result.parent / "commit"  # missing if this program was killed while the script ran
+    return json.loads(result.read_text()) | {"commit": made_by.read_text() if made_by.exists() else "unknown"}
+
+
+def finish(command: list[str], until: float) -> tuple[int, str, str]:
+    """Run a command, with one thread, to its end: (exit status, output, errors). Raises OutOfTime."""
+    over = lambda: stopping.is_set() or time.monotonic() >= until  # noqa: E731
+    if over():
+        raise OutOfTime
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes) as process:
+        while not over():
+            try:
+                out, err = process.communicate(timeout=0.5)
+                return process.returncode, out, err
+            except subprocess.TimeoutExpired:
+                pass
+        process.terminate()  # scripts save what they have; a shell may have made them deaf to Ctrl-C
+        try:
+            process.communicate(timeout=GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    raise OutOfTime
+
+
+def side_by_side(function: Callable, items: Iterable, jobs: int) -> list:
+    """function(item) of each item, `jobs` at a time in threads; their results, in order.
+
+    A failure, Ctrl-C or SIGTERM stops all that runs, and is raised; of several failures one that is not OutOfTime.
+    """
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            futures = [pool.submit(function, item) for item in items]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:
+                if not all(future.done() for future in futures):
+                    stopping.set()
+                    pool.shutdown(wait=False, cancel_futures=True)
+    finally:
+        stopping.clear()  # all have ended
+    errors = [error for future in futures if not future.cancelled() and (error := future.exception())]
+    if errors:
+        raise next((error for error in errors if not isinstance(error, OutOfTime)), errors[0])
+    return [future.result() for future in futures]
