@@ -357,7 +357,9 @@ def test_a_page_needs_nothing_from_elsewhere(module):
             assert target[1:] in ids
         elif not re.fullmatch(r"https://arxiv\.org/abs/\d{4}\.\d{5}(v\d)?", target):
             assert (ROOT / "docs" / "html" / target).is_file(), target
-    others = {f"{other}.html" for other in PAGES} | {f"../{other}.md" for other in ("papers", "walkthrough", "exercises")}
+    others = {f"{other}.html" for other in PAGES} | {
+        f"../{other}.md" for other in ("papers", "walkthrough", "exercises")
+    }
     assert {"../../README.md", f"../../{module}.py", *others} <= set(page.all_of("href"))
     assert all(page.all_of("alt")) and len(page.all_of("alt")) == page.tags.count("img")
 
