@@ -13,9 +13,9 @@ Shape key, the same in every file:
 
 Deviations:
 * We store v = l - 1, which starts at zero, where the paper stores l, which starts at one. The same function wherever
-  mixing weights sum to one: sum_s w_s (1 + v_s) = 1 + sum_s w_s v_s. But the mixture of fresh skills is now exactly 1
+  mixing weights sum to one: sum_j w_j (1 + v_j) = 1 + sum_j w_j v_j. But the mixture of fresh skills is now exactly 1
   (a sum of rounded weights is not), and weight decay pulls towards the backbone, not towards zero. Where they do not
-  sum to one (HyperFormer; straight-through and random with no skill on) we have 1 + sum_s w_s v_s, so never a layer
+  sum to one (HyperFormer; straight-through and random with no skill on) we have 1 + sum_j w_j v_j, so never a layer
   that is scaled to zero because no skill is on.
 * The authors scale the output of T5's `wi_1`. Scaling the input of `wo` is the same product, since the input is
   gamma(wi_0 x) * (wi_1 x), and is also right for feed-forward layers without a gate (BART, T5 1.0).

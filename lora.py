@@ -7,8 +7,8 @@ Two things live here, and the same two in `ia3.py`; last, `AddLowRank`, the sum 
 * `LoRA`        what an ADAPTER is: the shapes and initial values of its parameters, and one pure function that
                 applies them to one linear layer. It holds no tensors, so `poly.py` and `mhr.py` can stack,
                 mix and apply the parameters of many adapters with it.
-* `LoRALinear`  one frozen linear layer with ONE adapter: the method "lora" (also called "shared": one
-                adapter for all tasks), and what is left of Poly and MHR once their skills are averaged (mu).
+* `LoRALinear`  one frozen linear layer with ONE adapter: the method "lora", one adapter for all tasks, and
+                what is left of Poly and MHR once their skills are averaged (mu).
 
 Shape key, the same in every file:
     b examples, l sequence length, i in_features, o out_features, r rank,
@@ -32,7 +32,7 @@ Deviations:
 
 Not here: dropout, and merging as a hidden side effect of .eval(); `merged` returns a new layer instead.
 
-[1] https://arxiv.org/abs/2106.09685   [2] https://arxiv.org/abs/2211.03831
+[1] https://arxiv.org/abs/2106.09685   [2] https://arxiv.org/abs/2211.03831 (2022: https://arxiv.org/abs/2211.03831v1)
 """
 
 from dataclasses import dataclass

@@ -3,19 +3,19 @@
 Paper: Caccia et al. 2023 [2] section 3; all equations in the 2022 version, section 3.3, where it is called "Poly-S".
 
 Unlike `poly.py`: Z gets a head axis, (t, h, s). Each parameter of a skill is cut into h blocks along its feature
-axis (A along i, B along o), each block is mixed with its own weights, and the blocks are concatenated:
+axis (A along i, B along o), each block is mixed with its own weights, and the blocks are joined (head k, skill j):
 
-    w_hs  = z^_hs / sum_s' z^_hs'                 z^ as in `poly.py`, a row of Z per task and head   `MHRRouter`
-    A_h   = sum_s w_hs A_s[h]    (d, r), d = i/h  A_s[h] is the h-th block of rows of A_s            `MHRLinear.mix`
-    A     = concat(A_1, ..., A_h)    (i, r)       and B likewise, from blocks of e = o/h columns
+    w_kj  = z^_kj / sum_j' z^_kj'                 z^ as in `poly.py`, from logits per task and head  `MHRRouter`
+    A[k]  = sum_j w_kj A_j[k]    (d, r), d = i/h  A_j[k] is the k-th block of rows of A_j            `MHRLinear.mix`
+    A     = concat(A[1], ..., A[h])    (i, r)     and B likewise, from blocks of e = o/h columns
     y     = the layer adapted by (A, B)                                                              `MHRLinear.forward`
 
 With h = 1 this is `poly.py` exactly: `diff poly.py mhr.py` shows the head axis, in four functions (both `__init__`,
 `fresh`, `mix`); the rest of it is names and docstrings. MHR-z trains only Z on a new task (`router.parameters()`).
 
 The PARAMETERS are averaged, then applied. Averaging the outputs of the skills is another function: with LoRA,
-(sum w A)(sum w B) is not sum w (A B). Any adapter works (`lora.LoRA`, `ia3.IA3`): the layer sees named tensors and
-one pure function.
+(sum_j w_j A_j)(sum_j w_j B_j) is not sum_j w_j A_j B_j. Any adapter works (`lora.LoRA`, `ia3.IA3`): the layer sees
+named tensors and one pure function.
 
 Shape key, the same in every file:
     b examples, l sequence length, i in_features, o out_features, r rank,
@@ -27,14 +27,14 @@ Shape key, the same in every file:
     y = layer(x, torch.tensor([3, 3, 0, 7]))                  # x (4, l, i): the task of each example
 
 Deviations:
-* [1] read literally (section 2.4, eq. 4: Phi = flatten(A B)) averages LoRA's products, sum_s w_s A_s B_s. A and B
+* [1] read literally (section 2.4, eq. 4: Phi = flatten(A B)) averages LoRA's products, sum_j w_j A_j B_j. A and B
   averaged apart are equation "Poly" of [2] and the authors' code; the mixture of LoRAs of rank r has rank r.
 * A new task's row of Z starts within +-1e-3 (`fresh`), every skill half on. [1] appendix A.2 starts it as "a vector of
   0.5", the same if these are probabilities (logits would give 0.62, as even a mixture); [2]: "randomly".
 * One relaxed Bernoulli sample per entry of `tasks`, and `inject.task_ids` passes each distinct task once: so one per
   task, layer and forward pass, as eq. 2 is indexed (i = task, j = skill). The authors' code and PEFT draw one per
   example, so two examples of a task in one batch get different adapters.
-* The row sum S gets EPS = 1e-12 added, as in the authors' code, so a row of zeros gives weights of zero, not NaN. The
+* The sum S over the skills gets EPS = 1e-12 added, as in the authors' code, so zeros give weights of zero, not NaN. The
   weights then sum to S / (S + EPS): 1 within 1e-6 while a logit is above -13.8 (without noise), 1/2 where S is EPS.
 * PEFT and the authors' code accept a negative task id and use the last task's row. Here it is an error.
 * A number of heads that does not divide a layer is an error when the layer is made, not in a later reshape.
@@ -47,7 +47,7 @@ The dual-speed learning rate ([1] section 2.3) is two parameter groups of the op
 import torch
 from torch import Tensor, nn
 
-EPS = 1e-12  # added to the sum of a row of Z, so that a row of zeros can be normalised
+EPS = 1e-12  # added to the sum over the skills, so that zeros can be normalised
 INIT = 1e-3  # logits start uniform within +-INIT: every skill half on, ties broken at random
 
 
@@ -61,9 +61,9 @@ def relaxed_bernoulli(z: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def soft_partition(z: Tensor, routing: str, sample: bool) -> Tensor:
-    """Logits (..., s) to weights (..., s) over the skills: non-negative, each row summing to 1 (up to EPS).
+    """Logits (..., s) to weights (..., s) of the skills: non-negative, and their sum is 1 (up to EPS).
 
-    routing "gumbel":            training samples a relaxed Bernoulli; evaluation takes sigmoid(z), its probability.
+    routing "gumbel":            training adds noise: a relaxed Bernoulli sample; evaluation takes sigmoid(z).
     routing "sigmoid":           sigmoid(z) always: no noise (the MHR authors' configuration for T0).
     routing "straight-through":  0 or 1 in the forward pass (the relaxed sample, in evaluation sigmoid(z), rounded),
                                  the gradient of the value before rounding in the backward pass. If no skill is on,
@@ -177,18 +177,18 @@ class MHRLinear(nn.Module):
         return f"{type(self).__name__}({self.in_features} -> {self.out_features}, {self.adapter}, {self.router})"
 
     def mix(self, w: Tensor, inventory=None) -> dict[str, Tensor]:
-        """Weights (n, h, s) to n adapters: {name: (n, ...)}, head by head the sum over s of w_hs Phi_s[h].
+        """Weights (n, h, s) to n adapters: {name: (n, ...)}, in head k the sum over the skills j of w_kj Phi_j[k].
 
         For LoRA: A (s, i, r) is cut into (s, h, d, r), mixed by "nhs,shdr->nhdr" and concatenated to (n, i, r);
         B (s, r, o) is cut into (s, r, h, e), mixed by "nhs,srhe->nrhe" and concatenated to (n, r, o).
         inventory: that of k layers like this one, stacked, {name: (k, s, ...)}, for weights (k, n, h, s) and adapters
         {name: (k, n, ...)}; None: its own.
         """
-        mixed, first = {}, w.dim() - 2  # the first axis of Phi_s, behind s
+        mixed, first = {}, w.dim() - 2  # the first axis of Phi_j, behind s
         for name, p in (inventory or self.inventory).items():
             axis = first + self.adapter.feature_axis[name]
             blocks = p.unflatten(axis, (self.router.heads, -1))
-            before, after = "abc"[: axis - first], "def"[: p.dim() - axis]  # of A: nhs,shde->nhde; of B: nhs,sahd->nahd
+            before, after = "cfg"[: axis - first], "pqv"[: p.dim() - axis]  # of A: nhs,shpq->nhpq; of B: nhs,schp->nchp
             joined = torch.einsum(f"...nhs,...s{before}h{after}->...n{before}h{after}", w, blocks)
             mixed[name] = joined.flatten(axis, axis + 1)
         return mixed
@@ -235,7 +235,7 @@ class MHRLinear(nn.Module):
 
     @torch.no_grad()
     def average_skills(self) -> dict[str, Tensor]:
-        """mu ([2] section 5.3): ONE adapter, the mean over s of the inventory. {name: (...)}.
+        """mu ([2] section 3; 2022: section 3.2, "Poly-mu"): ONE adapter, the mean of the inventory. {name: (...)}.
 
         Routing is dropped: train the result as a `LoRALinear`, `IA3Linear` or `SFTLinear`. The authors' code instead
         continues to train all s skills under uniform weights, s times as many parameters as the papers count.

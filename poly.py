@@ -3,17 +3,17 @@
 Paper: Ponti et al. 2023 [1] sections 2.1-2.3; Caccia et al. 2022/2023 [2] section 3.1 (2022 version), equation "Poly".
 
 Unlike `lora.py`: a layer holds s adapters (the skills) instead of one, and a router that gives each task its weights
-over them:
+over them, w_j for skill j:
 
     z^     a relaxed Bernoulli sample of each logit of the task's row of Z       [1] eq. 2   `relaxed_bernoulli`
-    w_s  = z^_s / sum_s' z^_s'                                                   [1] eq. 3   `PolyRouter`
-    Phi  = sum_s w_s Phi_s                                                       [1] eq. 3   `PolyLinear.mix`
-           with LoRA:  A = sum_s w_s A_s  and  B = sum_s w_s B_s                 [2] "Poly"
+    w_j  = z^_j / sum_j' z^_j'                                                   [1] eq. 3   `PolyRouter`
+    Phi  = sum_j w_j Phi_j                                                       [1] eq. 3   `PolyLinear.mix`
+           with LoRA:  A = sum_j w_j A_j  and  B = sum_j w_j B_j                 [2] "Poly"
     y    = the layer adapted by Phi                                              [2] "Poly"  `PolyLinear.forward`
 
 The PARAMETERS are averaged, then applied. Averaging the outputs of the skills is another function: with LoRA,
-(sum w A)(sum w B) is not sum w (A B). Any adapter works (`lora.LoRA`, `ia3.IA3`): the layer sees named tensors and
-one pure function.
+(sum_j w_j A_j)(sum_j w_j B_j) is not sum_j w_j A_j B_j. Any adapter works (`lora.LoRA`, `ia3.IA3`): the layer sees
+named tensors and one pure function.
 
 Shape key, the same in every file:
     b examples, l sequence length, i in_features, o out_features, r rank,
@@ -25,14 +25,14 @@ Shape key, the same in every file:
     y = layer(x, torch.tensor([3, 3, 0, 7]))                  # x (4, l, i): the task of each example
 
 Deviations:
-* [1] read literally (section 2.4, eq. 4: Phi = flatten(A B)) averages LoRA's products, sum_s w_s A_s B_s. A and B
+* [1] read literally (section 2.4, eq. 4: Phi = flatten(A B)) averages LoRA's products, sum_j w_j A_j B_j. A and B
   averaged apart are equation "Poly" of [2] and the authors' code; the mixture of LoRAs of rank r has rank r.
 * A new task's row of Z starts within +-1e-3 (`fresh`), every skill half on. [1] appendix A.2 starts it as "a vector of
   0.5", the same if these are probabilities (logits would give 0.62, as even a mixture); [2]: "randomly".
 * One relaxed Bernoulli sample per entry of `tasks`, and `inject.task_ids` passes each distinct task once: so one per
   task, layer and forward pass, as eq. 2 is indexed (i = task, j = skill). The authors' code and PEFT draw one per
   example, so two examples of a task in one batch get different adapters.
-* The row sum S gets EPS = 1e-12 added, as in the authors' code, so a row of zeros gives weights of zero, not NaN. The
+* The sum S over the skills gets EPS = 1e-12 added, as in the authors' code, so zeros give weights of zero, not NaN. The
   weights then sum to S / (S + EPS): 1 within 1e-6 while a logit is above -13.8 (without noise), 1/2 where S is EPS.
 * PEFT and the authors' code accept a negative task id and use the last task's row. Here it is an error.
 
@@ -44,7 +44,7 @@ The dual-speed learning rate ([1] section 2.3) is two parameter groups of the op
 import torch
 from torch import Tensor, nn
 
-EPS = 1e-12  # added to the sum of a row of Z, so that a row of zeros can be normalised
+EPS = 1e-12  # added to the sum over the skills, so that zeros can be normalised
 INIT = 1e-3  # logits start uniform within +-INIT: every skill half on, ties broken at random
 
 
@@ -58,9 +58,9 @@ def relaxed_bernoulli(z: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def soft_partition(z: Tensor, routing: str, sample: bool) -> Tensor:
-    """Logits (..., s) to weights (..., s) over the skills: non-negative, each row summing to 1 (up to EPS).
+    """Logits (..., s) to weights (..., s) of the skills: non-negative, and their sum is 1 (up to EPS).
 
-    routing "gumbel":            training samples a relaxed Bernoulli; evaluation takes sigmoid(z), its probability.
+    routing "gumbel":            training adds noise: a relaxed Bernoulli sample; evaluation takes sigmoid(z).
     routing "sigmoid":           sigmoid(z) always: no noise (the MHR authors' configuration for T0).
     routing "straight-through":  0 or 1 in the forward pass (the relaxed sample, in evaluation sigmoid(z), rounded),
                                  the gradient of the value before rounding in the backward pass. If no skill is on,
@@ -170,12 +170,12 @@ class PolyLinear(nn.Module):
         return f"{type(self).__name__}({self.in_features} -> {self.out_features}, {self.adapter}, {self.router})"
 
     def mix(self, w: Tensor, inventory=None) -> dict[str, Tensor]:
-        """Weights (n, s) to n adapters: {name: (n, ...)}, the sum over s of w_s Phi_s.
+        """Weights (n, s) to n adapters: {name: (n, ...)}, the sum over the skills j of w_j Phi_j.
 
         inventory: that of k layers like this one, stacked, {name: (k, s, ...)}, for weights (k, n, s) and adapters
         {name: (k, n, ...)}; None: its own.
         """
-        mixed, axis = {}, w.dim() - 1  # the first axis of Phi_s, behind s
+        mixed, axis = {}, w.dim() - 1  # the first axis of Phi_j, behind s
         for name, p in (inventory or self.inventory).items():
             mixed[name] = torch.einsum("...ns,...sp->...np", w, p.flatten(axis)).unflatten(-1, p.shape[axis:])
         return mixed
@@ -222,7 +222,7 @@ class PolyLinear(nn.Module):
 
     @torch.no_grad()
     def average_skills(self) -> dict[str, Tensor]:
-        """mu ([2] section 5.3): ONE adapter, the mean over s of the inventory. {name: (...)}.
+        """mu ([2] section 3; 2022: section 3.2, "Poly-mu"): ONE adapter, the mean of the inventory. {name: (...)}.
 
         Routing is dropped: train the result as a `LoRALinear`, `IA3Linear` or `SFTLinear`. The authors' code instead
         continues to train all s skills under uniform weights, s times as many parameters as the papers count.

@@ -16,7 +16,7 @@ from itertools import groupby
 from pathlib import Path
 from string import Template
 
-from formulas import EQUATIONS, FORMULAS, LETTERS
+from formulas import EQUATIONS, FORMULAS, LETTERS, NAMES
 
 try:
     from latex2mathml.converter import convert
@@ -122,7 +122,7 @@ def code(text: str) -> str:
 def equation(latex: str, begins: str, links: dict[str, str]) -> str:
     """An equation, cut into lines at each double backslash, with the line of papers.md that begins so.
 
-    Above it stands which of its letters are others in the code, if it has A or B.
+    Above it stands which of its letters are others in the code, if it has A or B; below it, what the rest are.
     """
     lines = (ROOT / "docs" / "papers.md").read_text("utf-8").splitlines()
     rows = [line for line in lines if line.startswith(f"| {begins}")]
@@ -135,7 +135,8 @@ def equation(latex: str, begins: str, links: dict[str, str]) -> str:
     lines = "".join(convert(line, display="block") for line in latex.split(r"\\"))
     swapped = re.search(r"(?<![\\A-Za-z])[AB](?![A-Za-z])", latex)
     letters = f'<p class="letters">{inline(LETTERS[begins.split()[0]], {})}</p>' if swapped else ""
-    return f"{letters}<figure>{lines}<figcaption>{says}{link}</figcaption></figure>"
+    names = inline(NAMES[begins], {})
+    return f"{letters}<figure>{lines}<figcaption>{names}<br>{says}{link}</figcaption></figure>"
 
 
 def page(module: str) -> str:

@@ -28,11 +28,11 @@ INK = {  # a class of elements: its colour on the light card, and on the dark on
 }
 ALT = {
     "mhr.svg": "Multi-Head Routing for one task in one linear layer, in three steps. Route: the task's row of Z, 2 "
-    "heads by 3 skills, gets noise and a sigmoid and is divided by its sum in each head, which gives the weights w. "
-    "Mix: A and B of each of the 3 skills are cut into 2 blocks, one for each head; each block is averaged over the "
-    "skills with its head's weights, and the blocks are concatenated to one A and one B. With one head, Poly, one set "
-    "of weights mixes A and B whole. Apply: x goes through the frozen W0, and through A, then B, times alpha / r; the "
-    "sum is y.",
+    "heads by 3 skills, gets logit(u) of noise u and a sigmoid and is divided by its sum over the skills in each "
+    "head, which gives the weights w. Mix: A and B of each of the 3 skills are cut into 2 blocks, one for each head; "
+    "each block is averaged over the skills with its head's weights, and the blocks are concatenated to one A and one "
+    "B. With one head, Poly, one set of weights mixes A and B whole. Apply: x goes through the frozen W0, and through "
+    "A, then B, times alpha / r; the sum is y.",
     "variants.svg": "What is trained (filled) and what is frozen (outlined) in one linear layer. The backbone W0 is "
     "frozen throughout. Pre-training trains the skills, s r (i + o) parameters, and Z, t h s. For a new task, the "
     "variant all trains the skills and one row of Z, h s; the variant z that row only; the variant mu trains one "
@@ -176,7 +176,7 @@ def table(draw: Drawing, x, y, rows, title: str, digits=2):
 def route(draw: Drawing):
     """Step 1: from Z to the weights."""
     on, w = weights()
-    remark = "the task's row of *Z* becomes weights that sum to 1 in each head; noise in training only"
+    remark = "the task's row of *Z* becomes weights that sum to 1 in each head; noise *u* in training only"
     heading(draw, 34, "Route", remark)
     draw.text(69, 66, "*Z* (t, h, s)", anchor="middle")
     for task in range(SIZES["t"]):
@@ -189,7 +189,7 @@ def route(draw: Drawing):
     for head in range(SIZES["h"]):
         draw.shape(45 + 48 * head, 158, f"head {head + 1}")
         draw.shape(202, y - 9 + 26 * head, f"head {head + 1}", "end")
-    for x, end, label in ((121, 160, "row"), (334, 432, "+ noise, then σ"), (564, 652, "÷ row sum")):
+    for x, end, label in ((121, 160, "row"), (334, 432, "+ logit *u*, then σ"), (564, 652, "÷ sum over s")):
         draw.arrow((x, y), (end, y))
         draw.text((x + end) / 2, y - 8, label, 12, "middle")
         draw.shape((x + end) / 2, y + 17, "(h, s)")
@@ -299,7 +299,7 @@ def key(draw: Drawing, y):
     for k in range(SIZES["s"]):
         draw.rect(24 + 78 * k, y - 10, 12, 12, f"skill{k + 1}")
         draw.text(42 + 78 * k, y, f"skill {k + 1}", 12)
-    draw.text(260, y, "In a mixed block, a color's share is its skill's weight.", 12, kind="soft")
+    draw.text(260, y, "In a mixed block, a colour's share is its skill's weight.", 12, kind="soft")
     draw.text(24, y + 20, f"{sizes('blio')}, rank {sizes('r')}", 12, kind="soft")
     d, e = SIZES["i"] // SIZES["h"], SIZES["o"] // SIZES["h"]
     draw.text(24, y + 38, f"{sizes('tsh')}; d = i / h = {d}, e = o / h = {e}", 12, kind="soft")

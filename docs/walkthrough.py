@@ -3,8 +3,8 @@
     python docs/walkthrough.py
 
 [1] is Polytropon, https://arxiv.org/abs/2202.13914, section 2; [2] is MHR, https://arxiv.org/abs/2211.03831, section 3,
-its equations by name, as in the version of 2022. Shapes: b examples, i inputs, o outputs, r rank, t tasks, s skills,
-h heads; no sequence length l, since a linear layer treats all positions alike. x is a row, A is (i, r), B (r, o).
+its equations, by name, in https://arxiv.org/abs/2211.03831v1 (2022). Shapes: b examples, i inputs, o outputs, r rank,
+t tasks, s skills, h heads; no length l: a linear layer treats all positions alike. x is a row, A is (i, r), B (r, o).
 """
 
 import sys
@@ -39,18 +39,18 @@ B = torch.tensor([[1.0, 0, 0, 1], [0, 2, 1, 0], [0, 1, -2, 3]])[:, None, :]  # (
 show("x", "b i", x)
 print(f"  {'W':15} i o  (4, 4)   {str(W.int().tolist()).replace(',', '')}")
 show("x W", "b o", x @ W)
-for s in range(3):
-    show(f"A_{s + 1}", "i r", A[s])
-    show(f"B_{s + 1}", "r o", B[s])
+for j in range(3):
+    show(f"A_{j + 1}", "i r", A[j])
+    show(f"B_{j + 1}", "r o", B[j])
 show("x A_1", "b r", x @ A[0])
 show("x A_1 B_1", "b o", x @ A[0] @ B[0])
 show("y", "b o", lora(x, W, A[0], B[0]))
 
 print("\n2. Poly: a task mixes its LoRA from a few skills that all tasks share")
 # A skill is a LoRA. Z has a row of logits for a task; a sigmoid of each says how much that skill is on; skills do not
-# compete, so there is no softmax. In training, noise u makes it random, a relaxed Bernoulli variable: [1] eq. 2, whose
-# log[sigmoid(z) u / ((1 - sigmoid(z)) (1 - u))] is z + logit(u). The row is divided by its sum ([1] eq. 3), and mixes
-# the PARAMETERS of the skills, A and B apart ([2] equation "Poly").
+# compete, so there is no softmax. In training z + logit(u), with u uniform, replaces z, which makes z_hat a relaxed
+# Bernoulli variable; [1] eq. 2 writes it log[sigmoid(z) u / ((1 - sigmoid(z)) (1 - u))]. z_hat is divided by its sum
+# ([1] eq. 3), and mixes the PARAMETERS of the skills, A and B apart ([2] equation "Poly").
 
 
 def weights(Z, u=None):
@@ -60,8 +60,8 @@ def weights(Z, u=None):
 
 
 def mix(w, skills):
-    """w (..., s), skills (s, rows, columns) to (..., rows, columns): the sum of w_s times skill s."""
-    return sum(w[..., s, None, None] * skill for s, skill in enumerate(skills))
+    """w (..., s), skills (s, rows, columns) to (..., rows, columns): the sum of w_j times skill j."""
+    return sum(w[..., j, None, None] * skill for j, skill in enumerate(skills))
 
 
 Z = torch.tensor([[2.0, -2, 0], [-2, 0, 2]])  # of one task; Poly uses the first row only
@@ -70,18 +70,18 @@ z_hat, w = torch.sigmoid(Z + torch.logit(u)), weights(Z, u)
 rows = ("Z", Z), ("sigmoid(Z)", torch.sigmoid(Z)), ("noise u", u), ("z_hat", z_hat), ("w", w)
 for name, tensor in rows:
     show(name, "s", tensor[0])
-show("A = sum w A_s", "i r", mix(w[0], A))
-show("B = sum w B_s", "r o", mix(w[0], B))
+show("A = sum w_j A_j", "i r", mix(w[0], A))
+show("B = sum w_j B_j", "r o", mix(w[0], B))
 
 print("\n3. MHR: each block of the features is mixed by a head of its own")
-# A is cut into h blocks of inputs, B into h blocks of outputs. Each block is mixed by its own row of Z, and the blocks
-# are joined ([2] equation "Poly-S"): Poly for each block. The skills stay as large as they were.
+# A is cut into h blocks of inputs, B into h blocks of outputs. Each block is mixed by the task's logits for its head,
+# and the blocks are joined ([2] equation "Poly-S"): Poly for each block. The skills stay as large as they were.
 
 
 def mix_heads(w, skills, axis):
     """w (..., h, s), skills (s, rows, columns) to (..., rows, columns). axis: that of the features."""
     blocks = skills.chunk(w.shape[-2], axis)
-    return torch.cat([mix(w[..., h, :], block) for h, block in enumerate(blocks)], axis)
+    return torch.cat([mix(w[..., k, :], block) for k, block in enumerate(blocks)], axis)
 
 
 def routed(x, W, Z, A, B, u=None):
@@ -94,17 +94,17 @@ print(f"{'head 1':>39} {'head 2':>20}")
 for name, tensor in rows:
     show(name, "h s", tensor, 2, 0)
 for name, axes, skills, axis in ("A", "i r", A, -2), ("B", "r o", B, -1):
-    for s in range(3):
-        show(f"{name}_{s + 1}", axes, skills[s], 2, axis)
+    for j in range(3):
+        show(f"{name}_{j + 1}", axes, skills[j], 2, axis)
     show(name, axes, mix_heads(w, skills, axis), 2, axis)
 show("x A", "b r", x @ mix_heads(w, A, -2))
 show("x A B", "b o", x @ mix_heads(w, A, -2) @ mix_heads(w, B, -1), 2)
 show("y = x W + x A B", "b o", routed(x, W, Z, A, B, u), 2)
 
 print("\n4. Pre-training on 40 tasks that share skills, with two learning rates")
-# We make tasks of which we know the answer: three true skills, and for each head of a task a set of them. With 7 sets
-# and two heads there are 49 tasks: 40 to learn from, 9 new ones. They share blocks of skills, so MHR can be exactly
-# right; Poly could if both heads of a task had the same set. Z's rate is ten times the skills' ([1] section 2.3).
+# We make tasks of which we know the answer: three true skills; each head of a task uses a set of these. With 7 sets and
+# two heads there are 49 tasks: 40 to learn from, 9 new ones. They share blocks of skills, so MHR can be exactly right;
+# Poly could if both heads of a task used the same set. Z's rate is ten times the skills' ([1] section 2.3).
 W, true_A, true_B = torch.randn(16, 16) / 4, torch.randn(3, 16, 2) / 4, torch.randn(3, 2, 16)
 sets = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3)[1:]  # (7, s): all but the empty one
 pairs = torch.cartesian_prod(torch.arange(7), torch.arange(7))[torch.randperm(49)]
@@ -118,7 +118,7 @@ def fresh(tasks, heads, skills):
 
 
 def train(A, B, Z, truth, few=None, lr=0.02, lr_z=0.2, noise=True):
-    """A, B, Z and losses on the way; W alone has 1. few: examples (t, b, i); None: new ones each step."""
+    """A, B, Z and losses divided by that of the frozen W alone. few: examples (t, b, i); None: new ones each step."""
     A, B, Z = (p.clone().requires_grad_() for p in (A, B, Z))
     optimizer = torch.optim.Adam([{"params": [A, B], "lr": lr}, {"params": [Z], "lr": lr_z}])
     losses, test = [], torch.randn(len(Z), 100, 16)
@@ -151,9 +151,9 @@ print("\n5. What Z learned: which task uses which skill")
 # more starts, also with a slow Z, and without noise: noise and a fast Z bring sigmoid(Z) to 0 or 1. A discrete Z is not
 # always the true one: with manual_seed(1) at the top of this file, MHR's loss stays above 0.2.
 w, true_w = weights(runs["MHR"][2]), weights(old)
-for h in range(2):
-    distances = (w[:, h, :, None] - true_w[:, h, None]).abs().sum(0)  # (learned s, true s)
-    w[:, h] = w[:, h, distances.argmin(0)]
+for k in range(2):
+    distances = (w[:, k, :, None] - true_w[:, k, None]).abs().sum(0)  # (learned s, true s)
+    w[:, k] = w[:, k, distances.argmin(0)]
 for t in range(3):
     show(f"task {t}: true w", "h s", true_w[t], 2, 0)
     show("learned w", "h s", w[t], 2, 0)

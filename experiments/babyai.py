@@ -5,8 +5,8 @@ r"""Routing beyond language: one agent for eight levels of BabyAI (Polytropon [1
     python -m experiments.babyai --resume --output-dir runs/babyai-skilled-0          (--frames may grow)
     python -m experiments.babyai --plot runs/babyai-*       the paper's figure 2, and a table at equal episodes
 
-The agent's parameters depend on the level l: theta_l = theta_0 + sum_s w_ls Phi_s ([1] eq. 3). theta_0 and Phi are
-both trained. A skill Phi_s changes a tenth of the entries, drawn at random (`sft.py`). Each layer has its own router
+The agent's parameters depend on the level l: theta_l = theta_0 + sum_j w_lj Phi_j ([1] eq. 3). theta_0 and Phi are
+both trained. A skill Phi_j changes a tenth of the entries, drawn at random (`sft.py`). Each layer has its own router
 (`poly.py`, `mhr.py`, `baselines/fixed.py`). A batch is divided by level; each part runs with its level's parameters.
 
     skilled       a Z over 9 skills, learned at a higher rate than the rest (dual-speed)

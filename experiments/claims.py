@@ -102,6 +102,7 @@ BLIND = (
     "Nothing in the input says which task it is, so methods without task ids cannot tell the training tasks apart; "
     "where it is told, see the claim [{0}](#{0})."
 )
+DISCRETE = "Discreteness is 1 if all sigmoid(Z) are 0 or 1, and 0 if all are 1/2."
 OLD_RATES = "Learning rates are those found where the input says nothing (`results/methods.md`), not searched again."
 OTHERS = ("LoRA (Shared)", "LoRA-big", "(IA)^3", "AdapterSoup", "Private", "HyperFormer", "Task-MoE", "Expert")
 CLAIMS = {
@@ -178,8 +179,8 @@ CLAIMS = {
             for name in ("Poly", "LoRA (Shared)")
         ],
         figure="alignment",
-        note='"Inventory": gradients of what is shared, which tasks that use other skills do not share all; '
-        '"mixtures": gradients of each task\'s own mixture. The paper does not say which it measured. The first look '
+        note='"Inventory": gradients of what is shared; tasks that use other skills share only part of it. '
+        '"Mixtures": gradients of each task\'s own mixture. The paper does not say which it measured. The first look '
         "is at step 300 of 1,500. The paper's text does not say whether Poly is above LoRA; it is not judged here.",
     ),
     "mu": Claim(
@@ -240,9 +241,9 @@ CLAIMS = {
             *(f"{shape}, random table" for shape in SHAPES),
         ),
         figure="by_skills",
-        note="The bound of 0.9 is ours. High usage is no evidence of learning: an untrained Z has 1, and a table drawn "
-        "at random about as much. Sparsity (the share of skills that are on) near one half is none either: a random "
-        "table has that.",
+        note=DISCRETE + " Usage is 1 if all skills are used equally often, and 0 if only one is. The bound of 0.9 is "
+        "ours. High usage is no evidence of learning: an untrained Z has 1, and a table drawn at random about as much. "
+        "Sparsity (the share of skills that are on) near one half is none either: a random table has that.",
     ),
     "two-speeds": Claim(
         "A Z that learns faster than the skills becomes more discrete, and tasks are learnt better.",
@@ -253,8 +254,8 @@ CLAIMS = {
         ],
         also=tuple(f"{shape}, {k}" for shape in ("sparsity", "usage") for k in ("4 skills", "one speed")),
         figure="two_speeds",
-        note='"4 skills" has the two speeds of the recipe. Under "one speed" Z learns at the rate of the skills; '
-        "no rate between was tried.",
+        note=DISCRETE + ' "4 skills" has the two speeds of the recipe. Under "one speed" Z learns at the rate of the '
+        "skills; no rate between was tried.",
     ),
     "expert": Claim(
         "Learned routing is as good as routing by the true table of skills, or better.",

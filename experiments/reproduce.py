@@ -95,6 +95,7 @@ def render(raw: dict[tuple[str, int], dict], seeds: tuple[int, ...], names: list
     about |= dict(steps=recipe["steps"], batch=recipe["batch_size"], rank=recipe["rank"], skills=recipe["skills"])
     on_gpu = any(line.get("on") == "cuda" for line in used)
     about |= dict(count=len(seeds), where=", runs on a GPU side by side," if on_gpu else " of one core")
+    about |= dict(methods="[docs/methods.md](../docs/methods.md#what-each-is)" if with_history else "`docs/methods.md`")
     about |= dict(shots=few["shots"], few_steps=few["steps"], few_batch=few["batch_size"], few_every=few["eval_every"])
     about |= dict(seen=recipe["eval_examples"], keep=KEEP_EVERY, examples=analyze.Config.examples)
     about |= dict(history=HISTORY if with_history else "", navigation=NAVIGATION if with_history else "")
@@ -117,6 +118,7 @@ on CrossFit, and of an agent. A claim is a list of comparisons, each of two meth
 "a > b": a scores higher; "a ~ b": within {margin:g} points; "a <= b": at most {margin:g} points higher. LoRA (Shared):
 `--method lora`, one LoRA for all tasks. A method's name alone: for a held-out task all of it is trained; "-z": that
 task's row of Z alone; "-μ": one adapter, the average of the skills. "Told": the input names the task's operations.
+What Expert, Task-MoE, HyperFormer, AdapterSoup, Private and Random (by example, by task) are: {methods}.
 
 None of this says what a large model does. Rules, caveats and numbers: [how it was judged](#how-it-was-judged).
 

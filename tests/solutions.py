@@ -24,7 +24,7 @@ def by_parameters(x: Tensor, A: Tensor, B: Tensor, w: Tensor) -> Tensor:
 
 def by_outputs(x: Tensor, A: Tensor, B: Tensor, w: Tensor) -> Tensor:
     """Step 3. The mixed updates of all adapters, sum w (x A B)."""
-    return sum(w_s * (x @ A_s @ B_s) for w_s, A_s, B_s in zip(w, A, B, strict=True))
+    return sum(w_j * (x @ A_j @ B_j) for w_j, A_j, B_j in zip(w, A, B, strict=True))
 
 
 def relaxed_bernoulli(z: Tensor, u: Tensor, temperature: float = 1.0) -> Tensor:
@@ -55,7 +55,7 @@ def poly(x: Tensor, linear: nn.Linear, A: Tensor, B: Tensor, w: Tensor) -> Tenso
 
 
 def poly_late(x: Tensor, linear: nn.Linear, A: Tensor, B: Tensor, w: Tensor) -> Tensor:
-    """Step 7. x A = sum_s w_s (x A_s), then the same on the side of B: two sums, one after the other."""
+    """Step 7. x A = sum_j w_j (x A_j), then the same on the side of B: two sums, one after the other."""
     low = torch.einsum("blsr,bs->blr", torch.einsum("bli,sir->blsr", x, A), w)
     weighted = torch.einsum("blr,bs->blsr", low, w)
     return linear(x) + torch.einsum("blsr,sro->blo", weighted, B) / A.shape[-1]

@@ -251,7 +251,7 @@ def test_expert_table_is_the_papers():
 
 @pytest.mark.parametrize("method", ["skilled", "mhr", "expert", "private", "dense"])
 def test_grouped_by_level_equals_each_environment_alone(method):
-    """Outputs and gradients are those of every row alone, with theta_0 + sum_s w_s Phi_s written out."""
+    """Outputs and gradients are those of every row alone, with theta_0 + sum_j w_j Phi_j written out."""
     cfg = tiny(method=method)
     agent, seen = rolled_out(cfg)
     names = ("image", "words", "level", "first")

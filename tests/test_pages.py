@@ -308,11 +308,22 @@ def test_formulas_are_mathml_and_equations_have_their_place(module):
     tables = runpy.run_path(str(ROOT / "docs" / "formulas.py"))
     assert "$" not in page.text and not re.search(r"[\\$_]", page.math)
     assert page.tags.count("math") >= sum(text.count("$") // 2 for text in tables["FORMULAS"][module].values())
+    assert not re.search(r"sum_|sqrt\(|\^T|\bw_|\^\w", page.text), "a formula that is not set"
     papers, shown = (ROOT / "docs" / "papers.md").read_text("utf-8"), "".join(page.text.split())
     for _, begins in tables["EQUATIONS"][module].values():
         (line,) = [line for line in papers.splitlines() if line.startswith(f"| {begins}")]
         place = re.sub("^Pol ", "Polytropon ", line.split("|")[1].strip()).replace("`", "")
         assert "".join(place.split()) in shown and re.search(r"::(\w+)", line)[1] in shown
+
+
+@pytest.mark.parametrize("module", PAGES)
+def test_an_equation_names_its_indices(module):
+    """Below it stands what each index is, also a hidden one: the skills under a sum, the task above a letter."""
+    tables = runpy.run_path(str(ROOT / "docs" / "formulas.py"))
+    assert tables["NAMES"].keys() == {begins for of in tables["EQUATIONS"].values() for _, begins in of.values()}
+    for latex, begins in tables["EQUATIONS"][module].values():
+        indices = re.findall(r"\\tau|(?<![a-z])[ijk](?![a-z])", " ".join(re.findall(r"[_^](\{.*?\}|\\?\w+)", latex)))
+        assert set(indices) <= set(re.findall(r"\\\w+|\w+", tables["NAMES"][begins])), begins
 
 
 @pytest.mark.parametrize("module", PAGES)
@@ -346,8 +357,10 @@ def test_a_page_needs_nothing_from_elsewhere(module):
             assert target[1:] in ids
         elif not re.fullmatch(r"https://arxiv\.org/abs/\d{4}\.\d{5}(v\d)?", target):
             assert (ROOT / "docs" / "html" / target).is_file(), target
-    neighbours = {f"{other}.html" for other in PAGES}
-    assert {"../../README.md", f"../../{module}.py", "../papers.md", *neighbours} <= set(page.all_of("href"))
+    others = {f"{other}.html" for other in PAGES} | {
+        f"../{other}.md" for other in ("papers", "walkthrough", "exercises")
+    }
+    assert {"../../README.md", f"../../{module}.py", *others} <= set(page.all_of("href"))
     assert all(page.all_of("alt")) and len(page.all_of("alt")) == page.tags.count("img")
 
 
@@ -368,7 +381,7 @@ def test_a_formula_whose_text_is_gone_is_refused(tmp_path):
     """In one sentence, and nothing is written for that file; the same for a definition and a line of papers.md."""
     folder = copied(tmp_path)
     for name, old, new, says in (
-        ("mhr.py", "w_hs  = z^_hs", "w_hs = z^_hs", "mhr.py no longer has \"w_hs  = z^_hs / sum_s' z^_hs'\""),
+        ("mhr.py", "w_kj  = z^_kj", "w_kj = z^_kj", "mhr.py no longer has \"w_kj  = z^_kj / sum_j' z^_kj'\""),
         ("mhr.py", "def average_skills", "def mean_skills", "mhr.py no longer has 'MHRLinear.average_skills'"),
         ("docs/papers.md", "| Pol eq. 2,", "| Pol equation 2,", "0 lines of papers.md begin with 'Pol eq. 2', not one"),
     ):

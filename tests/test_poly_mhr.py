@@ -498,7 +498,7 @@ def test_weights_are_a_soft_partition(module, z, routing, sample):
 
 
 def test_evaluation_weights_are_normalised_sigmoids():
-    """Without noise, w_s = sigmoid(z_s) / sum sigmoid(z): here 1/2 and 1/4 become 2/3 and 1/3, rounded 0 or 1."""
+    """Without noise, w_j = sigmoid(z_j) / sum sigmoid(z): here 1/2 and 1/4 become 2/3 and 1/3, rounded 0 or 1."""
     z = torch.tensor([0.5 / 0.5, 0.25 / 0.75]).log()
     for module in (poly, mhr):
         torch.testing.assert_close(module.soft_partition(z, "gumbel", False), torch.tensor([2 / 3, 1 / 3]))

@@ -12,8 +12,8 @@ file of the MHR authors' code (`layouts.py` reads them).
 The adapter of one task is exact: skills are mixed before they are applied, so a mixture of LoRAs of rank r, also head
 by head, is a LoRA of rank r. `peft` and `merged` fit every method but `full`, whose runs hold plain model folders
 already. PEFT has no sparse fine-tuning: use `merged`. A run of train.py with one adapter takes no --task. PEFT's Poly
-holds LoRA skills of `poly` and `mhr` with one router per layer, sigmoid or Gumbel-sigmoid (in training it always draws
-noise), and no Conv1D (GPT-2). Anything else is refused in one sentence.
+holds LoRA skills of `poly` and `mhr` with one router per layer, `--routing` sigmoid or gumbel (in training it always
+draws noise), and no Conv1D (GPT-2). Anything else is refused in one sentence.
 
 `peft` also writes a model card (`cards.py`) into each folder. With --task all there is DIR/TASK for each task that has
 an adapter, DIR/index.json, which names them, and a card of the whole; `docs/serving.md` is about what to do with it.
