@@ -394,8 +394,7 @@ def run_config(folder: str, data_dir: str = "", device: str = "auto") -> Config:
     check_ranges(base)
     device = pick_device(device)
     precision = precision_here(base.precision)
-    if device not in ("cuda", base.device) and precision == "bf16":
-        precision = "fp32"  # as in `make_config`, unless the run itself chose bf16 there
+    precision = "fp32" if device != "cuda" and precision == "bf16" else precision  # as in `make_config`
     return dataclasses.replace(base, data_dir=data_dir or base.data_dir, device=device, precision=precision)
 
 

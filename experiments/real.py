@@ -42,7 +42,7 @@ from experiments.real_runs import (
     training_flags, unpacked,
 )  # fmt: skip
 from experiments.verdicts import MARGIN, judge, judged, verdict
-from plumbing.errors import exit_on_user_error
+from plumbing.errors import UserError, exit_on_user_error
 from plumbing.machine import cpu
 from plumbing.tables import markdown, mean_std_text
 from tools import figures
@@ -185,7 +185,7 @@ PAGE = """{navigation}# The papers' claims with a real language model
 
     python -m experiments.real --data-dir DIR --backbone FOLDER
 
-Polytropon's benchmark and recipe: CrossFit's tasks, the backbone frozen, here in bfloat16, with LoRA of rank 4 on its
+Polytropon's benchmark and recipe: CrossFit's tasks, the backbone frozen, with LoRA of rank 4 on its
 self-attention.{about} For each method the same search of learning rates, on the dev tasks alone
 (`experiments/real_runs.py`); no test task was used to choose anything. Scores: the mean of the test tasks' official
 metrics, in percent. All values, with their flags, commit, date and device, are in `real.jsonl`.
@@ -329,6 +329,8 @@ def make(args):
     import torch
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.budget == "papers" and device == "cpu":
+        raise UserError("--budget papers is in bfloat16, for a GPU: give --budget cpu, which has steps for two cores")
     on = torch.cuda.get_device_name() if device == "cuda" else f"cores of {cpu()}"
     where = {"--data-dir": os.path.relpath(args.data_dir, ROOT), "--backbone": unpacked(args.backbone)}
     budget, until = BUDGETS[args.budget], time.monotonic() + 60 * args.minutes

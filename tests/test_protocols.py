@@ -47,7 +47,6 @@ from layers import GRANULARITIES, named_layers
 from lora import LoRA, LoRALinear
 from methods import add_adapters, build_model, load_run
 from plumbing.backbones import load_backbone
-from plumbing.folders import write_config
 from plumbing.errors import UserError
 from plumbing.flags import as_flag, check_ranges, explicit_flags
 from plumbing.folders import FIXED_BY_RUN
@@ -400,14 +399,6 @@ def test_precision_is_kept_where_it_is_given(monkeypatch):
     on(monkeypatch, "cuda")
     assert train.make_config(dataset="t0", precision="fp32").precision == "fp32"
     assert train.make_config(dataset="t0", device="cpu").precision == "fp32"
-
-
-@pytest.mark.parametrize("trained_on, precision", [("cpu", "bf16"), ("cuda", "fp32")])
-def test_a_run_is_opened_on_a_cpu_in_its_own_precision(tmp_path, trained_on, precision):
-    """bf16 that was chosen for a CPU stays; what a GPU had becomes fp32."""
-    cfg = train.make_config(dataset="strings", device="cpu", precision="bf16", output_dir=str(tmp_path))
-    write_config(tmp_path, dataclasses.replace(cfg, device=trained_on))
-    assert train.run_config(str(tmp_path), device="cpu").precision == precision
 
 
 def of_recipe(folder: Path, dataset: str, method: str = "mhr") -> str:

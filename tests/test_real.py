@@ -63,11 +63,13 @@ def bench(tmp_path, monkeypatch):
 
     monkeypatch.setattr(real_runs, "run", run)
     monkeypatch.setattr(figures, "save", lambda figure, stem: None)
-    monkeypatch.delitem(BUDGETS, "cpu")
-    monkeypatch.setitem(BUDGETS, "papers", SMALL)
+    monkeypatch.delitem(BUDGETS, "papers")
+    monkeypatch.setitem(BUDGETS, "cpu", SMALL)
 
     def command(*more: str):
-        places = f"--results {tmp_path / 'results'} --runs {tmp_path / 'runs'} --jobs 1 --device cpu".split()
+        places = (
+            f"--results {tmp_path / 'results'} --runs {tmp_path / 'runs'} --jobs 1 --device cpu --budget cpu".split()
+        )
         monkeypatch.setattr("sys.argv", ["real", "--data-dir", str(tmp_path), "--backbone", "B", *places, *more])
         real.main()
         return (tmp_path / "results" / "real.md").read_text()
@@ -339,6 +341,14 @@ def test_a_damaged_raw_file_is_one_sentence(tmp_path, odd):
         file.write(f"{odd}\n")
     with pytest.raises(UserError, match="real.jsonl:2 is damaged"):
         real_runs.read_raw(tmp_path / "real.jsonl")
+
+
+def test_the_papers_budget_is_for_a_gpu(monkeypatch, tmp_path):
+    """It is in bfloat16, which runs on a CPU are not opened in; and it would take weeks."""
+    places = f"--results {tmp_path / 'a'} --runs {tmp_path / 'b'} --device cpu".split()
+    monkeypatch.setattr("sys.argv", ["real", "--data-dir", str(tmp_path), "--backbone", "B", *places])
+    with pytest.raises(UserError, match="--budget papers is in bfloat16, for a GPU: give --budget cpu"):
+        real.main()
 
 
 # --- For true ---------------------------------------------------------------------------------------------------------
