@@ -192,6 +192,14 @@ def test_scores_in_sentences_are_those_of_the_table():
         assert re.search(rf"^\| {name}[^|]*\| {variant or 'all'} \|.*\| {score} \|$", METHODS_PAGE, re.M), (name, score)
 
 
+def test_the_two_commands_end_as_recorded():
+    """The scores that the README says the two commands print, and their minutes, are those of results/strings.md."""
+    record = (ROOT / "results" / "strings.md").read_text()
+    before, after, minutes = re.search(r"before adaptation ([\d.]+), after ([\d.]+), .*?; (\d+) min", record).groups()
+    says = " ".join(README.split("## Two commands")[1].split("\n## ")[0].split())
+    assert f"before adaptation {before}, after {after}`" in says and f"some {minutes} minutes" in says
+
+
 def test_the_verdicts_are_those_of_the_claims():
     """The verdicts and their counts in the README are those that results/claims.md has."""
     page = (ROOT / "results" / "claims.md").read_text()
