@@ -94,7 +94,7 @@ def setup_of(data_dir: str, backbone: str) -> str:
 
 def training_flags(name: str, budget: Budget, rate: str, seed: int, steps: int) -> str:
     """All that determines a pre-training but what its setup has (`setup_of`)."""
-    size = f"--steps {steps} --keep-every {steps // LOOKS}"
+    size = f"--steps {steps}" + f" --keep-every {steps // LOOKS}" * (steps == budget.steps)
     return " ".join(f"{SETTING} {METHODS[name][0]} {budget.train} {size} --lr {rate} --seed {seed}".split())
 
 
