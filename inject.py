@@ -114,6 +114,8 @@ def accept_task_ids(model: nn.Module):
     model = unwrapped(model)
 
     def within(method):
+        """The method, with task_ids as one more argument."""
+
         @wraps(method)
         def call(self, *args, **kwargs):
             ids = kwargs.pop("task_ids", None)

@@ -1,15 +1,15 @@
 """The claims again where skills are scarce: data of `experiments/reproduce.py`, as `claims.py`.
 
-    python -m experiments.methods --tune --skills 2 3 4 8      the rates below, on dev compositions
+    python -m experiments.methods --tune --skills 2 3 4 8      the search of the rates below, on dev tasks
     python -m experiments.reproduce --claim few-shot-scarce    a claim, as every other
 
 The papers have 8 skills for 313 tasks, 39 tasks a skill; `strings` has 4 for 64 in its recipe, 16 tasks a skill. Here
 it has 2, which is 32 tasks a skill and of 1, 2, 3, 4 and 8 skills the nearest to the papers' ratio (1 skill is LoRA,
 whatever the method). That is how the setting was chosen, and the claims below were written down before any of their
-runs. What had been seen: four seeds of a pilot on dev compositions with the recipe's rates, where MHR-z was 15 points
-above Poly-z, and the held-out scores of `claims.py`, Poly with 2 and 8 skills among them. MHR has 16 heads, as in that
-pilot. Rates are searched again for each number of
-skills, with the budget and the rule that all methods had; another number of heads has those of 16.
+runs. What had been seen: four seeds of a pilot on dev tasks with the recipe's rates, where MHR-z was 15 points above
+Poly-z, and the held-out scores of `claims.py`, Poly with 2 and 8 skills among them. MHR has 16 heads, as in that pilot.
+Rates are to be searched again for each number of skills, with the budget and the rule that all methods had; another
+number of heads has those of 16.
 """
 
 from experiments.claims import TOLD, Claim, Measure
