@@ -92,6 +92,7 @@ if __name__ == "__main__":  # read the flags before the slow imports: --help and
     FLAGS = explicit_flags(Config, PRETRAINING)
 
 import dataclasses
+import inspect
 from functools import partial
 from pathlib import Path
 
@@ -111,7 +112,7 @@ from plumbing.checkpoint import marks_of_tasks, run_tensors
 from plumbing.folders import read_lines, refuse_other_tasks, remove_checkpoint, remove_run
 from plumbing.graph import WORTH_COMPILING, graph_of, refuse_what_cannot_compile, same_sizes
 from plumbing.large import precision_here, refuse_what_does_not_fit
-from plumbing.machine import peak_memory, record_start, report_dry_run
+from plumbing.machine import fast_in_bf16, peak_memory, record_start, report_dry_run
 from plumbing.run import Run, refuse_nonfinite, run_in_folder
 from plumbing.tables import counted, in_words
 from scoring import score_training_tasks, tasks_to_score
@@ -158,20 +159,39 @@ def batch_loss(model, tokenizer, items: list[data.Item], max_input: int, max_out
     return token_loss(model, to_device(batch, model.device))
 
 
-def tensors_of(model, tokenizer, items: list[data.Item], max_input: int, max_output: int) -> dict[str, torch.Tensor]:
-    """The tensors of `data.collate` for a batch, on the CPU."""
+def tensors_of(
+    model, tokenizer, items: list[data.Item], max_input: int, max_output: int, whole: bool = False
+) -> dict[str, torch.Tensor]:
+    """The tensors of `data.collate` for a batch, on the CPU; unless it is to be whole, `only_labelled`."""
     examples, outputs = [item.example for item in items], [item.output for item in items]
-    return data.collate(examples, outputs, tokenizer, model.config.is_encoder_decoder, max_input, max_output)
+    batch = data.collate(examples, outputs, tokenizer, model.config.is_encoder_decoder, max_input, max_output)
+    return batch if whole else only_labelled(model, batch)
+
+
+def only_labelled(model, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch, whose labels (b, l) for a decoder-only model become those of the last n positions, (b, n): no row has
+    any before them that can be learnt."""
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return batch
+    first = (batch["labels"] != -100).any(0).int().argmax().clamp(min=1)  # nothing predicts a row's first token
+    return batch | {"labels": batch["labels"][:, first:]}
 
 
 def token_loss(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Cross-entropy averaged over the output tokens of a batch: a scalar. batch: of `tensors_of`."""
-    if not model.config.is_encoder_decoder:
-        return model(**batch, use_cache=False).loss  # the keys and values that generation keeps would be copies
+    """Cross-entropy averaged over the output tokens of a batch: a scalar. batch: of `tensors_of`.
+
+    Not the model's own loss: T5 computes it in bfloat16 from bfloat16 logits, and a decoder-only model computes logits
+    (b, l, vocabulary) for its inputs too, the largest tensor by far.
+    """
     inputs, labels = {k: v for k, v in batch.items() if k != "labels"}, batch["labels"]
-    decoder = model.prepare_decoder_input_ids_from_labels(labels)
-    logits = model(**inputs, decoder_input_ids=decoder, use_cache=False).logits
-    # not the model's own loss: T5 computes it in bfloat16 from bfloat16 logits
+    inputs["use_cache"] = False  # the keys and values that generation keeps would be copies
+    if model.config.is_encoder_decoder:
+        logits = model(**inputs, decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels)).logits
+    elif (n := labels.shape[1]) < (length := inputs["input_ids"].shape[1]):
+        before = torch.arange(length - n, length, device=labels.device) - 1  # positions: their number alone is slower
+        logits = model(**inputs, logits_to_keep=before).logits
+    else:  # the token at a position is predicted at the one before
+        logits, labels = model(**inputs).logits[:, :-1], labels[:, 1:]
     return cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
 
@@ -218,6 +238,7 @@ def loss_and_parts(model, tokenizer, cfg: Config):
     """What `backward_in_parts` calls, loss_of(tensors), and what makes parts of a batch ahead of it; both for a graph
     with --compile."""
     prepare = partial(tensors_of, model, tokenizer, max_input=cfg.max_input, max_output=cfg.max_output)
+    prepare = partial(prepare, whole=cfg.compile)  # a graph is recorded for each size: fewer sizes
     tokens = partial(output_tokens, model, tokenizer, max_output=cfg.max_output)
     loss_of = partial(token_loss, model)
 
@@ -394,7 +415,7 @@ def run_config(folder: str, data_dir: str = "", device: str = "auto") -> Config:
     check_ranges(base)
     device = pick_device(device)
     precision = precision_here(base.precision)
-    precision = "fp32" if device != "cuda" and precision == "bf16" else precision  # as in `make_config`
+    precision = "fp32" if precision == "bf16" and not fast_in_bf16(device) else precision
     return dataclasses.replace(base, data_dir=data_dir or base.data_dir, device=device, precision=precision)
 
 

@@ -70,6 +70,13 @@ def cpu() -> str:
     return names[0] if names else platform.processor()
 
 
+def fast_in_bf16(device: str) -> bool:
+    """Whether bfloat16 is no slower than float32 there: on a GPU of NVIDIA's, and on a CPU that multiplies it (AMX)."""
+    import torch
+
+    return device == "cuda" or device == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
 def peak_memory() -> float:
     """The most memory that this process has held, in GB: torch's on a GPU that was used, else the whole process's."""
     import torch

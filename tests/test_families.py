@@ -2,6 +2,7 @@
 mixed batch is each example alone, or is refused."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -98,6 +99,33 @@ def test_a_mixed_batch_is_each_example_alone(kind):
     torch.manual_seed(3)
     saving = gradients(model, batch, IDS, inside=False)
     assert max(difference(saving[name], g) for name, g in whole.items()) < 1e-4
+
+
+@families
+def test_the_training_loss_is_the_models_own(kind):
+    """Loss and gradients of rows of several lengths; a decoder-only model has no logits before the first output."""
+    model = adapted(kind)
+    batch = batch_for(model)
+    for k, (start, end) in enumerate([(3, 7), (2, 4), (4, 6)]):  # of the output
+        batch["attention_mask"][k, end:] = 0
+        batch["labels"] = batch["labels"].clone()
+        batch["labels"][k, end:] = -100
+        if not model.config.is_encoder_decoder:
+            batch["labels"][k, :start] = -100
+    short = train.only_labelled(model, batch)
+    seen = []
+    model.get_output_embeddings().register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
+    losses, grads = [], []
+    token_loss = partial(train.token_loss, model)
+    for loss_of in (lambda: model(**batch).loss, lambda: token_loss(batch), lambda: token_loss(short)):
+        with task_ids(IDS):
+            losses.append(loss_of())
+        grads.append(torch.autograd.grad(losses[-1], list(adapter_parameters(model).values())))
+    assert seen == ([7] * 3 if model.config.is_encoder_decoder else [7, 7, 5])
+    for loss, own in zip(losses[1:], grads[1:], strict=True):
+        torch.testing.assert_close(loss, losses[0])
+        for a, b in zip(own, grads[0], strict=True):
+            assert difference(a, b) < 1e-5
 
 
 @families

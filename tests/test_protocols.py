@@ -50,6 +50,7 @@ from plumbing.backbones import load_backbone
 from plumbing.errors import UserError
 from plumbing.flags import as_flag, check_ranges, explicit_flags
 from plumbing.folders import FIXED_BY_RUN
+from plumbing.machine import fast_in_bf16
 from poly import PolyLinear, PolyRouter
 from recipes import FEW_SHOT, FIXED_TABLE, PRETRAINING
 from scoring import over_splits
@@ -57,6 +58,7 @@ from tests import helpers
 from tests.helpers import (
     fingerprints_as_metrics, lines_of, read, same_tensors, save_as_backbone, small_backbone,
 )  # fmt: skip
+from tools.export import held_whole
 
 SAMPLES = Path(__file__).resolve().parents[1] / "assets" / "samples"
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -399,6 +401,17 @@ def test_precision_is_kept_where_it_is_given(monkeypatch):
     on(monkeypatch, "cuda")
     assert train.make_config(dataset="t0", precision="fp32").precision == "fp32"
     assert train.make_config(dataset="t0", device="cpu").precision == "fp32"
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_run_in_bf16_is_opened_in_what_is_fast_here(tmp_path, monkeypatch, fast):
+    """Of CPUs only those that multiply bfloat16 keep it. What an export merges does not depend on that."""
+    base = train.make_config(dataset="strings", precision="bf16", device="cpu")
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(base)))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": fast})
+    opened = train.run_config(str(tmp_path), device="cpu")
+    assert opened == dataclasses.replace(base, precision="bf16" if fast else "fp32")
+    assert held_whole(opened).precision == "fp32" and not fast_in_bf16("mps")
 
 
 def of_recipe(folder: Path, dataset: str, method: str = "mhr") -> str:

@@ -145,11 +145,10 @@ def linears_in_4_bits(model: nn.Module) -> list[nn.Linear]:
 
 
 def fake_batch(encoder_decoder: bool, size: int, max_input: int, max_output: int) -> dict[str, torch.Tensor]:
-    """A batch as `data.collate` makes it, every example of full length."""
+    """A batch as `train.tensors_of` makes it, every example of full length."""
     length = max_input if encoder_decoder else max_input + max_output
     x = torch.zeros(size, length, dtype=torch.long)
-    labels = torch.zeros(size, max_output, dtype=torch.long) if encoder_decoder else x
-    return {"input_ids": x, "attention_mask": torch.ones_like(x), "labels": labels}
+    return {"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x[:, -max_output:]}
 
 
 def table(

@@ -157,8 +157,9 @@ def _adapted(cfg: Config, folder: Path) -> Run:
 
 
 def held_whole(base: train.Config) -> train.Config:
-    """The settings of a run with its backbone not in 4 bits, into which nothing can be merged, but as its files are."""
-    return dataclasses.replace(base, precision="auto") if base.precision == "nf4" else base
+    """The settings of a run with its backbone not in 4 bits, into which nothing can be merged, but as its files are;
+    and not in bfloat16, whatever is fast here: what is merged is the same everywhere."""
+    return dataclasses.replace(base, precision="auto" if base.precision == "nf4" else "fp32")
 
 
 def names_of_tasks(folder: Path) -> list[str]:
