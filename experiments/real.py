@@ -330,7 +330,7 @@ def make(args):
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.budget == "papers" and device == "cpu":
-        raise UserError("--budget papers is in bfloat16, for a GPU: give --budget cpu, which has steps for two cores")
+        raise UserError("--budget papers is for a GPU: give --budget cpu, which has steps for two cores")
     on = torch.cuda.get_device_name() if device == "cuda" else f"cores of {cpu()}"
     where = {"--data-dir": os.path.relpath(args.data_dir, ROOT), "--backbone": unpacked(args.backbone)}
     budget, until = BUDGETS[args.budget], time.monotonic() + 60 * args.minutes

@@ -67,10 +67,10 @@ BUDGETS = {
         "--precision bf16", 12_540, "", (100, 13, 21, 42, 87), (0, 1, 2), 1_000, "--steps 300",
     ),
     "cpu": Budget(
-        "What some four hours of two cores should reach (estimated from single steps) for LoRA, Poly and MHR of one "
-        "seed: 500 steps of 32, inputs cut at 128 tokens, then 60 few-shot steps of 8, one split, greedy decoding, at "
-        "most 100 test examples a task.",
-        "--max-input 128 --max-output 16", 500,
+        "What some four hours of two cores that multiply bfloat16 (AMX) should reach (estimated from single steps) for "
+        "LoRA, and for Poly and MHR with 8 and 2 skills, of one seed: bfloat16, 500 steps of 32, inputs cut at 128 "
+        "tokens, then 60 few-shot steps of 8, one split, greedy decoding, at most 100 test examples a task.",
+        "--precision bf16 --max-input 128 --max-output 16", 500,
         "--steps 60 --eval-every 20 --beams 1 --test-examples 100", (100,), (0, 1, 2),
         60, "--steps 30 --eval-every 10",
     ),
