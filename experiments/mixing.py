@@ -1,6 +1,6 @@
 """How many tasks a batch holds, what padding costs, and whether that changes what is learnt.
 
-    python -m experiments.mixing                        strings: 40 minutes on two cores; writes results/mixing.md
+    python -m experiments.mixing                        strings: 50 minutes on two cores; writes results/mixing.md
     python -m experiments.mixing --count                no training: tasks and padding alone
     python -m experiments.mixing --data-dir DIR         also for the official files in DIR/t0, DIR/superni, DIR/crossfit
 
@@ -11,11 +11,7 @@ in one batch nothing is sorted.
 
 import argparse
 import itertools
-import json
-import os
 import statistics
-import subprocess
-import sys
 from datetime import date
 from pathlib import Path
 
@@ -24,18 +20,16 @@ from plumbing.errors import exit_quietly_on_signals
 if __name__ == "__main__":  # Ctrl-C during the slow imports
     exit_quietly_on_signals()
 
-import adapt
 import benchmarks
 import data
-import train
 from experiments.bench import machine
 from experiments.commands import ROOT, side_by_side
-from experiments.methods import NAVIGATION, RUNS
+from experiments.methods import NAVIGATION, RATES, RUNS, adapt, few_shot_rates, pretrain
 from plumbing.errors import exit_on_user_error
-from plumbing.tables import aligned
+from plumbing.tables import aligned, mean_std_text
 from recipes import PRETRAINING
 
-WINDOWS, SEEDS, METHODS = (1, 8, 50), (0, 1, 2), ("mhr", "poly")
+WINDOWS, SEEDS, METHODS = (1, data.WINDOW, 50), (0, 1, 2), ("MHR", "Poly")
 BATCHES = 400  # to count over
 TEXT = """{navigation}# Tasks in a batch
 
@@ -47,7 +41,8 @@ a batch's characters (inputs) that is padding.
 
 {counts}
 
-`strings`, {seeds} seeds, equal examples (1,500 steps of 64): scores and seconds of training, mean ± standard deviation.
+`strings`, {seeds} seeds, equal examples (1,500 steps of 64): scores, mean ± standard deviation. The window of
+{window} is the recipe's; its runs are those of [methods.md](methods.md).
 
 {scores}
 
@@ -71,31 +66,23 @@ def counts(dataset: str, data_dir: str, windows=WINDOWS) -> list[tuple[str, ...]
     return lines
 
 
-def one(window: int, seed: int, method: str) -> dict:
-    """Train and adapt on strings in this process, unless it is done; what the table needs."""
-    folder = RUNS / f"mixing-{method}-{window}-{seed}"
-    flags = dict(method=method, dataset="strings", window=window, seed=seed, output_dir=str(folder), device="cpu")
-    trained = train.main(flags | {"resume": True})
-    adapted = adapt.main(dict(checkpoint=str(folder), output_dir=f"{folder}-all", device="cpu", resume=True))
-    return {"seen": trained["mean"], "held-out": adapted["mean"], "seconds": trained["seconds"]}
+def one(method: str, window: int, seed: int) -> dict:
+    """Train and adapt on strings, unless it is done; what the table needs. The recipe's window: runs of methods.py."""
+    flags = () if window == data.WINDOW else (f"--window={window}",)
+    checkpoint, trained = pretrain(method, seed, RUNS, (*RATES[method][0].split(), *flags))
+    adapted = adapt(checkpoint, "all", seed, few_shot_rates(method, "all"))
+    return {"seen": trained["mean"], "held-out": adapted["mean"]}
 
 
 def scores(jobs: int) -> list[tuple[str, ...]]:
-    """The second table as cells: every run in a process of its own."""
+    """The second table as cells."""
     runs = list(itertools.product(METHODS, WINDOWS, SEEDS))
-
-    def run(method: str, window: int, seed: int) -> dict:
-        command = [sys.executable, "-m", "experiments.mixing", "--one", str(window), str(seed), method]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        return json.loads(done.stdout.splitlines()[-1])
-
-    found = dict(zip(runs, side_by_side(lambda r: run(*r), runs, jobs), strict=True))
-    lines = [("method", "window", "seen tasks", "held-out tasks", "seconds")]
+    found = dict(zip(runs, side_by_side(lambda run: one(*run), runs, jobs), strict=True))
+    lines = [("method", "window", "seen tasks", "held-out tasks")]
     for method, window in itertools.product(METHODS, WINDOWS):
         several = [found[method, window, seed] for seed in SEEDS]
-        cells = ([of[name] for of in several] for name in ("seen", "held-out", "seconds"))
-        lines.append((method, str(window), *(f"{statistics.fmean(x):.1f} ± {statistics.stdev(x):.1f}" for x in cells)))
+        cells = (mean_std_text([of[name] for of in several], "±") for name in ("seen", "held-out"))
+        lines.append((method, str(window), *cells))
     return lines
 
 
@@ -104,11 +91,7 @@ def main():
     parser.add_argument("--count", action="store_true", help="no training")
     parser.add_argument("--data-dir", default="", help="folder with t0, superni and crossfit, in the official formats")
     parser.add_argument("--jobs", type=int, default=2, help="runs in parallel")
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        print(json.dumps(one(int(args.one[0]), int(args.one[1]), args.one[2])))
-        return
     lines = [("benchmark", "window", "different tasks", "padding"), *counts("strings", "")]
     for dataset in ("t0", "superni", "crossfit") if args.data_dir else ():
         lines += counts(dataset, str(Path(args.data_dir) / dataset))
@@ -120,7 +103,7 @@ def main():
     scored = indented(aligned(scores(args.jobs), left=2))
     page = TEXT.format(
         navigation=NAVIGATION, batches=BATCHES, counts=indented(counted), seeds=len(SEEDS), scores=scored,
-        machine=machine("cpu"), date=date.today(),
+        window=data.WINDOW, machine=machine("cpu"), date=date.today(),
     )  # fmt: skip
     (ROOT / "results" / "mixing.md").write_text(page)
     print(page)

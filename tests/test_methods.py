@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import methods
+import train
+from data import WINDOW
+from experiments import methods, mixing
 from recipes import FEW_SHOT, PRETRAINING, VARIANTS, recipe
 
 
@@ -120,3 +122,22 @@ def test_sizes_are_searched_by_the_same_rule(trials, tmp_path, monkeypatch, caps
     sizes = {(line.split()[0], *re.findall(r"--(?:skills|heads)=\d+", line)) for line in lines}
     assert sizes == {(m, f"--skills={s}", *more) for s in (2, 3) for m, more in (("MHR", ["--heads=16"]), ("Poly", []))}
     assert sum(line.endswith("<-") for line in lines) == 2 * 2 * 3
+
+
+def test_windows_are_compared_by_the_same_runs(monkeypatch):
+    """experiments/mixing.py: a window is one flag more; the recipe's are the runs of the table."""
+    asked = []
+
+    def pretrain(name, seed, root, extra):
+        asked.append((name, seed, root, extra))
+        return seed, {"mean": 80.0 + seed}
+
+    monkeypatch.setattr(mixing, "pretrain", pretrain)
+    monkeypatch.setattr(mixing, "adapt", lambda checkpoint, variant, seed, rates: {"mean": 60.0 + 2 * checkpoint})
+    head, *lines = mixing.scores(jobs=1)
+    rates = {name: tuple(methods.RATES[name][0].split()) for name in ("MHR", "Poly")}
+    flags = {1: ("--window=1",), WINDOW: (), 50: ("--window=50",)}
+    seeds = [(m, s, methods.RUNS, rates[m] + flags[w]) for m in rates for w in flags for s in (0, 1, 2)]
+    assert asked == seeds
+    assert lines == [(m, str(w), "81.0 ± 1.0", "62.0 ± 2.0") for m in rates for w in flags]
+    assert len(head) == 4 and train.Config.window == WINDOW
