@@ -13,6 +13,7 @@ import argparse
 import itertools
 import statistics
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 from plumbing.errors import exit_quietly_on_signals
@@ -20,14 +21,19 @@ from plumbing.errors import exit_quietly_on_signals
 if __name__ == "__main__":  # Ctrl-C during the slow imports
     exit_quietly_on_signals()
 
+import adapt
 import benchmarks
 import data
-from experiments.bench import machine
-from experiments.commands import ROOT, side_by_side
-from experiments.methods import NAVIGATION, RATES, RUNS, adapt, few_shot_rates, pretrain
+import train
+from experiments import methods
+from experiments.commands import ROOT, run, side_by_side
+from experiments.methods import NAVIGATION, RUNS
 from plumbing.errors import exit_on_user_error
+from plumbing.flags import explicit_flags
+from plumbing.folders import read_json
+from plumbing.machine import cpu
 from plumbing.tables import aligned, mean_std_text
-from recipes import PRETRAINING
+from recipes import FEW_SHOT, PRETRAINING
 
 WINDOWS, SEEDS, METHODS = (1, data.WINDOW, 50), (0, 1, 2), ("MHR", "Poly")
 BATCHES = 400  # to count over
@@ -46,7 +52,7 @@ a batch's characters (inputs) that is padding.
 
 {scores}
 
-{machine}; {date}.
+Commit {commits}; one core of {cpu} for each run, torch {torch}; {date}.
 """
 
 
@@ -66,16 +72,31 @@ def counts(dataset: str, data_dir: str, windows=WINDOWS) -> list[tuple[str, ...]
     return lines
 
 
+def make(method: str, window: int, seed: int, folder: str):
+    """Train and adapt on strings, in this process: `window` is a setting of the recipe, not a flag."""
+    common, split = dict(seed=seed, device="cpu", resume=True), str(seed)
+    rates, few_shot = methods.RATES[method][0].split(), methods.few_shot_rates(method, "all")
+    flags = explicit_flags(train.Config, PRETRAINING, [*methods.METHODS[method][0].split(), *rates])
+    train.main(flags | dict(dataset="strings", window=window, split=split, output_dir=folder) | common)
+    flags = explicit_flags(adapt.Config, FEW_SHOT, list(few_shot))
+    adapt.main(flags | dict(checkpoint=folder, split=(split,), output_dir=f"{folder}-all") | common)
+
+
 def one(method: str, window: int, seed: int) -> dict:
-    """Train and adapt on strings, unless it is done; what the table needs. The recipe's window: runs of methods.py."""
-    flags = () if window == data.WINDOW else (f"--window={window}",)
-    checkpoint, trained = pretrain(method, seed, RUNS, (*RATES[method][0].split(), *flags))
-    adapted = adapt(checkpoint, "all", seed, few_shot_rates(method, "all"))
-    return {"seen": trained["mean"], "held-out": adapted["mean"]}
+    """What the table needs of a run, which is made unless it is there; the recipe's window is that of `methods.py`."""
+    if window == data.WINDOW:
+        checkpoint, trained = methods.pretrain(method, seed, RUNS, tuple(methods.RATES[method][0].split()))
+        adapted = methods.adapt(checkpoint, "all", seed, methods.few_shot_rates(method, "all"))
+    else:
+        folder = RUNS / f"mixing-{method}-{window}-{seed}"
+        given = ["--one", method, str(window), str(seed), str(folder)]
+        adapted = run("experiments.mixing", given, Path(f"{folder}-all") / "result.json")
+        trained = read_json(folder / "result.json", mean=float)
+    return {"seen": trained["mean"], "held-out": adapted["mean"], "commit": adapted["commit"]}
 
 
-def scores(jobs: int) -> list[tuple[str, ...]]:
-    """The second table as cells."""
+def scores(jobs: int) -> tuple[list[tuple[str, ...]], str]:
+    """(the second table as cells, the commits that its runs were made at)."""
     runs = list(itertools.product(METHODS, WINDOWS, SEEDS))
     found = dict(zip(runs, side_by_side(lambda run: one(*run), runs, jobs), strict=True))
     lines = [("method", "window", "seen tasks", "held-out tasks")]
@@ -83,7 +104,7 @@ def scores(jobs: int) -> list[tuple[str, ...]]:
         several = [found[method, window, seed] for seed in SEEDS]
         cells = (mean_std_text([of[name] for of in several], "±") for name in ("seen", "held-out"))
         lines.append((method, str(window), *cells))
-    return lines
+    return lines, ", ".join(sorted({of["commit"] for of in found.values()}))
 
 
 def main():
@@ -91,7 +112,11 @@ def main():
     parser.add_argument("--count", action="store_true", help="no training")
     parser.add_argument("--data-dir", default="", help="folder with t0, superni and crossfit, in the official formats")
     parser.add_argument("--jobs", type=int, default=2, help="runs in parallel")
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.one:
+        method, window, seed, folder = args.one
+        return make(method, int(window), int(seed), folder)
     lines = [("benchmark", "window", "different tasks", "padding"), *counts("strings", "")]
     for dataset in ("t0", "superni", "crossfit") if args.data_dir else ():
         lines += counts(dataset, str(Path(args.data_dir) / dataset))
@@ -100,10 +125,10 @@ def main():
     if args.count:
         return
     indented = lambda text: "\n".join(f"    {line}".rstrip() for line in text.splitlines())  # noqa: E731
-    scored = indented(aligned(scores(args.jobs), left=2))
+    lines, commits = scores(args.jobs)
     page = TEXT.format(
-        navigation=NAVIGATION, batches=BATCHES, counts=indented(counted), seeds=len(SEEDS), scores=scored,
-        window=data.WINDOW, machine=machine("cpu"), date=date.today(),
+        navigation=NAVIGATION, batches=BATCHES, counts=indented(counted), seeds=len(SEEDS), window=data.WINDOW,
+        scores=indented(aligned(lines, left=2)), commits=commits, cpu=cpu(), torch=version("torch"), date=date.today(),
     )  # fmt: skip
     (ROOT / "results" / "mixing.md").write_text(page)
     print(page)

@@ -3,14 +3,19 @@
 import math
 import re
 import runpy
+from functools import partial
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import adapt
 import train
 from data import WINDOW
 from experiments import methods, mixing
+from plumbing.flags import explicit_flags
+from plumbing.folders import read_json, write_config, write_json
 from recipes import FEW_SHOT, PRETRAINING, VARIANTS, recipe
 
 
@@ -124,20 +129,45 @@ def test_sizes_are_searched_by_the_same_rule(trials, tmp_path, monkeypatch, caps
     assert sum(line.endswith("<-") for line in lines) == 2 * 2 * 3
 
 
-def test_windows_are_compared_by_the_same_runs(monkeypatch):
-    """experiments/mixing.py: a window is one flag more; the recipe's are the runs of the table."""
-    asked = []
+@pytest.mark.parametrize("method", mixing.METHODS)
+def test_windows_are_compared_by_runs_that_are_alike(monkeypatch, tmp_path, method):
+    """experiments/mixing.py: the recipe's window is run by the table's commands, another one in the same settings."""
+    modules = {"train.py": (train, PRETRAINING), "adapt.py": (adapt, FEW_SHOT)}
+    made, own = [], {"output_dir", "keep_every", "checkpoint", "window"}
 
-    def pretrain(name, seed, root, extra):
-        asked.append((name, seed, root, extra))
-        return seed, {"mean": 80.0 + seed}
+    def begin(module, flags):
+        cfg = module.make_config(**flags)
+        made.append(
+            {name: list(value) if name == "split" else value for name, value in vars(cfg).items() if name not in own}
+        )
+        Path(cfg.output_dir).mkdir()
+        write_config(Path(cfg.output_dir), cfg)
+        write_json(Path(cfg.output_dir, "result.json"), {"mean": 1.0})
+        return cfg
 
-    monkeypatch.setattr(mixing, "pretrain", pretrain)
-    monkeypatch.setattr(mixing, "adapt", lambda checkpoint, variant, seed, rates: {"mean": 60.0 + 2 * checkpoint})
-    head, *lines = mixing.scores(jobs=1)
-    rates = {name: tuple(methods.RATES[name][0].split()) for name in ("MHR", "Poly")}
-    flags = {1: ("--window=1",), WINDOW: (), 50: ("--window=50",)}
-    seeds = [(m, s, methods.RUNS, rates[m] + flags[w]) for m in rates for w in flags for s in (0, 1, 2)]
-    assert asked == seeds
-    assert lines == [(m, str(w), "81.0 ± 1.0", "62.0 ± 2.0") for m in rates for w in flags]
-    assert len(head) == 4 and train.Config.window == WINDOW
+    def run(script, flags, result):
+        if script in modules:
+            module, recipes = modules[script]
+            begin(module, explicit_flags(module.Config, recipes, flags) | {"device": "cpu"})
+        else:
+            monkeypatch.setattr("sys.argv", ["mixing", *flags])
+            mixing.main()
+        return read_json(result) | {"commit": "abc"}
+
+    for module, _ in modules.values():
+        monkeypatch.setattr(module, "main", partial(begin, module))
+    for module in (methods, mixing):
+        monkeypatch.setattr(module, "run", run)
+    monkeypatch.setattr(mixing, "RUNS", tmp_path)
+    for window in (WINDOW, 50):
+        assert mixing.one(method, window, 3) == {"seen": 1.0, "held-out": 1.0, "commit": "abc"}
+    assert made[:2] == made[2:]
+    configs = map(read_json, tmp_path.glob("*/config.json"))
+    assert sorted(config["window"] for config in configs if "window" in config) == [WINDOW, 50]
+
+
+def test_the_table_of_windows(monkeypatch):
+    monkeypatch.setattr(mixing, "one", lambda m, w, s: {"seen": 80.0 + s, "held-out": 60.0 + 2 * s, "commit": f"c{w}"})
+    (head, *lines), commits = mixing.scores(jobs=1)
+    assert lines == [(m, str(w), "81.0 ± 1.0", "62.0 ± 2.0") for m in ("MHR", "Poly") for w in (1, WINDOW, 50)]
+    assert len(head) == 4 and commits == f"c1, c50, c{WINDOW}"
