@@ -177,8 +177,8 @@ def collate(
 def encode_inputs(examples: list[Example], tokenizer, limit: int) -> list[list[int]]:
     """Token ids of the inputs, at most `limit` each: the first ones; if an example has a tail, also those of the tail.
 
-    The cut with a tail is nearly that of SuperNI's official code: keep the first limit - len(tokens(tail)) tokens, turn
-    them back into text, append the tail. (The official one loses the last token.)
+    The cut with a tail is nearly that of the MHR authors' code for SuperNI: keep the first limit - len(tokens(tail))
+    tokens, turn them back into text, append the tail. (Theirs loses the last token.)
     """
     rows = [tokens(tokenizer, text=e.input) for e in examples]
     for k, (example, row) in enumerate(zip(examples, rows, strict=True)):

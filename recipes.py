@@ -1,15 +1,16 @@
 """The papers' settings: names of methods and variants, and the recipe of each benchmark. Nothing but data.
 
-A run's defaults are what its benchmark says, changed by what (benchmark, method) says; flags override both. Sources
-(docs/benchmarks.md): the MHR authors' configuration files (t0: after T-Few) and Polytropon's appendix A.2. "strings"
-is ours; a search on dev tasks found its learning rates for each method (results/methods.md; some variants and
-sizes have others, which `experiments/methods.py` gives as flags). Warm-up is a share of the steps (SuperNI: of 25,000).
+A run's defaults are what its benchmark says, changed by what (benchmark, method) and then (benchmark, method, adapter)
+say; flags override all. Sources (docs/benchmarks.md): the MHR authors' configuration files (t0: after T-Few) and
+Polytropon's appendix A.2. "strings" is ours; a search on dev tasks found its learning rates for each method
+(results/methods.md; some variants and sizes have others, which `experiments/methods.py` gives as flags). Warm-up is a
+share of the steps (SuperNI: of 25,000).
 
 Adafactor's scale by RMS (`scale_parameter`) is on by default in T-Few and in the MHR authors' code. Their pre-training
-files of Poly and MHR on T0 switch it off, and their LoRA is run as Poly with one skill; (IA)^3's file and those of
-few-shot adaptation keep it. With it, steps are small at first: 1e-4 for a fresh Z, 3e-6 for a zero B. Rates: theirs,
-where a file of theirs names one: 3e-4 for (IA)^3 on T0. A single LoRA on SuperNI has 5e-5 in theirs; here it has the
-1e-3 of Poly, as on T0. Methods without files of theirs have Poly's settings.
+files of Poly and MHR on T0 switch it off, and their LoRA is run as Poly with one skill; those of (IA)^3, alone and as
+Poly's skills, and of few-shot adaptation keep it. With it, steps are small at first: 1e-4 for a fresh Z, 3e-6 for a
+zero B. Rates: theirs, where a file of theirs names one: 3e-4 for (IA)^3 on T0. A single LoRA and a single (IA)^3 on
+SuperNI have 5e-5 in theirs; here they have the 1e-3 of Poly. Methods without files of theirs have Poly's settings.
 
 Full fine-tuning holds its weights in fp32: in bfloat16 most updates at such rates round to nothing.
 """
@@ -54,6 +55,7 @@ PRETRAINING = {
     ("strings", "ia3"): dict(lr=4.5e-2),
     ("t0", "full"): dict(lr=1e-4, precision="fp32"),
     ("t0", "ia3"): dict(scale_parameter=True, lr=3e-4),
+    **{("t0", m, "ia3"): dict(scale_parameter=True, lr=3e-4) for m in ("poly", "mhr")},
     ("superni", "full"): dict(lr=5e-5, precision="fp32"),
     ("crossfit", "full"): dict(lr=3e-5),
 }  # fmt: skip
@@ -87,6 +89,7 @@ FEW_SHOT = {
 }  # fmt: skip
 
 
-def recipe(recipes: dict, dataset: str, method: str) -> dict:
-    """The defaults of a benchmark, changed by those of (benchmark, method)."""
-    return recipes.get(dataset, {}) | recipes.get((dataset, method), {})
+def recipe(recipes: dict, dataset: str, method: str, adapter: str = "lora") -> dict:
+    """The defaults of a benchmark, changed by those of (benchmark, method) and (benchmark, method, adapter)."""
+    keys = dataset, (dataset, method), (dataset, method, adapter)
+    return {name: value for key in keys for name, value in recipes.get(key, {}).items()}

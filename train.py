@@ -294,7 +294,7 @@ def train_steps(model, tokenizer, tasks: list[data.Task], steps: int, cfg: Confi
 def train(cfg: Config) -> dict:
     """Pre-train as cfg says and write the run folder; returns the content of result.json."""
     advice = "a smaller --micro-batch (the same batch in parts), --checkpointing, --precision nf4 or --shard"
-    usual = dataclasses.asdict(Config()) | recipe(PRETRAINING, cfg.dataset, cfg.method)
+    usual = dataclasses.asdict(Config()) | recipe(PRETRAINING, cfg.dataset, cfg.method, cfg.adapter)
     return run_in_folder(train_in, cfg, "train.py", advice, in_use(cfg, usual))
 
 
@@ -393,7 +393,7 @@ def make_config(**flags) -> Config:
     if start.from_run:
         cfg = continued_config(Config, flags)  # plumbing/folders.py lists what must stay as it was
     else:
-        cfg = Config(**recipe(PRETRAINING, start.dataset, start.method) | duration | flags)
+        cfg = Config(**recipe(PRETRAINING, start.dataset, start.method, start.adapter) | duration | flags)
         fit_to_method(cfg, flags)
     if ignored := unused(cfg, flags):
         given = f"--method {cfg.method} --adapter {cfg.adapter} --dataset {cfg.dataset}"

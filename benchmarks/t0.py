@@ -1,6 +1,7 @@
 """T0's benchmark on P3, the Public Pool of Prompts (Sanh et al. 2021, arXiv 2110.08207): a template makes a task.
 
-    <data-dir>/[p3/]<config>/{train,validation}.{jsonl,parquet}     one config per (data set, template), as on the hub
+    <data-dir>/[p3/]<config>/{train,validation,test}.{jsonl,parquet}    one config per (data set, template), as on the
+                                                                    hub; test of ANLI and StoryCloze alone
     <data-dir>/few_shot/<task>/<k>_shot/<seed>_seed.jsonl           T-Few's samples (repository r-three/t-few, data/)
 
 Train: the 313 configs of T0's training mixture, in the MHR authors' order, which is that of `t0_tasks.tsv` (config,

@@ -582,7 +582,8 @@ def test_the_backbone_stays_frozen(backbones, name):
 
 
 @pytest.mark.parametrize(
-    "granularity, number", [("linear", 2 * LAYERS), ("layer", 10), ("block", 4), ("coder", 2), ("model", 1)]
+    "granularity, number",
+    [("linear", 2 * LAYERS), ("layer", 10), ("block", 4), ("blocks-2", 2), ("coder", 2), ("model", 1)],
 )
 def test_granularity(folder, two_layers, capsys, granularity, number):
     """The number of routers of two encoder and two decoder layers, as printed, as saved, and as adapted."""
@@ -595,6 +596,13 @@ def test_granularity(folder, two_layers, capsys, granularity, number):
     result = adapt.main(FEW | dict(checkpoint=str(run), tasks=HELD_OUT[0], output_dir=str(few), variant="z"))
     assert result["parameters"] == {"adapters": 0, "routing": 8 * number}
     assert evaluate.evaluate(evaluate.Config(checkpoint=str(few))) == result["tasks"]
+
+
+def test_the_window_is_that_of_the_batches(folder, monkeypatch):
+    given, batches = [], data.batches
+    monkeypatch.setattr(data, "batches", lambda *args, **more: given.append(args[4:]) or batches(*args, **more))
+    train.main(flags_of("lora", window=3, steps=1, eval_examples=0, output_dir=str(folder / "window")))
+    assert (3,) in given
 
 
 @pytest.mark.parametrize("name", ["hyperformer", "random", "private"])

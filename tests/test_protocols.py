@@ -56,7 +56,7 @@ from recipes import FEW_SHOT, FIXED_TABLE, PRETRAINING
 from scoring import over_splits
 from tests import helpers
 from tests.helpers import (
-    fingerprints_as_metrics, lines_of, read, same_tensors, save_as_backbone, small_backbone,
+    difference, fingerprints_as_metrics, lines_of, read, same_tensors, save_as_backbone, small_backbone,
 )  # fmt: skip
 from tools.export import held_whole
 
@@ -376,6 +376,15 @@ FEW_PAPERS = {
 def on(monkeypatch, device: str):
     """Whatever this machine has, --device auto is this device."""
     monkeypatch.setattr(train, "pick_device", lambda asked: device if asked == "auto" else asked)
+
+
+@pytest.mark.parametrize("method", ["poly", "mhr"])
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_recipe_of_routed_ia3(dataset, method):
+    """On T0 Adafactor's rate and scale are those of (IA)³, as in the authors' file of Poly; all else is Poly's."""
+    plain, ia3 = (vars(train.make_config(dataset=dataset, method=method, adapter=kind)) for kind in ("lora", "ia3"))
+    own = {"adapter": "ia3"} | (dict(scale_parameter=True, lr=3e-4) if dataset == "t0" else {})
+    assert {name: value for name, value in ia3.items() if value != plain[name]} == own
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -879,24 +888,28 @@ def adafactor_step(p: torch.Tensor, grad: torch.Tensor, lr: float, decay: float)
     return p - lr * decay * p - lr * update
 
 
-def test_adafactor_steps_with_two_learning_rates():
-    cfg = train.Config(optimizer="adafactor", lr=3e-3, lr_z=1e-1, weight_decay=0.25)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_adafactor_steps_with_two_learning_rates(scaled):
+    """scaled: each rate times the root mean square of its parameter, at least 1e-3."""
+    cfg = train.Config(optimizer="adafactor", lr=3e-3, lr_z=1e-1, weight_decay=0.25, scale_parameter=scaled)
     model, same_start = Routed(), Routed()
     named = {name: p for name, p in same_start.named_parameters() if p.requires_grad}
     assert {name: p.shape for name, p in named.items()} == {
         "layer.router.Z": (5, 3), "layer.inventory.A": (3, 6, 2), "layer.inventory.B": (3, 2, 4)
     }  # fmt: skip
-    by_hand = {
-        name: adafactor_step(p.data, p.grad, *((1e-1, 0.0) if name.endswith("Z") else (3e-3, 0.25)))
-        for name, p in named.items()
-    }
+    by_hand = {}
+    for name, p in named.items():
+        lr, decay = (1e-1, 0.0) if name.endswith("Z") else (3e-3, 0.25)
+        scale = max(1e-3, p.data.square().mean().sqrt().item()) if scaled else 1.0
+        by_hand[name] = adafactor_step(p.data, p.grad, lr * scale, decay)
     train.make_optimizer(model, cfg).step()
     for name, p in named.items():  # transformers' own, each parameter for itself
         lr, decay = (1e-1, 0.0) if name.endswith("Z") else (3e-3, 0.25)
-        Adafactor([p], lr=lr, weight_decay=decay, scale_parameter=False, relative_step=False, warmup_init=False).step()
+        own = dict(scale_parameter=scaled, relative_step=False, warmup_init=False)
+        Adafactor([p], lr=lr, weight_decay=decay, **own).step()
     for name, p in model.named_parameters():
         if p.requires_grad:
-            assert torch.equal(p, named[name])
+            assert torch.equal(p, named[name]) if not scaled else difference(p.data, named[name].data) < 1e-6
             torch.testing.assert_close(p.data, by_hand[name], rtol=1e-5, atol=1e-6)
 
 

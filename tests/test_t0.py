@@ -635,17 +635,17 @@ def test_few_shot_with_rows_from_the_hub(hub, sample):
     assert {path.name for path in hub[0].iterdir()} == configs
 
 
-def test_story_cloze_is_asked_for_its_own_splits(monkeypatch):
+def test_the_hub_is_asked_for_what_is_read(monkeypatch):
+    """StoryCloze has no train rows there; ANLI is scored on its test rows."""
     asked = []
     monkeypatch.setattr(t0, "reach_hub", lambda: None)
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda *_, allow_patterns, **__: asked.extend(allow_patterns)
     )
     with pytest.raises(UserError):
-        t0._download(["story_cloze_2016_Answer_Given_options", TOPIC])
-    assert [name.split("/")[1] for name in asked] == [
-        f"{split}-*.parquet" for split in ("validation", "test", "train", "validation")
-    ]
+        t0._download(["story_cloze_2016_Answer_Given_options", "anli_GPT_3_style_r1", TOPIC])
+    splits = ("validation", "test", "train", "test", "train", "validation")
+    assert [name.split("/")[1] for name in asked] == [f"{split}-*.parquet" for split in splits]
 
 
 def test_few_shot_needs_a_folder():

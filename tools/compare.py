@@ -171,7 +171,7 @@ def name_of_run(folder: Path) -> tuple[Name, str]:
     adapter = dict(adapter=base["adapter"]) if method == "ia3" else {}
     settings, variant, few_shot = [], "", []
     if not base["from_run"]:  # otherwise the name of that run says it
-        usual = asdict(train.Config(**adapter)) | recipe(PRETRAINING, dataset, method)
+        usual = asdict(train.Config(**adapter)) | recipe(PRETRAINING, dataset, method, base["adapter"])
         settings = _changed(base, usual, shown | {"eval_every"})  # it only looks
     if adapted:
         variant = config["variant"]
