@@ -8,6 +8,7 @@ import shlex
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ import train
 from experiments import babyai
 from experiments.claims import CLAIMS
 from experiments.methods import METHODS
+from experiments.verdicts import judge
 from plumbing.flags import explicit_flags
 from recipes import FEW_SHOT, PRETRAINING, VARIANTS
 from tools import analyze, compare, count_parameters, estimate_memory, export, show
@@ -181,6 +183,29 @@ def test_the_table_of_results_is_that_of_the_results():
     for name, variant, more, seen, unseen, trained in six:
         (row,) = [row for row in shown if row[0].startswith(name + more) and row[1] == (variant or "all")]
         assert row[4:] == [trained, seen, unseen]
+
+
+def test_pairs_of_the_table():
+    """The seeds of results/methods.md have the means of its table; its pairs are judged by the rule of the claims. They
+    are rounded here. The README's difference is one of them."""
+    page = (ROOT / "results" / "methods.md").read_text()
+    table, seeds, pairs = page.split("Seed by seed")[0], *page.split("Seed by seed:\n")[1].split("\nand pairs")
+    values = {name: np.array(each.split(), float) for name, each in re.findall(r"^ {4}(\S.*?)\s{2,}(.*)$", seeds, re.M)}
+    for name, each in values.items():
+        method, _, variant = name.replace("-by-task", " by task").replace("μ", "mu").partition("-")
+        (said,) = re.findall(
+            rf"^ {{4}}{re.escape(method)}\s{{2,}}{variant or 'all'}.*?\s([\d.]+) \+- ([\d.]+)$", table, re.M
+        )
+        assert [each.mean(), each.std(ddof=1)] == pytest.approx([float(x) for x in said], abs=0.11), name
+    lines = re.findall(r"^ {4}(\S.*?) (>|~|<=) (.*?)\s{2,}(\S+)\s+(\S+) to (\S+)\s+(\w+)$", pairs, re.M)
+    assert len(lines) == 7
+    for a, relation, b, *said, verdict in lines:
+        sides = (np.subtract(*(values[m] for m in of.split(" - "))) if " - " in of else values[of] for of in (a, b))
+        judged = judge(next(sides), relation, next(sides))
+        assert [judged.difference, *judged.interval] == pytest.approx([float(x) for x in said], abs=0.11), (a, b)
+        assert judged.says == verdict
+    ((below, _),) = re.findall(r"is ([\d.]+) points below in the new runs: MHR\s+(\S+)", README)
+    assert f"-{below}" == lines[0][3] and lines[0][:3] == ("MHR", ">", "Poly")
 
 
 def test_scores_in_sentences_are_those_of_the_table():
