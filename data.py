@@ -75,7 +75,7 @@ class Item(NamedTuple):
     output: str
 
 
-WINDOW = 8  # batches within which examples are sorted by length: little padding, mixed tasks (experiments/mixing.py)
+WINDOW = 8  # batches within which examples are sorted by length: little padding, mixed tasks (results/mixing.md)
 
 
 def batches(

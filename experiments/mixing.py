@@ -47,8 +47,11 @@ a batch's characters (inputs) that is padding.
 
 {counts}
 
-`strings`, {seeds} seeds, equal examples (1,500 steps of 64): scores, mean ± standard deviation. The window of
-{window} is the recipe's; its runs are those of [methods.md](methods.md).
+The recipes' window is {window}, chosen by these counts before any score was seen: of the windows that were counted, the
+smallest with less than a fifth of padding everywhere.
+
+`strings`, {seeds} seeds, equal examples (1,500 steps of 64): scores, mean ± standard deviation. The runs with a window
+of {window} are those of [methods.md](methods.md). The other benchmarks were counted only.
 
 {scores}
 
