@@ -12,12 +12,11 @@ Rates are to be searched again for each number of skills, with the budget and th
 number of heads has those of 16.
 """
 
-from experiments.claims import TOLD, Claim, Measure
+from experiments.claims import NEW, TOLD, Claim, Measure
 from experiments.methods import RATES
 
 SCARCE, SKILLS, TASKS = 2, (2, 3, 4, 8), 64
 OTHER_HEADS = (2, 4, 8, 32)  # beside 16; one head is Poly
-NEW = "windows of 8"  # of batches sorted by length (`data.batches`); the values of claims.py were made with 50
 
 SEARCHED = False  # until the command above has run, AT has the recipe's rates, and nothing is made with them
 AT = {  # as RATES, at a number of skills
