@@ -476,9 +476,10 @@ def test_every_setting_of_pretraining_overrides_its_recipe_and_nothing_else(monk
         cfg = settings_with(train, PRETRAINING, field, value, dataset=dataset)
         assert getattr(cfg, field.name) == value
         follow = {
-            "method": ("lr", "output_dir"), "adapter": ("layers",), "device": ("precision",), "epochs": ("steps",),
+            "method": ("lr", "output_dir"), "device": ("precision",), "epochs": ("steps",),
             "steps": ("epochs", "output_dir"),
         }  # fmt: skip
+        follow["adapter"] = ("layers", "lr", "scale_parameter") if dataset == "t0" else ("layers",)  # (IA)³ has its own
         follow = follow.get(field.name, ("output_dir",))
         changed = {name for name in vars(plain) if getattr(cfg, name) != getattr(plain, name)}
         assert changed <= {field.name, *follow}
