@@ -21,12 +21,9 @@ from plumbing.errors import exit_quietly_on_signals
 if __name__ == "__main__":  # Ctrl-C during the slow imports
     exit_quietly_on_signals()
 
-import argparse
 import math
-import os
 import statistics
 import threading
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,15 +32,15 @@ from scipy import stats
 
 from experiments import verdicts
 from experiments.claim_figures import shown
-from experiments.commands import ROOT, OutOfTime, side_by_side
+from experiments.commands import ROOT, side_by_side
 from experiments.methods import NAVIGATION
+from experiments.real_command import arguments, carry_out, device_of, maker_of
 from experiments.real_runs import (
-    BUDGETS, METHODS, RATES, Z_RATES, Budget, Maker, few_shot_flags, in_order, make_all, read_raw, search, setup_of,
-    training_flags, unpacked,
+    BUDGETS, METHODS, RATES, Z_RATES, Budget, few_shot_flags, in_order, make_all, read_raw, search, setup_of,
+    training_flags,
 )  # fmt: skip
 from experiments.verdicts import MARGIN, judge, judged, verdict
 from plumbing.errors import UserError, exit_on_user_error
-from plumbing.machine import cpu
 from plumbing.tables import markdown, mean_std_text
 from tools import figures
 
@@ -211,7 +208,8 @@ def write(folder: Path):
             reference = "LoRA" if "LoRA" in of_seeds else ""
             what = "mean score on the test tasks (%)"
             figures.by_method(of_seeds, folder / f"real-{name}", what, figures.PERCENT, reference)
-            sections.append(section(name, budget, measured, scores, raw, claims_table(measured, budget, toy, here)))
+            claims = claims_table(CLAIMS, measured, budget.splits, toy, here)
+            sections.append(section(name, budget, measured, scores, raw, claims))
     text = "".join(sections) or "\nNothing is made yet.\n"
     about, navigation = (ABOUT, NAVIGATION) if here else ("", "")
     (folder / "real.md").write_text(PAGE.format(navigation=navigation, margin=MARGIN, about=about, sections=text))
@@ -228,18 +226,19 @@ def section(name: str, budget: Budget, measured: dict, scores: dict, raw: dict, 
     parts = [f"\n## Budget `{name}`\n", f"{budget.says}\n", claims, ""]
     parts += [f"![Mean scores: {alt}](real-{name}.png)\n", scores_table(budget, scores), ""]
     parts += ["### Comparisons\n", "In brackets: seeds without all their splits.\n"]
-    parts += [comparisons_table(measured, budget), "", "### Pre-training\n", training_table(measured), ""]
+    parts += [comparisons_table(CLAIMS, measured, budget.splits), ""]
+    parts += ["### Pre-training\n", training_table(measured), ""]
     steps = f"{budget.search_steps:,} of the {budget.steps:,} steps"
     parts += ["### Learning rates\n", f"The best of three on the dev tasks, after {steps}, seed 0; * is at an edge.\n"]
     return "\n".join([*parts, rates_table(raw, budget), ""])
 
 
-def verdict_here(measured: dict, budget: Budget, claim: Claim) -> tuple[str, list[tuple]]:
+def verdict_here(measured: dict, splits: tuple[int, ...], claim: Claim) -> tuple[str, list[tuple]]:
     """(verdict, [(comparison, differences, what judge says if three seeds are whole)]) of a claim."""
     rows = []
     for a, relation, b in claim.compare:
         pairs = differences(measured, a, b)
-        seeds = by_seed(pairs, budget.splits)[0]
+        seeds = by_seed(pairs, splits)[0]
         part = judge(np.array(seeds), relation, np.zeros(len(seeds))) if len(seeds) >= 3 else None
         rows.append((f"{shown(a)} {relation} {shown(b)}", pairs, part))
     if not any(pairs for _, pairs, _ in rows):
@@ -256,10 +255,10 @@ def on_strings(name: str, raw: dict, here: bool) -> str:
     return f"{f'[{name}](claims.md#{name})' if parts and here else name}: {verdict(parts) if parts else 'not made yet'}"
 
 
-def claims_table(measured: dict, budget: Budget, toy: dict, here: bool) -> str:
+def claims_table(claims: dict[str, Claim], measured: dict, splits: tuple[int, ...], toy: dict, here: bool) -> str:
     lines = ["| the papers say | their numbers | on `strings` | here | signs as theirs |", "|---|---|---|---|---|"]
-    for claim in CLAIMS.values():
-        says, rows = verdict_here(measured, budget, claim)
+    for claim in claims.values():
+        says, rows = verdict_here(measured, splits, claim)
         made = [statistics.fmean(pairs.values()) > 0 for what, pairs, _ in rows if pairs and " > " in what]
         beside = "; ".join(on_strings(name, toy, here) for name in claim.toy)
         lines.append(f"| {claim.says} | {claim.papers} | {beside} | {says} | {sum(made)} of {len(made)} |")
@@ -279,11 +278,11 @@ def scores_table(budget: Budget, scores: dict) -> str:
     return markdown(lines, left=1)
 
 
-def comparisons_table(measured: dict, budget: Budget) -> str:
+def comparisons_table(claims: dict[str, Claim], measured: dict, splits: tuple[int, ...]) -> str:
     lines = [("claim", "comparison", "seed by seed", "mean", "verdict", "would decide")]
-    for name, claim in CLAIMS.items():
-        for what, pairs, part in verdict_here(measured, budget, claim)[1]:
-            (whole, some), digits = by_seed(pairs, budget.splits), 3 if name == "alignment" else 1
+    for name, claim in claims.items():
+        for what, pairs, part in verdict_here(measured, splits, claim)[1]:
+            (whole, some), digits = by_seed(pairs, splits), 3 if name == "alignment" else 1
             each = [f"{x:+.{digits}f}" for x in whole] + [f"({x:+.{digits}f})" for x in some]
             mean = f"{statistics.fmean(whole):+.{digits}f}" if whole else ""
             says = part.says if part else "undecided" if pairs else ""
@@ -326,56 +325,17 @@ def rates_table(raw: dict[str, dict], budget: Budget) -> str:
 
 def make(args):
     """Make what is missing. Raises OutOfTime."""
-    import torch
-
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.budget == "papers" and device == "cpu":
+    if args.budget == "papers" and device_of(args) == "cpu":
         raise UserError("--budget papers is for a GPU: give --budget cpu, which has steps for two cores")
-    on = torch.cuda.get_device_name() if device == "cuda" else f"cores of {cpu()}"
-    where = {"--data-dir": os.path.relpath(args.data_dir, ROOT), "--backbone": unpacked(args.backbone)}
-    budget, until = BUDGETS[args.budget], time.monotonic() + 60 * args.minutes
-    setup = setup_of(args.data_dir, args.backbone)
-    maker = Maker(args.results / "real.jsonl", args.runs, setup, where, device, on, until)
+    budget, maker = BUDGETS[args.budget], maker_of(args, "real", setup_of(args.data_dir, args.backbone))
     locks = {name: threading.Lock() for name in METHODS}
     runs = in_order(tuple(args.seeds) or budget.seeds)
     side_by_side(lambda run: make_all(maker, run[1], budget, run[0], locks[run[1]]), runs, args.jobs)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", default="", help="folder of CrossFit's tasks, in the gym's layout")
-    parser.add_argument("--backbone", default="", help="folder of a model, or a Hugging Face name")
-    parser.add_argument("--budget", choices=BUDGETS, default="papers", help="how much is trained and scored")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many; the next call goes on")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, also on one GPU")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[], help="those of the budget if not given")
-    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of raw numbers, page, figures")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "real", help="folder of what is half done")
-    parser.add_argument("--page", action="store_true", help="only write the page, from the values in the raw file")
-    args = parser.parse_args()
-    if not args.page and not (args.data_dir and args.backbone):
-        parser.error("--data-dir and --backbone are needed, but for --page")
-    if args.jobs < 1 or args.minutes <= 0 or any(seed < 0 for seed in args.seeds):
-        parser.error("--jobs and --minutes must be above 0, --seeds not negative")
-    if len(set(args.seeds)) < len(args.seeds):
-        parser.error("--seeds names one twice")
-    if args.data_dir and not Path(args.data_dir).is_dir():
-        parser.error(f"--data-dir {args.data_dir} is no folder")
-    for name in ("results",) if args.page else ("results", "runs"):
-        try:
-            getattr(args, name).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            parser.error(f"--{name} {getattr(args, name)} cannot be made: {error.strerror}")
-    read_raw(args.results / "real.jsonl")  # a damaged line is said before anything is made
-    try:
-        if not args.page:
-            make(args)
-    except OutOfTime:
-        print(f"{args.minutes:g} minutes are over: the same command goes on")
-    finally:
-        write(args.results)
-    print(f"{args.results / 'real.md'} is written")
+    args = arguments(__doc__, "CrossFit's tasks, in the gym's layout", "real", BUDGETS)
+    carry_out(args, lambda: make(args), write, "real")
 
 
 if __name__ == "__main__":

@@ -87,9 +87,9 @@ def in_order(seeds: tuple[int, ...]) -> list[tuple[int, str]]:
 # --- Values: from the raw file, or from runs --------------------------------------------------------------------------
 
 
-def setup_of(data_dir: str, backbone: str) -> str:
+def setup_of(data_dir: str, backbone: str, dataset: str = "crossfit", setting: str = SETTING) -> str:
     """What all values of a raw file have in common: names of data and backbone, and a mark of the recipe."""
-    recipe = zlib.crc32(json.dumps([PRETRAINING["crossfit"], FEW_SHOT["crossfit"], SETTING]).encode())
+    recipe = zlib.crc32(json.dumps([PRETRAINING[dataset], FEW_SHOT[dataset], setting]).encode())
     return f"{Path(data_dir).resolve().name}, {Path(backbone).name}, recipe {recipe:08x}"
 
 
@@ -149,7 +149,11 @@ class Maker:
         return Path(os.path.relpath(self.runs, ROOT)) / "-".join(names)
 
     def run(self, script: str, folder: Path, flags: list[str], result: str = "result.json") -> dict:
-        named = [*flags, "--device", self.device, "--output-dir", str(folder)]
+        to = ["--output-dir", str(folder)]
+        if script == "evaluate.py":
+            (ROOT / folder).mkdir(parents=True, exist_ok=True)
+            to = ["--save", str(folder / result)]
+        named = [*flags, "--device", self.device, *to]
         return run(script, named, ROOT / folder / result, self.until)
 
     def pretrain(self, flags: str) -> dict:
@@ -159,10 +163,7 @@ class Maker:
 
     def weights(self, flags: str) -> Path:
         """The folder of a pre-training with its weights, which are deleted once all values that need them are there."""
-        folder = ROOT / self.folder(flags)
-        if (folder / "result.json").exists() and not (folder / "adapter.safetensors").exists():
-            (folder / "result.json").unlink()
-            shutil.rmtree(folder)
+        remove_hollow(ROOT / self.folder(flags))
         self.pretrain(flags)
         return self.folder(flags)
 
@@ -239,6 +240,13 @@ def unpacked(backbone: str) -> str:
             tokenizer.save_pretrained(f"{part}/model")
             Path(part, "model").rename(folder)
     return os.path.relpath(folder, ROOT)
+
+
+def remove_hollow(folder: Path):
+    """Delete a finished run whose weights are gone."""
+    if (folder / "result.json").exists() and not (folder / "adapter.safetensors").exists():
+        (folder / "result.json").unlink()
+        shutil.rmtree(folder)
 
 
 def forget(folder: Path):

@@ -1,0 +1,244 @@
+"""experiments/zero_shot.py: the same search for all methods, on training tasks alone; it goes on; its page."""
+
+import json
+import math
+import re
+import shutil
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import evaluate
+import train
+from experiments import commands, real, real_runs, zero_shot
+from experiments.zero_shot import BACKBONE, FURTHER, METHODS, RATES
+from plumbing.checkpoint import LOWER_RATE
+from plumbing.errors import UserError
+from plumbing.flags import explicit_flags, unused
+from recipes import PRETRAINING
+from tests.helpers import check_legible, drawn
+from tools import figures
+
+TASKS = ("a", "b")
+EACH = 1 + len(FURTHER)  # trainings of a method and seed: pre-training, and further steps but for 0; scores
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """Runs that return at once, with values drawn from their flags: (call of the command, what was run)."""
+    done = []
+
+    def run(script, flags, result, until=math.inf):
+        folder = result.parent
+        if result.exists():
+            return json.loads(result.read_text()) | {"commit": "abc"}
+        if until < 0:
+            raise commands.OutOfTime
+        done.append((script, " ".join(flags)))
+        draw = np.random.default_rng(zlib.crc32(folder.name.encode()))
+        if script == "train.py":
+            if "--from-run" in flags:
+                assert (real.ROOT / flags[flags.index("--from-run") + 1] / "adapter.safetensors").exists()
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "adapter.safetensors").touch()
+            (folder / "log.jsonl").write_text(json.dumps({"loss": 9.0, "valid_loss": float(draw.random())}) + "\n")
+            made = {"steps": 5}
+        else:
+            assert script == "evaluate.py" and Path(flags[flags.index("--save") + 1]) == Path(
+                real_runs.os.path.relpath(result, real.ROOT)
+            )
+            assert (real.ROOT / flags[flags.index("--checkpoint") + 1] / "adapter.safetensors").exists()
+            scores = {task: {"Rouge-L": float(draw.normal(50, 3)), "SuperNI-EM": 1.0} for task in TASKS}
+            made = {"tasks": scores, "mean": float(np.mean([of["Rouge-L"] for of in scores.values()]))}
+        result.write_text(json.dumps(made))
+        return made | {"commit": "abc"}
+
+    monkeypatch.setattr(real_runs, "run", run)
+    monkeypatch.setattr(figures, "save", lambda figure, stem: None)
+
+    def command(*more: str):
+        places = f"--results {tmp_path / 'results'} --runs {tmp_path / 'runs'} --jobs 1 --device cpu".split()
+        monkeypatch.setattr("sys.argv", ["zero_shot", "--data-dir", str(tmp_path), "--backbone", "B", *places, *more])
+        zero_shot.main()
+        return (tmp_path / "results" / "zero-shot.md").read_text()
+
+    return command, done
+
+
+# --- What is made -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_its_flags_are_flags(name):
+    """Those of train.py fit the method, and those of evaluate.py are its own."""
+    for steps in (zero_shot.STEPS, zero_shot.SEARCH_STEPS):
+        given = explicit_flags(train.Config, PRETRAINING, zero_shot.training_flags(name, "1e-3", 0, steps).split())
+        cfg = train.make_config(**given)
+        assert unused(cfg, given) == [] and cfg.dataset == "superni" and cfg.batch_size == 8
+        assert bool(cfg.eval_every) == (steps == zero_shot.SEARCH_STEPS)
+    explicit_flags(evaluate.Config, {}, ["--checkpoint", "a", *zero_shot.SCORE.split()])
+
+
+def test_it_has_as_many_passes_as_the_authors():
+    """Of 8 examples a step: theirs 25,000 steps over 756 tasks of at most 100 examples, here 30 of 95."""
+    recipe = PRETRAINING["superni"]
+    theirs, here = recipe["steps"] * recipe["batch_size"] / (756 * 100), zero_shot.STEPS * 8 / (30 * 95)
+    assert here == pytest.approx(theirs, rel=0.01)
+
+
+def test_every_method_has_the_same_search_and_the_same_steps(bench):
+    """Three short pre-trainings of seed 0; then each one's rate for the seed, and the further steps from it."""
+    command, done = bench
+    command("--seeds", "0", "1")
+    trained = [line for script, line in done if script == "train.py"]
+    short = [line for line in trained if f"--steps {zero_shot.SEARCH_STEPS} " in line]
+    of = lambda line: re.search(r"--method .*?(?= --steps)", line)[0]  # noqa: E731
+    assert set(Counter(map(of, short)).values()) == {len(RATES)} and len(short) == len(RATES) * len(METHODS)
+    whole = [line for line in trained if f"--steps {zero_shot.STEPS} " in line]
+    assert set(Counter(map(of, whole)).values()) == {2}
+    on = Counter(re.search(r"--method (\w+) --steps (\d+)", line).groups() for line in trained if "--from-run" in line)
+    assert on == {(how, str(k)): 2 * n for how, n in (("lora", 1), ("mu", 2)) for k in FURTHER[1:]}
+    scored = [line for script, line in done if script == "evaluate.py"]
+    assert len(scored) == len(set(scored)) == 1 + 2 * len(METHODS) * len(FURTHER)
+
+
+def test_the_search_takes_the_lowest_loss():
+    losses = {"3e-4": 2.0, "1e-3": None, "3e-3": 1.5}  # None: training failed
+    look = lambda flags: {"valid_loss": losses[re.search(r"--lr (\S+)", flags)[1]]}  # noqa: E731
+    assert zero_shot.search("LoRA", look) == "3e-3"
+
+
+def test_nothing_is_made_twice_and_weights_go(bench, tmp_path):
+    """A lost line is read from its run, and made again if that is lost too, with the trainings whose weights are
+    gone."""
+    command, done = bench
+    page = command("--seeds", "0")
+    assert not list((tmp_path / "runs").rglob("*.safetensors")) and len(done) == len(set(done))
+    before = len(done)
+    raw = tmp_path / "results" / "zero-shot.jsonl"
+    lines = raw.read_text().splitlines()
+    (lost,) = (line for line in lines if "poly" in line and "further 100 " in line)
+    raw.write_text("\n".join(line for line in lines if line != lost) + "\n")
+    assert command("--seeds", "0") == page and len(done) == before
+    raw.write_text("\n".join(line for line in lines if line != lost) + "\n")
+    setup = json.loads(lost)["setup"]
+    maker = real_runs.Maker(raw, tmp_path / "runs", setup, {}, "cpu", "", 0)
+    shutil.rmtree(real.ROOT / maker.folder(json.loads(lost)["key"].split(" | ")[0], "scored 100"))
+    assert command("--seeds", "0") == page
+    assert [script for script, _ in done[before:]] == ["train.py", "train.py", "evaluate.py"]
+
+
+@pytest.mark.parametrize("after", [0, 1, 5, 9, 14])
+def test_it_stops_in_time_and_goes_on(bench, monkeypatch, capsys, after):
+    """Stopped after any number of runs, what it has is on the page, and in the end it is what one call gives."""
+    command, done = bench
+    inner, limit = real_runs.run, [after]
+
+    def slow(script, flags, result, until=math.inf):
+        limit[0] -= not result.exists()
+        return inner(script, flags, result, 0 if limit[0] >= 0 else -1)
+
+    monkeypatch.setattr(real_runs, "run", slow)
+    page = command("--seeds", "0", "--minutes", "600")
+    assert "600 minutes are over: the same command goes on" in capsys.readouterr().out
+    assert ("Nothing is made yet" if after < 2 else f"| {BACKBONE} |") in page
+    limit[0] = 10**6
+    page = command("--seeds", "0")
+    assert "not made yet" not in page.split("### Comparisons")[1] and len(done) == len(set(done))
+    assert page.count("\n| LoRA") == len(FURTHER)
+
+
+def test_a_rate_at_which_training_fails_is_the_worst(bench, monkeypatch):
+    command, done = bench
+    inner, says = real_runs.run, [LOWER_RATE]
+
+    def run(script, flags, result, until=math.inf):
+        if script == "train.py" and "--lr 3e-3" in " ".join(flags):
+            raise commands.Failed(f"train.py ended with code 1: the loss is nan. {says[0]}")
+        return inner(script, flags, result, until)
+
+    monkeypatch.setattr(real_runs, "run", run)
+    assert "3e-3;" not in command("--seeds", "0").split("### Learning rates")[1]
+    says[0] = "out of memory"
+    with pytest.raises(commands.Failed, match="out of memory"):
+        command("--seeds", "0", "--results", str(Path(done[0][1].split("--save ")[-1]).parent / "other"))
+
+
+# --- The page ---------------------------------------------------------------------------------------------------------
+
+
+def test_verdicts_need_three_seeds(bench):
+    command, _ = bench
+    one = command("--seeds", "0")
+    assert len(re.findall(r"undecided: 0 of \d comparisons have three seeds", one)) == len(zero_shot.CLAIMS)
+    assert "undecided: 0 of" not in command()
+
+
+def test_its_figure_is_legible(bench, monkeypatch):
+    command, _ = bench
+    check_legible(drawn(monkeypatch, lambda: command()))
+
+
+def test_values_of_another_setup_are_refused(bench, monkeypatch):
+    command, done = bench
+    command("--seeds", "0")
+    before = len(done)
+    monkeypatch.setattr(zero_shot, "SETTING", zero_shot.SETTING + " --skills 3")
+    with pytest.raises(UserError, match="zero-shot.jsonl has values of superni|has values of .*, these would be of"):
+        command("--seeds", "0")
+    assert len(done) == before
+
+
+def test_the_page_of_the_results_is_what_its_raw_file_gives(monkeypatch):
+    """results/zero-shot.md, if it is there, is made from results/zero-shot.jsonl."""
+    results = real.ROOT / "results"
+    if not (results / "zero-shot.md").exists():
+        pytest.skip("results/zero-shot.md is not made yet")
+    made = {}
+    monkeypatch.setattr(Path, "write_text", lambda path, text: made.update({path.name: text}))
+    monkeypatch.setattr(figures, "save", lambda *_: None)
+    zero_shot.write(results)
+    assert made == {"zero-shot.md": (results / "zero-shot.md").read_text()}
+
+
+@pytest.mark.parametrize("line, named", [("", "--data-dir"), ("--page --jobs 0", "--jobs"), ("--budget cpu", "")])
+def test_flags_that_cannot_be(monkeypatch, capsys, line, named):
+    monkeypatch.setattr("sys.argv", ["zero_shot", *line.split()])
+    with pytest.raises(SystemExit) as stopped:
+        zero_shot.main()
+    assert stopped.value.code == 2 and f"error: {named}" in capsys.readouterr().err
+
+
+# --- For true ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_all_of_it_with_a_tiny_model(monkeypatch, tmp_path):
+    """The real scripts, in this process, on the bundled sample of SuperNI: a value for all, weights deleted; the
+    backbone's score is that of its LoRA, which has not begun."""
+
+    def run(script, flags, result, until=math.inf):
+        if not result.exists():
+            module, recipes = {"train.py": (train, PRETRAINING), "evaluate.py": (evaluate, {})}[script]
+            module.main(explicit_flags(module.Config, recipes, flags))
+        return json.loads(result.read_text()) | {"commit": "abc"}
+
+    monkeypatch.setattr(real_runs, "run", run)
+    small = "--dataset superni --layers self-attention --rank 4 --max-input 32 --max-output 8 --batch-size 4"
+    monkeypatch.setattr(zero_shot, "SETTING", small)
+    monkeypatch.setattr(zero_shot, "UNTOUCHED", f"{small} --method lora --steps 1 --lr 1e-30 --seed 0")
+    monkeypatch.setattr(zero_shot, "STEPS", 3)
+    monkeypatch.setattr(zero_shot, "SEARCH_STEPS", 2)
+    monkeypatch.setattr(zero_shot, "FURTHER", (0, 1))
+    monkeypatch.setattr(zero_shot, "CLAIMS", {"averaged": zero_shot.CLAIMS["averaged"]})
+    sample = real.ROOT / "assets" / "samples" / "superni"
+    places = f"--results {tmp_path / 'results'} --runs {tmp_path / 'runs'} --jobs 1 --device cpu --seeds 0".split()
+    monkeypatch.setattr("sys.argv", ["zero_shot", "--data-dir", str(sample), "--backbone", "tiny", *places])
+    zero_shot.main()
+    page = (tmp_path / "results" / "zero-shot.md").read_text()
+    for name in (BACKBONE, "LoRA", "LoRA, +1 steps", "Poly-μ", "Poly-μ, +1 steps", "MHR-μ", "MHR-μ, +1 steps"):
+        assert re.search(rf"^\| {re.escape(name)} \| 1 \|", page, re.M)
+    assert not list((tmp_path / "runs").rglob("*.safetensors")) and (tmp_path / "results" / "zero-shot.png").exists()
