@@ -40,7 +40,7 @@ CONFIGS = {  # scripts whose flags are a Config, and its recipes
 }  # fmt: skip
 PARSERS = (  # modules whose main() has a parser of its own
     "experiments.methods", "experiments.reproduce", "experiments.bench", "experiments.gpu", "experiments.larger",
-    "experiments.mixing", "experiments.real",
+    "experiments.mixing", "experiments.real", "experiments.zero_shot",
     "tests.stress.faults", "tests.stress.longrun", "tests.stress.scale",
 )  # fmt: skip
 NO_COMMANDS = (  # those of examples take no flags: `test_examples.py` runs them
