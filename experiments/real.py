@@ -24,6 +24,7 @@ if __name__ == "__main__":  # Ctrl-C during the slow imports
 import math
 import statistics
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -227,7 +228,7 @@ def section(name: str, budget: Budget, measured: dict, scores: dict, raw: dict, 
     parts += [f"![Mean scores: {alt}](real-{name}.png)\n", scores_table(budget, scores), ""]
     parts += ["### Comparisons\n", "In brackets: seeds without all their splits.\n"]
     parts += [comparisons_table(CLAIMS, measured, budget.splits), ""]
-    parts += ["### Pre-training\n", training_table(measured), ""]
+    parts += ["### Pre-training\n", training_table(METHODS, measured), ""]
     steps = f"{budget.search_steps:,} of the {budget.steps:,} steps"
     parts += ["### Learning rates\n", f"The best of three on the dev tasks, after {steps}, seed 0; * is at an edge.\n"]
     return "\n".join([*parts, rates_table(raw, budget), ""])
@@ -300,13 +301,14 @@ def would_decide(seeds: list[float], pairs: list[float]) -> str:
     return f"{need} seeds" if need else "more than 200 seeds"
 
 
-def training_table(measured: dict) -> str:
+def training_table(methods: Iterable[str], measured: dict) -> str:
     lines = [("method", "seeds", "adapters", "and Z", "loss, first and last twentieth", "seconds")]
-    for name in METHODS:
+    for name in methods:
         if of := list(measured.get(f"trained {name}", {}).values()):
             ends = " to ".join(f"{statistics.fmean(value['loss'][k] for value in of):.2f}" for k in (0, 1))
             counts = [f"{of[0]['parameters'][kind]:,}" for kind in ("adapters", "routing")]
-            lines.append((name, str(len(of)), *counts, ends, mean_std_text([value["seconds"] for value in of], "±")))
+            seconds = mean_std_text([value["seconds"] for value in of], "±")
+            lines.append((shown(name), str(len(of)), *counts, ends, seconds))
     return markdown(lines, left=1)
 
 

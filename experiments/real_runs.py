@@ -245,8 +245,10 @@ def unpacked(backbone: str) -> str:
 def remove_hollow(folder: Path):
     """Delete a finished run whose weights are gone."""
     if (folder / "result.json").exists() and not (folder / "adapter.safetensors").exists():
-        (folder / "result.json").unlink()
-        shutil.rmtree(folder)
+        gone = folder.with_name(f"{folder.name}-gone")  # a part of a folder would be refused
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(gone)
+        shutil.rmtree(gone)
 
 
 def forget(folder: Path):

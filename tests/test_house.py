@@ -27,8 +27,8 @@ FLOORS = [  # from the ground up; a file imports only from floors below, or from
     ],
     [
         f"experiments.{x}"
-        for x in "commands methods claims scarce verdicts claim_figures reproduce real_runs real".split()
-        + "babyai bench larger mixing gpu_items gpu".split()
+        for x in "commands methods claims scarce verdicts claim_figures reproduce real_runs real_command real".split()
+        + "zero_shot babyai bench larger mixing gpu_items gpu".split()
     ],
     [f"examples.{x}" for x in "own_model hf_trainer".split()],
     [f"tests.stress.{x}" for x in "kills targets faults longrun scale".split()],
