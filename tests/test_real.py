@@ -16,7 +16,7 @@ from scipy import stats
 
 import adapt
 import train
-from experiments import commands, real, real_runs
+from experiments import commands, real, real_runs, zero_shot
 from experiments.real_runs import BUDGETS, METHODS, Budget
 from plumbing.checkpoint import LOWER_RATE
 from plumbing.errors import UserError
@@ -300,16 +300,17 @@ def test_its_figure_is_legible(bench, monkeypatch):
     assert any("3 seeds" in text.get_text() for text in figure.texts)
 
 
-def test_the_page_of_the_results_is_what_its_raw_file_gives(tmp_path, monkeypatch):
-    """results/real.md, if it is there, is made from results/real.jsonl."""
+@pytest.mark.parametrize("stem, module", [("real", real), ("zero-shot", zero_shot)])
+def test_the_page_of_the_results_is_what_its_raw_file_gives(monkeypatch, stem, module):
+    """results/real.md and zero-shot.md, if they are there, are made from the raw file beside them."""
     results = real.ROOT / "results"
-    if not (results / "real.md").exists():
-        pytest.skip("results/real.md is not made yet")
+    if not (results / f"{stem}.md").exists():
+        pytest.skip(f"results/{stem}.md is not made yet")
     made = {}
     monkeypatch.setattr(Path, "write_text", lambda path, text: made.update({path.name: text}))
     monkeypatch.setattr(figures, "save", lambda *_: None)
-    real.write(results)
-    assert made == {"real.md": (results / "real.md").read_text()}
+    module.write(results)
+    assert made == {f"{stem}.md": (results / f"{stem}.md").read_text()}
 
 
 # --- Mistakes ---------------------------------------------------------------------------------------------------------

@@ -223,18 +223,6 @@ def test_values_of_another_setup_are_refused(bench, monkeypatch):
     assert len(done) == before
 
 
-def test_the_page_of_the_results_is_what_its_raw_file_gives(monkeypatch):
-    """results/zero-shot.md, if it is there, is made from results/zero-shot.jsonl."""
-    results = real.ROOT / "results"
-    if not (results / "zero-shot.md").exists():
-        pytest.skip("results/zero-shot.md is not made yet")
-    made = {}
-    monkeypatch.setattr(Path, "write_text", lambda path, text: made.update({path.name: text}))
-    monkeypatch.setattr(figures, "save", lambda *_: None)
-    zero_shot.write(results)
-    assert made == {"zero-shot.md": (results / "zero-shot.md").read_text()}
-
-
 @pytest.mark.parametrize(
     "line, named",
     [("", "--data-dir"), ("--page --jobs 0", "--jobs"), ("--budget cpu", "unrecognized arguments: --budget")],
