@@ -151,7 +151,7 @@ ALTS = {  # what the figures of FIGURES show, for those who do not see them
     "standard deviation: MHR by number of heads, Poly by number of skills.",
     "alignment": "Two panels of three curves, LoRA (Shared), Poly and MHR: the cosine of tasks' gradients over the "
     "steps of training, with bars of one standard deviation; left of the shared inventory, right of each task's own "
-    "mixture",
+    "mixture.",
     "zero_shot": f"Three curves, {SCORE} over steps of training after averaging, with bars of one standard "
     "deviation: LoRA (Shared), Poly-μ and MHR-μ.",
     "by_skills": "Four curves over the number of skills, 2 to 32, from 0 to 1 with bars of one standard deviation: "

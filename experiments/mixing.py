@@ -36,7 +36,7 @@ from plumbing.tables import aligned, mean_std_text
 from recipes import FEW_SHOT, PRETRAINING
 
 WINDOWS, SEEDS, METHODS = (1, data.WINDOW, 50), (0, 1, 2), ("MHR", "Poly")
-BATCHES = 400  # to count over
+COUNTED, BATCHES = (1, 2, 4, 8, 16, 50), 400  # windows to count over so many batches
 TEXT = """{navigation}# Tasks in a batch
 
     python -m experiments.mixing --data-dir DIR
@@ -59,7 +59,7 @@ Commit {commits}; one core of {cpu} for each run, torch {torch}; {date}.
 """
 
 
-def counts(dataset: str, data_dir: str, windows=WINDOWS) -> list[tuple[str, ...]]:
+def counts(dataset: str, data_dir: str, windows=COUNTED) -> list[tuple[str, ...]]:
     """Lines of a table: dataset, window, share of different tasks, share of padding."""
     given = PRETRAINING[dataset]
     tasks, size = benchmarks.load(dataset, data_dir, given.get("split", "0"), ("train",)).train, given["batch_size"]

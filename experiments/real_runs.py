@@ -29,6 +29,7 @@ from recipes import FEW_SHOT, PRETRAINING
 # --- What is compared -------------------------------------------------------------------------------------------------
 
 SETTING = "--dataset crossfit --layers self-attention --rank 4"  # the rest: the recipe, and a budget
+SIZED = (".tsv", ".json", ".txt", ".gguf", ".safetensors")  # of data and of weights
 LOOKS = 5  # at gradient alignment, in training
 METHODS = {  # name: (flags of train.py, variants of adapt.py; the first one chooses the rate of pre-training)
     "LoRA": ("--method lora", ("all",)),
@@ -38,12 +39,11 @@ METHODS = {  # name: (flags of train.py, variants of adapt.py; the first one cho
     "MHR, s = 2": ("--method mhr --skills 2 --heads 8", ("all", "z", "mu")),
     "LoRA-big": ("--method lora --rank 32", ("all",)),
     "MHR, h = 64": ("--method mhr --skills 8 --heads 64", ("all", "z", "mu")),
-    "Random": ("--method random --skills 8", ("mu",)),
+    "Random": ("--method random --random-by task --skills 8", ("mu",)),
     "MHR, s = 2, h = 64": ("--method mhr --skills 2 --heads 64", ("all", "z", "mu")),
-    "Random, s = 2": ("--method random --skills 2", ("mu",)),
+    "Random, s = 2": ("--method random --random-by task --skills 2", ("mu",)),
 }
 CORE, SCARCE = ("LoRA", "Poly", "MHR"), ("Poly, s = 2", "MHR, s = 2")
-ALIGNED = (*CORE, *SCARCE)  # whose gradient alignment is measured
 RATES, Z_RATES = ("3e-4", "1e-3", "3e-3"), ("1e-2", "1e-1", "5e-1")  # tried by the search
 
 
@@ -67,9 +67,9 @@ BUDGETS = {
         "--precision bf16", 12_540, "", (100, 13, 21, 42, 87), (0, 1, 2), 1_000, "--steps 300",
     ),
     "cpu": Budget(
-        "What some four hours of two cores that multiply bfloat16 (AMX) should reach (estimated from single steps) for "
-        "LoRA, and for Poly and MHR with 8 and 2 skills, of one seed: bfloat16, 500 steps of 32, inputs cut at 128 "
-        "tokens, then 60 few-shot steps of 8, one split, greedy decoding, at most 100 test examples a task.",
+        "What some four hours of two cores that multiply bfloat16 (AMX) reach for LoRA, Poly and MHR, of one seed: "
+        "bfloat16, 500 steps of 32, inputs cut at 128 tokens, then 60 few-shot steps of 8, one split, greedy decoding, "
+        "at most 100 test examples a task.",
         "--precision bf16 --max-input 128 --max-output 16", 500,
         "--steps 60 --eval-every 20 --beams 1 --test-examples 100", (100,), (0, 1, 2),
         60, "--steps 30 --eval-every 10",
@@ -88,9 +88,11 @@ def in_order(seeds: tuple[int, ...]) -> list[tuple[int, str]]:
 
 
 def setup_of(data_dir: str, backbone: str, dataset: str = "crossfit", setting: str = SETTING) -> str:
-    """What all values of a raw file have in common: names of data and backbone, and a mark of the recipe."""
+    """What all values of a raw file have in common: data and backbone, by name and size, and a mark of the recipe."""
     recipe = zlib.crc32(json.dumps([PRETRAINING[dataset], FEW_SHOT[dataset], setting]).encode())
-    return f"{Path(data_dir).resolve().name}, {Path(backbone).name}, recipe {recipe:08x}"
+    size = lambda of: sum(path.stat().st_size for path in Path(of).rglob("*.*") if path.suffix in SIZED)  # noqa: E731
+    data, model = (f"{Path(of).resolve().name} ({size(of):,} bytes)" for of in (data_dir, backbone))
+    return f"{data}, {model}, recipe {recipe:08x}"
 
 
 def training_flags(name: str, budget: Budget, rate: str, seed: int, steps: int) -> str:
@@ -168,7 +170,8 @@ class Maker:
         return self.folder(flags)
 
     def trained(self, flags: str) -> dict:
-        """{"loss": means of the first and of the last twentieth, "parameters", "seconds"} of a pre-training."""
+        """{"loss", "parameters", "seconds"} of a pre-training. loss: means of the first and of the last twentieth of
+        its log, at least of one line, which is the mean over `log_every` steps."""
 
         def make():
             done = self.pretrain(flags)
@@ -180,7 +183,10 @@ class Maker:
         return self.value(flags, make)
 
     def adapted(self, flags: str, few: str, tasks: str) -> dict:
-        """{"tasks": {name: score}, "mean", "before": their mean, "dev_loss": mean, "seconds"} of an adaptation."""
+        """{"tasks": {name: score}, "mean", "before": their mean, "dev_loss": mean, "seconds"} of an adaptation.
+
+        dev_loss is None if it is not finite.
+        """
 
         def make():
             folder = self.folder(flags, f"{few} --tasks {tasks}")
@@ -194,7 +200,8 @@ class Maker:
             forget(ROOT / folder)
             value = {"tasks": scores, "mean": done["mean"], "before": done["mean_before"]}
             value |= {key: done[key] for key in ("parameters", "seconds", "commit")}
-            return value | {"dev_loss": sum(stops) / len(stops)}
+            loss = sum(stops) / len(stops)
+            return value | {"dev_loss": loss if math.isfinite(loss) else None}
 
         return self.value(f"{flags} | {few} --tasks {tasks}", make)
 
@@ -260,28 +267,35 @@ def forget(folder: Path):
 # --- Rates, and a whole run -------------------------------------------------------------------------------------------
 
 
+def lowest(losses: dict[str, float | None], of: str) -> str:
+    """The rate whose loss is the lowest. None: training failed. Raises UserError if it failed at all of them."""
+    finite = {rate: loss for rate, loss in losses.items() if loss is not None}
+    if not finite:
+        raise UserError(f"{of}: training fails at all of {', '.join(losses)}: is this the right --backbone?")
+    return min(finite, key=finite.get)
+
+
 def search(name: str, budget: Budget, trial: Callable[[str, str], dict]) -> tuple[str, dict[str, str]]:
     """The rates of a method: (of pre-training, {variant: flag of adapt.py}), by the loss on the dev tasks.
 
     trial(flags of train.py, flags of adapt.py) returns what `Maker.adapted` does. Seed 0, the first few-shot split.
     First the rate of pre-training, of three, by the first variant at the middle rate; then each variant's rate, of
     three (under z that of Z). So every method has 3 short pre-trainings, and 3 trials for each variant. A rate at which
-    training fails is the worst.
+    training fails is the worst. Raises UserError if it fails at all of them.
     """
 
-    def loss(rate: str, variant: str, few: str) -> float:
+    def loss(rate: str, variant: str, few: str) -> float | None:
         flags = training_flags(name, budget, rate, 0, budget.search_steps)
         few_flags = few_shot_flags(variant, f"{budget.search_few} --test-examples 1", budget.splits[0], few, 0)
-        found = trial(flags, few_flags)["dev_loss"]
-        return math.inf if found is None else found
+        return trial(flags, few_flags)["dev_loss"]
 
     variants = METHODS[name][1]
-    best = min(RATES, key=lambda rate: loss(rate, variants[0], f"--lr {RATES[1]}"))
+    best = lowest({rate: loss(rate, variants[0], f"--lr {RATES[1]}") for rate in RATES}, f"{name}, --lr")
     few = {
         variant: [f"--lr-z {rate}" for rate in Z_RATES] if variant == "z" else [f"--lr {rate}" for rate in RATES]
         for variant in variants
     }
-    return best, {v: min(flags, key=lambda flag: loss(best, v, flag)) for v, flags in few.items()}  # noqa: B023
+    return best, {v: lowest({flag: loss(best, v, flag) for flag in flags}, name) for v, flags in few.items()}
 
 
 def make_all(maker: Maker, name: str, budget: Budget, seed: int, lock: threading.Lock):
@@ -295,6 +309,6 @@ def make_all(maker: Maker, name: str, budget: Budget, seed: int, lock: threading
     for split in budget.splits:
         for variant in METHODS[name][1]:
             maker.adapted(flags, few_shot_flags(variant, budget.few, split, few[variant], seed), "all")
-    if name in ALIGNED:
+    if name in CORE:  # those of the claim
         maker.alignment(flags)
     forget(ROOT / maker.folder(flags))

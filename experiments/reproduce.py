@@ -107,9 +107,10 @@ PAGE = """{navigation}# The papers' claims at laptop scale
 
 The papers make claims about routing; each is tested here with {count} runs of every method that it compares, on a
 benchmark of string-editing tasks whose skills are known (`strings`) and a model of 1.2 million parameters. That is
-small: MHR's tables are of T5-XL, 3 billion parameters (Tab. 3: T0-11B), on T0's and Super-NaturalInstructions' tasks;
-those of its 2022 version of BART-large on CrossFit and T5-Large on Natural Instructions; Polytropon's of BART-large
-on CrossFit, and of an agent. A claim is a list of comparisons, each of two methods:
+small: MHR's tables are mostly of T5-XL, 3 billion parameters (also T0-3B and T0-11B), on T0's and
+Super-NaturalInstructions' tasks; those of its 2022 version mostly of BART-large on CrossFit and T5-Large on Natural
+Instructions; Polytropon's of BART-large on CrossFit, and of an agent. A claim is a list of comparisons, each of two
+methods:
 
 * **holds**: all come out as the paper says, by more than chance makes likely. In this setting {count} seeds support it.
 * **does not hold here**: at least one contradicts the paper, by more than chance makes likely.
@@ -172,7 +173,8 @@ these very settings, seeds 0 to 2 ([LOG.md](LOG.md)). Seeds 3 and 4 are new: hen
 seed fixes a value only as far as rounding goes: seed 1 of MHR gave 78.1 ([methods.md](methods.md)) and, with products
 taken in another order, 69.3.
 
-They were made on two cores of an AMD EPYC, torch 2.13.0 (CPU), on 2026-11-23. {changes}
+They were made on two cores of an AMD EPYC, torch 2.13.0 (CPU), on 2026-11-23, but for MHR-z by blocks-2, which is of
+2026-11-27 and has today's batches. {changes}
 Three comparisons are decided by a hair, at p of 0.044 to 0.0498: Poly > Expert (few-shot); MHR, 16 heads > Poly, 8
 skills (heads); and alignment of MHR, inventory > alignment of LoRA (Shared), inventory, on which alone the verdict of
 alignment rests.
@@ -196,7 +198,8 @@ def story(name: str, claim: Claim, parts: list[Verdict], measured: dict[str, Val
     out = f"{agree} of {len(parts)} comparisons agree with the papers."
     out += f" Contradicted: {'; '.join(by['fails'])}." if by["fails"] else ""
     out += f" Not decided: {'; '.join(by['undecided'])}." if by["undecided"] else ""
-    text = f"## {name}\n\nThe papers say: {claim.says} ({claim.place}.)\n\n"
+    whose = "The papers say" if name in claims.CLAIMS else "Asked here"
+    text = f"## {name}\n\n{whose}: {claim.says} ({claim.place}.)\n\n"
     text += f"Here: **{verdict(parts)}**. {out} {claim.note}".rstrip()
     return f"{text}\n\n![{alt(name, claim, measured)}](claim-{name}.png)\n"
 

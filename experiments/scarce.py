@@ -1,6 +1,7 @@
 """The claims again where skills are scarce: data of `experiments/reproduce.py`, as `claims.py`.
 
-    python -m experiments.methods --tune --skills 2 3 4 8      the search of the rates below, on dev tasks
+    python -m experiments.methods --tune --skills 2 3 4 8 --methods Poly MHR     the rates below, on dev tasks
+    python -m experiments.methods --tune --skills 2 --methods "Random by example" "Random by task"
     python -m experiments.reproduce --claim few-shot-scarce    a claim, as every other
 
 The papers have 8 skills for 313 tasks, 39 tasks a skill; `strings` has 4 for 64 in its recipe, 16 tasks a skill. Here
@@ -18,7 +19,7 @@ from experiments.methods import RATES
 SCARCE, SKILLS, TASKS = 2, (2, 3, 4, 8), 64
 OTHER_HEADS = (2, 4, 8, 32)  # beside 16; one head is Poly
 
-SEARCHED = False  # until the command above has run, AT has the recipe's rates, and nothing is made with them
+SEARCHED = False  # until the commands above have run, AT has the recipe's rates, and nothing is made with them
 AT = {  # as RATES, at a number of skills
     **{("Poly", s): RATES["Poly"] for s in SKILLS},
     **{("MHR", s): RATES["MHR"] for s in SKILLS},
@@ -57,7 +58,7 @@ MEASURES = {
 
 CLAIMS = {
     "scarce": Claim(
-        "Not the papers' words but our lead: the more tasks there are to a skill, the more MHR is above Poly, on seen "
+        "Our lead, not the papers' words: the more tasks there are to a skill, the more MHR is above Poly, on seen "
         "tasks, and on held-out tasks after training everything, the routing alone, or the averaged skills.",
         "none; the pilot in results/LOG.md",
         [

@@ -70,7 +70,9 @@ def bench(tmp_path, monkeypatch):
         places = (
             f"--results {tmp_path / 'results'} --runs {tmp_path / 'runs'} --jobs 1 --device cpu --budget cpu".split()
         )
-        monkeypatch.setattr("sys.argv", ["real", "--data-dir", str(tmp_path), "--backbone", "B", *places, *more])
+        (tmp_path / "data").mkdir(exist_ok=True)
+        given = ["--data-dir", str(tmp_path / "data"), "--backbone", "B"]
+        monkeypatch.setattr("sys.argv", ["real", *given, *places, *more])
         real.main()
         return (tmp_path / "results" / "real.md").read_text()
 
@@ -144,7 +146,7 @@ def test_nothing_is_made_twice_and_weights_go(bench, tmp_path):
     raw.write_text("\n".join(line for line in lines if line != lost) + "\n")
     assert command("--seeds", "0") == page and len(done) == before
     raw.write_text("\n".join(line for line in lines if line != lost) + "\n")
-    maker = real_runs.Maker(raw, tmp_path / "runs", real_runs.setup_of(str(tmp_path), "B"), {}, "cpu", "", 0)
+    maker = real_runs.Maker(raw, tmp_path / "runs", real_runs.setup_of(str(tmp_path / "data"), "B"), {}, "cpu", "", 0)
     shutil.rmtree(real.ROOT / maker.folder(*json.loads(lost)["key"].split(" | ")))
     assert command("--seeds", "0") == page
     assert [script for script, _ in done[before:]] == ["train.py", "adapt.py"]
@@ -231,6 +233,14 @@ def test_a_part_of_a_seed_decides_nothing(bench, tmp_path):
     assert len(lines) - len(raw.read_text().splitlines()) == 1
     assert re.search(r"\| Poly > LoRA \| \S+ \S+ \([+-][\d.]+\) \| [+-][\d.]+ \| undecided \|", page)
     assert "| undecided: 2 of 3 comparisons have three seeds |" in page
+    kept = [json.loads(line) for line in raw.read_text().splitlines()]
+    raw.write_text("".join(f"{json.dumps(line)}\n" for line in kept if "--seed 2 |" not in line["key"]))
+    real.write(tmp_path / "results")  # without the rest of that seed the numbers of LoRA are the same
+    scores = lambda page: re.search(r"\n\| LoRA \|(.*)", page.split("| before |")[1])[1]  # noqa: E731
+    without = (tmp_path / "results" / "real.md").read_text()
+    assert scores(page) == scores(without)
+    row = lambda page: re.search(r"\| Poly > LoRA \| .*", page)[0].split(" | ")[2:]  # noqa: E731
+    assert row(page) == row(without)
 
 
 def test_a_rate_at_which_training_fails_is_the_worst(bench, monkeypatch, tmp_path):
@@ -258,6 +268,13 @@ def test_a_rate_at_which_training_fails_is_the_worst(bench, monkeypatch, tmp_pat
         command("--seeds", "0")
 
 
+def test_a_search_that_fails_everywhere_is_one_sentence():
+    """No rate is taken then; of some the lowest finite loss is."""
+    assert real_runs.lowest({"1e-3": None, "3e-3": 2.0, "1e-2": 1.0}, "Poly") == "1e-2"
+    with pytest.raises(UserError, match="Poly, --lr: training fails at all of 1e-3, 3e-3"):
+        real_runs.lowest({"1e-3": None, "3e-3": None}, "Poly, --lr")
+
+
 def test_values_of_another_setup_are_refused(bench, tmp_path, monkeypatch):
     """Another backbone, other data or another recipe: nothing is made, nothing is taken for this one's."""
     command, done = bench
@@ -270,6 +287,10 @@ def test_values_of_another_setup_are_refused(bench, tmp_path, monkeypatch):
         patch.setitem(FEW_SHOT["crossfit"], "lr_z", 0.123)
         with pytest.raises(UserError, match="recipe"):
             command("--seeds", "0")
+    (tmp_path / "data" / "more.tsv").write_text("a\tb\n")
+    with pytest.raises(UserError, match="has values of data \\(0 bytes\\), .*, these would be of data \\(4 bytes\\)"):
+        command("--seeds", "0")
+    (tmp_path / "data" / "more.tsv").unlink()
     assert command("--seeds", "0") == page and len(done) == before
 
 
@@ -345,11 +366,13 @@ def test_a_damaged_raw_file_is_one_sentence(tmp_path, odd):
 
 
 def test_the_papers_budget_is_for_a_gpu(monkeypatch, tmp_path):
-    """It is in bfloat16, which runs on a CPU are not opened in; and it would take weeks."""
-    places = f"--results {tmp_path / 'a'} --runs {tmp_path / 'b'} --device cpu".split()
-    monkeypatch.setattr("sys.argv", ["real", "--data-dir", str(tmp_path), "--backbone", "B", *places])
-    with pytest.raises(UserError, match="--budget papers is for a GPU: give --budget cpu"):
-        real.main()
+    """On a CPU it would take weeks; and the table of a budget is of one kind of machine."""
+    places = f"--results {tmp_path / 'a'} --runs {tmp_path / 'b'}".split()
+    for device, budget in (("cpu", "papers"), ("cuda", "cpu")):
+        flags = ["--data-dir", str(tmp_path), "--backbone", "B", "--device", device, "--budget", budget, *places]
+        monkeypatch.setattr("sys.argv", ["real", *flags])
+        with pytest.raises(UserError, match="--budget papers is for a GPU, --budget cpu for a CPU"):
+            real.main()
 
 
 # --- For true ---------------------------------------------------------------------------------------------------------

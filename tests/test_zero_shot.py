@@ -66,7 +66,9 @@ def bench(tmp_path, monkeypatch):
 
     def command(*more: str, place: Path = tmp_path):
         places = f"--results {place / 'results'} --runs {place / 'runs'} --jobs 1 --device cpu".split()
-        monkeypatch.setattr("sys.argv", ["zero_shot", "--data-dir", str(tmp_path), "--backbone", "B", *places, *more])
+        (tmp_path / "data").mkdir(exist_ok=True)
+        given = ["--data-dir", str(tmp_path / "data"), "--backbone", "B"]
+        monkeypatch.setattr("sys.argv", ["zero_shot", *given, *places, *more])
         zero_shot.main()
         return (place / "results" / "zero-shot.md").read_text()
 
@@ -126,9 +128,9 @@ def test_every_method_has_the_same_search_and_the_same_steps(bench):
 def test_the_search_takes_the_lowest_loss():
     losses = {"3e-4": 2.0, "1e-3": None, "3e-3": 1.5}  # None: training failed
     look = lambda flags: {"valid_loss": losses[re.search(r"--lr (\S+)", flags)[1]]}  # noqa: E731
-    assert zero_shot.search("LoRA", look) == ("3e-3", {"3e-4": 2.0, "1e-3": math.inf, "3e-3": 1.5})
+    assert zero_shot.search("LoRA", look) == ("3e-3", {"3e-4": 2.0, "1e-3": None, "3e-3": 1.5})
     losses |= dict.fromkeys(losses)
-    with pytest.raises(UserError, match="LoRA: training fails at all of"):
+    with pytest.raises(UserError, match="LoRA, --lr: training fails at all of"):
         zero_shot.search("LoRA", look)
 
 
