@@ -1,4 +1,4 @@
-"""The project's commands, run side by side from a program: each once, and stopped early if need be."""
+"""The project's commands, run side by side from a program: each once, and stopped early if need be; raw files."""
 
 import json
 import math
@@ -8,10 +8,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
+from plumbing.errors import UserError
 from plumbing.machine import commit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +46,22 @@ def run(script: str, flags: list[str], result: Path, until: float = math.inf) ->
         print(f"{result.parent.name}: {out.splitlines()[-1]}", flush=True)
     made_by = result.parent / "commit"  # missing if this program was killed while the script ran
     return json.loads(result.read_text()) | {"commit": made_by.read_text() if made_by.exists() else "unknown"}
+
+
+def raw_lines(path: Path, key: Callable[[dict], Hashable]) -> dict[Hashable, dict]:
+    """{key(line): line} of a file with a JSON object a line; {} if there is none.
+
+    key raises ValueError, KeyError, TypeError or UserError for a line that is damaged. Raises UserError for the file.
+    """
+    lines = {}
+    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # without the rest of a killed process
+    for number, text in enumerate(whole, 1):
+        try:
+            line = json.loads(text)
+            lines[key(line)] = line
+        except (ValueError, KeyError, TypeError, RecursionError, UserError):
+            raise UserError(f"{path}:{number} is damaged: delete this line, its value is then made again") from None
+    return lines
 
 
 def finish(command: list[str], until: float) -> tuple[int, str, str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from experiments.commands import ROOT, Failed, run
+from experiments.commands import ROOT, Failed, raw_lines, run
 from plumbing.backbones import load_backbone
 from plumbing.checkpoint import LOWER_RATE
 from plumbing.errors import UserError
@@ -108,18 +108,14 @@ def few_shot_flags(variant: str, budget: str, split: int, rate: str, seed: int) 
 
 def read_raw(path: Path) -> dict[str, dict]:
     """{key: line} of a raw file; {} if there is none. Raises UserError for a damaged line."""
-    lines = {}
-    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # without the rest of a killed process
-    for number, text in enumerate(whole, 1):
-        try:
-            line = json.loads(text)
-            ok = isinstance(line["key"], str) and isinstance(line["value"], dict)
-            if not ok or any(type(line[key]) is not str for key in ("commit", "made", "on", "setup")):
-                raise ValueError
-            lines[line["key"]] = line
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"{path}:{number} is damaged: delete this line, its value is then made again") from None
-    return lines
+
+    def key(line: dict) -> str:
+        texts = [line[name] for name in ("key", "commit", "made", "on", "setup")]
+        if not isinstance(line["value"], dict) or any(type(text) is not str for text in texts):
+            raise ValueError
+        return line["key"]
+
+    return raw_lines(path, key)
 
 
 class Maker:

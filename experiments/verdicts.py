@@ -17,7 +17,6 @@ multiple comparisons: of nine independent ones without a true difference, one in
 are always the same; the seed sets everything else. The page says what was known when the rule was made.
 """
 
-import json
 import os
 import threading
 from collections import defaultdict
@@ -29,7 +28,7 @@ from scipy import stats
 
 from experiments import claims, scarce
 from experiments.claims import Claim, Measure, measures_of, parts_of
-from experiments.commands import ROOT, run, side_by_side
+from experiments.commands import ROOT, raw_lines, run, side_by_side
 from experiments.methods import METHODS, RATES, RUNS, adapt, pretrain
 from plumbing.errors import RunError, UserError
 from plumbing.folders import append_line, check_numbers
@@ -62,23 +61,19 @@ def flags_of(measure: Measure) -> str:
 
 def read_raw(path: Path) -> dict[tuple[str, int], dict]:
     """{(flags, seed): line} of a raw file; {} if there is none. Raises UserError for a damaged line."""
-    lines = {}
-    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # without the rest of a killed process
-    for number, text in enumerate(whole, 1):
-        try:
-            line = json.loads(text)
-            value, (before, after) = line["value"], line["seconds"]
-            check_numbers(path, value if isinstance(value, dict) else {"value": value})
-            check_numbers(path, {"trained": line["trained"], "seed": line["seed"], "before": before, "after": after})
-            new, commits = line["new task"], line["commits"]
-            if type(commits) is not list or [type(commit) for commit in commits] != [str, str]:
-                raise ValueError
-            if not (new is None or type(new) is int):
-                raise ValueError
-            lines[line["flags"], line["seed"]] = line
-        except (ValueError, KeyError, TypeError, RecursionError, UserError):
-            raise UserError(f"{path}:{number} is damaged: delete this line, its value is then made again") from None
-    return lines
+
+    def key(line: dict) -> tuple[str, int]:
+        value, (before, after) = line["value"], line["seconds"]
+        check_numbers(path, value if isinstance(value, dict) else {"value": value})
+        check_numbers(path, {"trained": line["trained"], "seed": line["seed"], "before": before, "after": after})
+        new, commits = line["new task"], line["commits"]
+        if type(commits) is not list or [type(commit) for commit in commits] != [str, str]:
+            raise ValueError
+        if not (new is None or type(new) is int):
+            raise ValueError
+        return line["flags"], line["seed"]
+
+    return raw_lines(path, key)
 
 
 def make_missing(names: list[str], seeds: tuple[int, ...], path: Path, runs: Path, jobs: int, device: str = "cpu"):
