@@ -374,7 +374,8 @@ def machine(device: str) -> str:
     return f"{device}, {where}, {platform.machine()}, {', '.join(f'{name} {version(name)}' for name in packages)}"
 
 
-def main():
+def arguments() -> argparse.Namespace:
+    """The command line. Exits with one sentence for flags that cannot be."""
     parts = ("train", "adapt", "generate", "choices", "layer", "compile", "memory")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -388,6 +389,11 @@ def main():
         parser.error("--device cuda: there is no GPU here")
     if not importlib.util.find_spec("peft"):
         parser.error("the comparison needs PEFT: pip install peft")
+    return args
+
+
+def main():
+    args = arguments()
     logging.set_verbosity_error()
     if args.memory_of:
         memory_of(args.memory_of, args.device)
