@@ -203,8 +203,10 @@ ABOUT = """ Model: SmolLM2-135M-Instruct, a 4-bit file that is dequantised when 
 gym's random partition, 29 tasks to train on, 3 to choose rates, 5 to test. The papers have BART-large, and 120, 20 and
 20 tasks. Not blind: scores of this model on these test tasks, of smaller budgets ([smollm.md](smollm.md)), had been
 seen before the claims below and their rule were written down."""  # of results/ alone
-EDGES = """A * is at an edge of what was tried: beyond it, it may be better. Under `all`, and before, Z's rate is the
-recipe's 1e-2; Polytropon also tried 1e-1."""
+EDGES = (
+    "A * is at an edge of what was tried: beyond it a rate may be better. In pre-training and under `all` Z learns at "
+    "the recipe's 1e-2; Polytropon also tried 1e-1."
+)
 
 
 def write(folder: Path):
