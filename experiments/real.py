@@ -37,8 +37,8 @@ from experiments.commands import ROOT, side_by_side
 from experiments.methods import NAVIGATION
 from experiments.real_command import arguments, carry_out, device_of, maker_of
 from experiments.real_runs import (
-    BUDGETS, METHODS, RATES, Z_RATES, Budget, few_shot_flags, in_order, make_all, read_raw, search, setup_of,
-    training_flags,
+    BUDGETS, METHODS, RATES, Z_RATES, Budget, few_shot_flags, in_order, lowest, make_all, read_raw, search,
+    setup_of, training_flags,
 )  # fmt: skip
 from experiments.verdicts import MARGIN, judge, judged, verdict
 from plumbing.errors import UserError, exit_on_user_error
@@ -76,7 +76,7 @@ CLAIMS = {
             ("MHR-z, h = 64", ">", "MHR-z"),
         ),
     ),
-    "mu": Claim(
+    "μ": Claim(
         "The average of the skills, adapted as one adapter, keeps what routing gained, and is above LoRA.",
         "CrossFit, BART-large: Poly-μ 57.0, Poly 56.7, LoRA 55.9 (MHR 2022 Tab. 2)",
         ("mu", "mu-told", "mu-scarce"),
@@ -241,7 +241,7 @@ def section(name: str, budget: Budget, measured: dict, scores: dict, raw: dict, 
     parts += [comparisons_table(CLAIMS, measured, budget.splits), ""]
     parts += ["### Pre-training\n", training_table(METHODS, measured), ""]
     steps = f"{budget.search_steps:,} of the {budget.steps:,} steps"
-    parts += ["### Learning rates\n", f"The best of three on the dev tasks, after {steps}, seed 0. {EDGES}\n"]
+    parts += ["### Learning rates\n", f"The lowest loss on the dev tasks, after {steps}, seed 0. {EDGES}\n"]
     return "\n".join([*parts, rates_table(raw, budget), ""])
 
 
@@ -264,7 +264,8 @@ def verdict_here(measured: dict, splits: tuple[int, ...], claim: Claim) -> tuple
 def on_strings(name: str, raw: dict, here: bool) -> str:
     """The verdict of a claim of `claims.md`, or that it is not made yet. here: with a link."""
     parts = judged(verdicts.CLAIMS[name], raw, verdicts.SEEDS)
-    return f"{f'[{name}](claims.md#{name})' if parts and here else name}: {verdict(parts) if parts else 'not made yet'}"
+    linked = f"[`{name}`](claims.md#{name})" if parts and here else f"`{name}`"
+    return f"{linked}: {verdict(parts) if parts else 'not made yet'}"
 
 
 def claims_table(claims: dict[str, Claim], measured: dict, splits: tuple[int, ...], toy: dict, here: bool) -> str:
@@ -326,13 +327,32 @@ def training_table(methods: Iterable[str], measured: dict) -> str:
 
 
 def rates_table(raw: dict[str, dict], budget: Budget) -> str:
-    lines = [("method", "pre-training", "few-shot")]
-    edge = lambda rate, rates: "*" * (rate in (rates[0], rates[-1]))  # noqa: E731
-    for name in METHODS:
-        if found := rates_of(raw, name, budget):
-            each = (f"{v}: {few}{edge(few.split()[1], Z_RATES if v == 'z' else RATES)}" for v, few in found[1].items())
-            lines.append((name, f"--lr {found[0]}{edge(found[0], RATES)}", ", ".join(each)))
-    return markdown(lines, left=3)
+    """What `search` tried for each method, and the loss of each."""
+    lines = [("method", "searched", *("rate: loss",) * len(RATES), "taken")]
+    for name, (_, variants) in METHODS.items():
+        losses = losses_of(raw, name, budget)
+        for k, of in enumerate(("pre-training", *variants) if losses else ()):
+            rates = Z_RATES if of == "z" else RATES
+            tried = dict(zip(rates, losses[k * len(rates) : (k + 1) * len(rates)], strict=True))
+            each = [f"{rate}: {'failed' if loss is None else f'{loss:.3f}'}" for rate, loss in tried.items()]
+            best = lowest(tried, name)
+            lines.append((name, of.replace("mu", "μ"), *each, best + "*" * (best in (rates[0], rates[-1]))))
+    return markdown(lines, left=2)
+
+
+def losses_of(raw: dict[str, dict], name: str, budget: Budget) -> list[float | None]:
+    """The losses of a method's search, in the order of its trials; [] if it is not done."""
+    found = []
+
+    def trial(flags: str, few: str) -> dict:
+        found.append(raw[f"{flags} | {few} --tasks dev"]["value"])
+        return found[-1]
+
+    try:
+        search(name, budget, trial)
+    except KeyError:
+        return []
+    return [value["dev_loss"] for value in found]
 
 
 # --- The command ------------------------------------------------------------------------------------------------------

@@ -217,6 +217,15 @@ def test_scores_in_sentences_are_those_of_the_table():
         assert re.search(rf"^\| {name}[^|]*\| {variant or 'all'} \|.*\| {score} \|$", METHODS_PAGE, re.M), (name, score)
 
 
+def test_the_real_model_s_scores_are_those_of_its_page():
+    """What LoRA, Poly and MHR reach, and that it is one seed."""
+    page = (ROOT / "results" / "real.md").read_text()
+    names = ("LoRA", "Poly", "MHR")
+    rows = [re.search(rf"^\| {name} \| (\d+) \| [\d,]+ \| \S+ \| (\S+) \|", page, re.M) for name in names]
+    assert [row[1] for row in rows] == ["1", "1", "1"]
+    assert f"in one [there](results/real.md) ({', '.join(row[2] for row in rows)})" in " ".join(README.split())
+
+
 def test_the_two_commands_end_as_recorded():
     """The scores that the README says the two commands print, and their minutes, are those of results/strings.md."""
     record = (ROOT / "results" / "strings.md").read_text()

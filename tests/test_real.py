@@ -256,8 +256,9 @@ def test_a_rate_at_which_training_fails_is_the_worst(bench, monkeypatch, tmp_pat
 
     monkeypatch.setattr(real_runs, "run", run)
     page = command("--seeds", "0")
-    rates = [line.split(" | ")[1] for line in page.split("| method | pre-training | few-shot |")[1].splitlines()[2:]]
-    assert len(rates) == len(METHODS) and not any("3e-3" in rate for rate in rates)
+    rows = [line.strip("| ").split(" | ") for line in page.split("### Learning rates")[1].splitlines()]
+    rates = [row[2:] for row in rows if row[1:2] == ["pre-training"]]
+    assert len(rates) == len(METHODS) and all(each[2] == "3e-3: failed" and "3e-3" not in each[3] for each in rates)
     failed = [line for line in done if line[0] == "failed"]
     assert len(failed) == len(set(failed)) == len(METHODS)
     command("--seeds", "0")
