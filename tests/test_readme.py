@@ -223,7 +223,7 @@ def test_the_real_model_s_scores_are_those_of_its_page():
     names = ("LoRA", "Poly", "MHR")
     rows = [re.search(rf"^\| {name} \| (\d+) \| [\d,]+ \| \S+ \| (\S+) \|", page, re.M) for name in names]
     assert [row[1] for row in rows] == ["1", "1", "1"]
-    assert f"in one [there](results/real.md) ({', '.join(row[2] for row in rows)})" in " ".join(README.split())
+    assert f"in [a third](results/real.md) ({', '.join(row[2] for row in rows)})" in " ".join(README.split())
 
 
 def test_the_two_commands_end_as_recorded():
