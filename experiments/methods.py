@@ -5,16 +5,19 @@
     python -m experiments.methods --tune --skills 2 3     the same for Poly, MHR and random routing with so many skills
 
 Every line is a few runs of `train.py` and `adapt.py` in runs/. Existing runs are reused, so the command can be stopped
-at any time and resumes. Two run in parallel, with one thread each (--jobs).
+at any time and resumes. Two run in parallel, with one thread each (--jobs). The scores of a search are kept in
+results/trials.jsonl, and what is there is not made again.
 """
 
 import argparse
 import json
+import threading
 import zlib
 from pathlib import Path
 
-from experiments.commands import ROOT, run, side_by_side
+from experiments.commands import ROOT, raw_lines, run, side_by_side
 from plumbing.errors import exit_on_user_error
+from plumbing.folders import append_line, check_numbers
 from plumbing.tables import aligned, mean_std_text
 from recipes import FEW_SHOT, LEARNED, PRETRAINING
 
@@ -109,6 +112,32 @@ def table(results: dict[str, list[dict]]) -> str:
 
 # --- Tuning -----------------------------------------------------------------------------------------------------------
 
+TRIALS = ROOT / "results" / "trials.jsonl"  # a line for each dev score of a search
+TRIAL = ("method", "pre-training", "variant", "few-shot")  # its key
+writing = threading.Lock()
+
+
+def read_trials() -> dict[tuple[str, ...], dict]:
+    """{(method, flags of train.py, variant, flags of adapt.py): line} of TRIALS. Raises UserError if it is damaged."""
+
+    def key(line: dict) -> tuple[str, ...]:
+        check_numbers(TRIALS, {"dev": line["dev"]})
+        return tuple(line[part] for part in TRIAL)
+
+    return raw_lines(TRIALS, key)
+
+
+def dev_score(name: str, root: Path, flags: tuple[str, ...], variant: str, few_flags: tuple[str, ...]) -> float:
+    """The score of dev tasks with these flags of train.py and adapt.py, seed 0: from TRIALS, or made and kept there."""
+    key = (name, " ".join(flags), variant, " ".join(few_flags))
+    if key in (kept := read_trials()):
+        return kept[key]["dev"]
+    checkpoint, _ = pretrain(name, 0, root, flags)
+    result = adapt(checkpoint, variant, 0, ("--tasks=dev", *few_flags))
+    with writing:
+        append_line(TRIALS, dict(zip(TRIAL, key, strict=True)) | {"dev": result["mean"], "commit": result["commit"]})
+    return result["mean"]
+
 
 def tune(name: str, root: Path, sizes: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """One method's search as lines (method, flags of train.py, variant, flags of adapt.py, dev score, mark).
@@ -126,9 +155,7 @@ def tune(name: str, root: Path, sizes: tuple[str, ...] = ()) -> list[tuple[str, 
 
     def trial(flags: dict, variant: str, few_flags: dict) -> float:
         text, few_text = (tuple(f"--{k}={v:.2g}" for k, v in d.items()) for d in (flags, few_flags))
-        checkpoint, _ = pretrain(name, 0, root, (*text, *sizes))
-        score = adapt(checkpoint, variant, 0, ("--tasks=dev", *few_text))["mean"]
-        lines[text, variant, few_text] = score
+        lines[text, variant, few_text] = score = dev_score(name, root, (*text, *sizes), variant, few_text)
         return score
 
     start = {"lr": few_lr}

@@ -14,6 +14,7 @@ import adapt
 import train
 from data import WINDOW
 from experiments import methods, mixing
+from plumbing.errors import UserError
 from plumbing.flags import explicit_flags
 from plumbing.folders import read_json, write_config, write_json
 from recipes import FEW_SHOT, PRETRAINING, VARIANTS, recipe
@@ -48,11 +49,13 @@ def test_equal_scores_keep_the_middle():
 def trials(monkeypatch, tmp_path):
     """methods.py with runs that return at once; the list of what was trained and adapted."""
     made = []
+    monkeypatch.setattr(methods, "TRIALS", tmp_path / "trials.jsonl")
     monkeypatch.setattr(methods, "pretrain", lambda name, seed, root, flags: (made.append(flags) or flags, {}))
 
     def adapt(checkpoint, variant, seed, flags):
         made.append((checkpoint, variant, flags))
-        return {"mean": -abs(float(flags[1].split("=")[1]) - 0.003) - abs(float(checkpoint[0].split("=")[1]) - 0.005)}
+        off = abs(float(flags[1].split("=")[1]) - 0.003) + abs(float(checkpoint[0].split("=")[1]) - 0.005)
+        return {"mean": -off, "commit": "c"}
 
     monkeypatch.setattr(methods, "adapt", adapt)
     return made
@@ -66,6 +69,17 @@ def test_every_variant_gets_a_rate_of_its_own(trials, tmp_path, name):
     assert sorted(line[2] for line in best) == sorted(methods.METHODS[name][1])
     assert len({line[1] for line in best}) == 1
     assert all(line[3].startswith("--lr-z=" if line[2] == "z" else "--lr=") for line in best)
+
+
+def test_what_was_tried_is_not_made_again(trials, tmp_path):
+    """A second search reads all scores from the file, without a run; a damaged line is named."""
+    first, made = methods.tune("MHR", tmp_path), len(trials)
+    assert made and methods.tune("MHR", tmp_path) == first and len(trials) == made
+    lines = methods.TRIALS.read_text().splitlines()
+    assert len(lines) == len(first)
+    methods.TRIALS.write_text("\n".join([lines[0], lines[1].replace('"dev"', '"dve"')]) + "\n")
+    with pytest.raises(UserError, match=r"trials\.jsonl:2 is damaged"):
+        methods.tune("MHR", tmp_path)
 
 
 OWN_RATES = ("LoRA-big", "Random by task")  # another size or form of a method: the recipe is that of the first
