@@ -20,7 +20,8 @@ SCORE = "exact match on held-out tasks (%)"
 
 def reference(measured: dict[str, Values]) -> str:
     """The measure that a dot plot has a dashed line at, or ""."""
-    return next((name for name in ("LoRA (Shared)", "LoRA (Shared), told") if name in measured), "")
+    usual = ("LoRA (Shared)", "LoRA (Shared), told", "LoRA, s = 1", "LoRA, told, s = 1")
+    return next((name for name in usual if name in measured), "")
 
 
 def draw_dots(measured: dict[str, Values], stem: Path, label: str):
@@ -65,11 +66,16 @@ def draw_parameters(measured: dict[str, Values], stem: Path, which: str, when: s
     figures.performance(panels, stem, SCORE, when)
 
 
-def draw_alignment(measured: dict[str, Values], stem: Path):
+USUAL, SCARCE = {name: "" for name in ROUTED_OR_NOT}, {"LoRA": ", s = 1", "Poly": ", s = 2", "MHR": ", s = 2"}
+
+
+def draw_alignment(measured: dict[str, Values], stem: Path, sizes: dict[str, str]):
     panels = {
         title: {
-            name: [([int(k) for k in v], list(v.values())) for v in measured[f"alignment of {name}, {of}"].raw]
-            for name in ROUTED_OR_NOT
+            f"{name}{size}": [
+                ([int(k) for k in v], list(v.values())) for v in measured[f"alignment of {name}, {of}{size}"].raw
+            ]
+            for name, size in sizes.items()
         }
         for of, title in (("inventory", "the shared inventory"), ("mixtures", "each task's own mixture"))
     }
@@ -138,6 +144,15 @@ def draw_two_speeds(measured: dict[str, Values], stem: Path):
     figures.by_method(values, stem, "measure of Z; share of exact matches", figures.UNIT)
 
 
+def draw_shapes(measured: dict[str, Values], stem: Path):
+    values = {LABELS[name.split(",")[0]]: list(of.values) for name, of in measured.items()}
+    figures.by_method(values, stem, "measure of Z", figures.UNIT)
+
+
+ALIGNMENT = (
+    "Two panels of three curves, {}, Poly and MHR: the cosine of tasks' gradients over the steps of training, with "
+    "bars of one standard deviation; left of the shared inventory, right of each task's own mixture."
+)
 A_DOT_PLOT = "A dot plot, a row for each measure: grey dots are seeds, diamonds their means, bars"
 ALTS = {  # what the figures of FIGURES show, for those who do not see them
     "dots": f"{A_DOT_PLOT} one standard deviation, along an axis of {SCORE}.",
@@ -149,9 +164,9 @@ ALTS = {  # what the figures of FIGURES show, for those who do not see them
     "one standard deviation: left by number of heads and of skills, right by which layers share a router.",
     "multi_task_parameters": f"Two curves, {SCORE} against the parameters trained on all tasks, with bars of one "
     "standard deviation: MHR by number of heads, Poly by number of skills.",
-    "alignment": "Two panels of three curves, LoRA (Shared), Poly and MHR: the cosine of tasks' gradients over the "
-    "steps of training, with bars of one standard deviation; left of the shared inventory, right of each task's own "
-    "mixture.",
+    "alignment": ALIGNMENT.format("LoRA (Shared)"),
+    "alignment_scarce": ALIGNMENT.format("LoRA"),
+    "shapes": f"{A_DOT_PLOT} one standard deviation, along an axis from 0 to 1: discreteness, usage and sparsity of Z.",
     "zero_shot": f"Three curves, {SCORE} over steps of training after averaging, with bars of one standard "
     "deviation: LoRA (Shared), Poly-μ and MHR-μ.",
     "by_skills": "Four curves over the number of skills, 2 to 32, from 0 to 1 with bars of one standard deviation: "
@@ -167,7 +182,9 @@ FIGURES = {
     "recovery": draw_recovery,
     "few_shot_parameters": lambda measured, stem: draw_parameters(measured, stem, "new task", "for a new task"),
     "multi_task_parameters": lambda measured, stem: draw_parameters(measured, stem, "trained", "on all tasks"),
-    "alignment": draw_alignment,
+    "alignment": lambda measured, stem: draw_alignment(measured, stem, USUAL),
+    "alignment_scarce": lambda measured, stem: draw_alignment(measured, stem, SCARCE),
+    "shapes": draw_shapes,
     "zero_shot": draw_zero_shot,
     "by_skills": draw_by_skills,
     "tasks_per_skill": draw_tasks_per_skill,

@@ -124,6 +124,11 @@ def test_claims_name_measures_and_figures_that_exist(claim):
     assert all(relation in (">", "<=", "~") for _, relation, _ in claim.compare)
 
 
+@pytest.mark.parametrize("name", [name for name, claim in CLAIMS.items() if claim.figure == "dots"])
+def test_only_scores_are_drawn_on_an_axis_of_scores(name):
+    assert {MEASURES[of].then for of in claims.measures_of(CLAIMS[name])} <= {*VARIANTS, "zero-shot"}
+
+
 @pytest.mark.parametrize("name, which", [("z", "new task"), ("heads", "trained")])
 def test_curves_have_all_measures_of_their_claim(name, which):
     """No measure is left out of the figure."""
