@@ -1,6 +1,6 @@
 """The claims again where skills are scarce: data of `experiments/reproduce.py`, as `claims.py`.
 
-    python -m experiments.methods --tune --skills 2 3 4 8 --methods Poly MHR     the rates below, on dev tasks
+    python -m experiments.methods --tune --skills 2 3 8 --methods Poly MHR     the rates below, on dev tasks
     python -m experiments.methods --tune --skills 2 --methods "Random by example" "Random by task"
     python -m experiments.reproduce --claim few-shot-scarce    a claim, as every other
 
@@ -9,8 +9,8 @@ it has 2, which is 32 tasks a skill and of 1, 2, 3, 4 and 8 skills the nearest t
 whatever the method). That is how the setting was chosen, and the claims below were written down before any of their
 runs. What had been seen: four seeds of a pilot on dev tasks with the recipe's rates, where MHR-z was 15 points above
 Poly-z, and the held-out scores of `claims.py`, Poly with 2 and 8 skills among them. MHR has 16 heads, as in that pilot.
-Rates are to be searched again for each number of skills, with the budget and the rule that all methods had; another
-number of heads has those of 16.
+Rates are searched again for each number of skills, with the budget and the rule that all methods had; 4 skills are the
+recipe's and have its rates (MHR's found with 8 heads), and another number of heads has those of 16.
 """
 
 from experiments.claims import NEW, TOLD, Claim, Measure
