@@ -268,6 +268,19 @@ def test_scarce_skills_wait_for_their_rates(monkeypatch, capsys):
     assert "error: --claim: rates for scarce skills are not searched yet" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("method, skills", [k for k in scarce.AT if k[1] != 4 and k not in scarce.NOT_YET], ids=str)
+def test_scarce_skills_have_the_rates_that_were_found(monkeypatch, method, skills):
+    """AT is what the search finds in results/trials.jsonl, without a run; 4 skills have the recipe's rates."""
+    monkeypatch.setattr(methods, "pretrain", None)
+    monkeypatch.setattr(methods, "adapt", None)
+    sizes = (f"--skills={skills}", *methods.SIZED[method])
+    best = [line for line in methods.tune(method, Path("unused"), sizes) if line[-1]]
+    flags, few_shot = scarce.AT[method, skills]
+    assert {line[1] for line in best} == {" ".join((flags, *sizes))}
+    assert {line[2]: line[3] for line in best} == few_shot
+    assert scarce.AT["Poly", 4] == methods.RATES["Poly"] and scarce.AT["MHR", 4] == methods.RATES["MHR"]
+
+
 def test_a_page_made_elsewhere_is_compared(workshop):
     """Beside each comparison that both have made: the difference and the verdict of results/."""
     folder, _ = workshop
