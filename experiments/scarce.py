@@ -19,7 +19,7 @@ from experiments.methods import RATES
 SCARCE, SKILLS, TASKS = 2, (2, 3, 4, 8), 64
 OTHER_HEADS = (2, 4, 8, 32)  # beside 16; one head is Poly
 
-NOT_YET = (("Poly", 3), ("MHR", 3), ("Random by example", 2), ("Random by task", 2))  # have the recipe's rates in AT
+NOT_YET = (("Poly", 3), ("MHR", 3))  # have the recipe's rates in AT
 SEARCHED = not NOT_YET  # until then nothing is made with these rates
 AT = {  # as RATES, at a number of skills
     ("Poly", 2): ("--lr=0.015", {"all": "--lr=0.003", "z": "--lr-z=0.17", "mu": "--lr=0.003"}),
@@ -28,6 +28,8 @@ AT = {  # as RATES, at a number of skills
     ("MHR", 2): ("--lr=0.015", {"all": "--lr=0.003", "z": "--lr-z=0.5", "mu": "--lr=0.009"}),
     ("MHR", 4): RATES["MHR"],
     ("MHR", 8): ("--lr=0.015", {"all": "--lr=0.003", "z": "--lr-z=0.5", "mu": "--lr=0.003"}),
+    ("Random by example", 2): ("--lr=0.005", {"mu": "--lr=0.003"}),
+    ("Random by task", 2): ("--lr=0.015", {"mu": "--lr=0.009"}),
     **{(name, skills): RATES[name] for name, skills in NOT_YET},
 }
 
