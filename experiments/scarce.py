@@ -10,7 +10,7 @@ whatever the method). That is how the setting was chosen, and the claims below w
 runs. What had been seen: four seeds of a pilot on dev tasks with the recipe's rates, where MHR-z was 15 points above
 Poly-z, and the held-out scores of `claims.py`, Poly with 2 and 8 skills among them. MHR has 16 heads, as in that pilot.
 Rates are searched again for each number of skills, with the budget and the rule that all methods had; 4 skills are the
-recipe's and have its rates (MHR's found with 8 heads), and another number of heads has those of 16.
+recipe's and have its rates (found with windows of 50, MHR's with 8 heads); another number of heads has those of 16.
 """
 
 from experiments.claims import NEW, TOLD, Claim, Measure
