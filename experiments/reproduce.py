@@ -24,7 +24,6 @@ from pathlib import Path
 from experiments import claims
 from experiments.claim_figures import ALTS, FIGURES, reference, shown
 from experiments.claims import Claim, measures_of, parts_of
-from experiments.scarce import SEARCHED
 from experiments.verdicts import (
     CLAIMS, MARGIN, SEEDS, Values, Verdict, collect, estimate, hours, judged, make_missing, read_raw, use_device,
     verdict,
@@ -264,10 +263,7 @@ def main():
         parser.error("--seeds: give --results too, for results/ holds the values of the seeds that are compared")
     if args.device == "cuda" and args.results.resolve() == ROOT / "results":
         parser.error("--device cuda: give --results and --runs too, for results/ holds values made on CPUs")
-    ready = [name for name in CLAIMS if name in claims.CLAIMS or SEARCHED]
-    names = ready if "all" in args.claim else args.claim
-    if not set(names) <= set(ready):
-        parser.error("--claim: rates for scarce skills are not searched yet, see experiments/scarce.py")
+    names = list(CLAIMS) if "all" in args.claim else args.claim
     for name in ("results",) if args.page else ("results", "runs"):
         try:
             getattr(args, name).mkdir(parents=True, exist_ok=True)

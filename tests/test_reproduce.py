@@ -253,22 +253,7 @@ def test_values_of_two_devices_are_not_mixed(workshop):
     assert len(done) == before
 
 
-def test_scarce_skills_wait_for_their_rates(monkeypatch, capsys):
-    """Until the search has run they are not made: not with all, and not if they are asked for."""
-    asked = []
-    monkeypatch.setattr(reproduce, "make_missing", lambda names, *_: asked.extend(names))
-    monkeypatch.setattr(reproduce, "write_page", lambda *_: None)
-    monkeypatch.setattr(reproduce, "SEARCHED", False)
-    monkeypatch.setattr("sys.argv", ["reproduce"])
-    reproduce.main()
-    assert asked and not set(asked) & set(scarce.MEASURES)
-    monkeypatch.setattr("sys.argv", ["reproduce", "--claim", "mu-scarce"])
-    with pytest.raises(SystemExit):
-        reproduce.main()
-    assert "error: --claim: rates for scarce skills are not searched yet" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("method, skills", [k for k in scarce.AT if k[1] != 4 and k not in scarce.NOT_YET], ids=str)
+@pytest.mark.parametrize("method, skills", [k for k in scarce.AT if k[1] != 4], ids=str)
 def test_scarce_skills_have_the_rates_that_were_found(monkeypatch, method, skills):
     """AT is what the search finds in results/trials.jsonl, without a run; 4 skills have the recipe's rates."""
     monkeypatch.setattr(methods, "pretrain", None)
