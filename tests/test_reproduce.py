@@ -294,7 +294,10 @@ def test_a_claim_leads_to_what_it_is_where_skills_are_scarce(workshop):
     verdicts.make_missing(measures, (0, 1, 2), folder / "claims.jsonl", folder, 1)
     raw = verdicts.read_raw(folder / "claims.jsonl")
     page = reproduce.render(raw, (0, 1, 2), names, with_history=False)
-    assert page.count("Where skills are scarce: [mu-scarce](#mu-scarce).") == 1 and "[few-shot-scarce]" not in page
+    says = verdicts.verdict(verdicts.judged(CLAIMS["mu-scarce"], raw, (0, 1, 2)))
+    assert page.count(f"Where skills are scarce: **{says}**, [mu-scarce](#mu-scarce).") == 1
+    assert "[few-shot-scarce]" not in page and "**Scarce skills**" in page
+    assert "**Scarce skills**" not in reproduce.render(raw, (0, 1, 2), ["mu"], with_history=False)
     assert "mu-scarce" in reproduce.claims_on_page(raw, (0, 1, 2), []) and "told-scarce" not in page
 
 
