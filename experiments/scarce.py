@@ -103,7 +103,6 @@ CLAIMS = {
             ("Poly, s = 2 - Poly-z, s = 2", ">", "MHR, s = 2 - MHR-z, s = 2"),
             ("MHR-z, s = 2", ">", "Poly-z, s = 2"), ("MHR-z, s = 2, h = 32", ">", "MHR-z, s = 2, h = 2"),
         ],
-        also=tuple(f"MHR-z, s = 2, h = {h}" for h in OTHER_HEADS[1:-1]),
     ),
     "mu-scarce": Claim(
         "Where skills are scarce, the average of the skills, adapted as one adapter, keeps what routing gained, and is "
