@@ -111,7 +111,9 @@ def draw_tasks_per_skill(measured: dict[str, Values], stem: Path):
         series[label] = [
             (scarce.TASKS / s, one.difference, *one.interval) for s, one in zip(scarce.SKILLS, judged, strict=True)
         ]
-    figures.differences(series, stem, "training tasks for each skill", "MHR - Poly (points)", {39: "the papers"})
+    figures.differences(
+        series, stem, "training tasks for each skill", "MHR - Poly (points)", {15: "CrossFit", 39: "T0"}
+    )
 
 
 def draw_over_heads(measured: dict[str, Values], stem: Path):
@@ -171,8 +173,9 @@ ALTS = {  # what the figures of FIGURES show, for those who do not see them
     "deviation: LoRA (Shared), Poly-μ and MHR-μ.",
     "by_skills": "Four curves over the number of skills, 2 to 32, from 0 to 1 with bars of one standard deviation: "
     "discreteness, sparsity and usage of Z, and the score on seen tasks.",
-    "tasks_per_skill": "Four curves over the number of training tasks for each skill, 8 to 32, with a dotted line at "
-    "the papers' 39: MHR minus Poly in points, with 95 % intervals, on seen tasks and on held-out tasks by variant.",
+    "tasks_per_skill": "Four curves over the number of training tasks for each skill, 8 to 32, with dotted "
+    "lines at the papers' 15 and 39: MHR minus Poly in points, with 95 % intervals, on seen tasks and on held-out "
+    "tasks by variant.",
     "over_heads": "Three curves over the number of heads, 1 to 32, with bars of one standard deviation: exact match on "
     "seen tasks, and on held-out tasks by variant.",
 }

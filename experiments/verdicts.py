@@ -224,7 +224,8 @@ def side(what: str | float, measured: dict[str, Values], seeds: tuple[int, ...])
 
 def hours(lines: list[dict]) -> float:
     """Hours of training and adaptation, each run counted once however many measures it has."""
-    runs = {(line["flags"].split(" | ")[0], line["seed"]): line["seconds"][0] for line in lines}
+    run_of = lambda line: (*line["flags"].split(" | ")[::2], line["seed"])  # noqa: E731, its flags, and its recipe
+    runs = {run_of(line): line["seconds"][0] for line in lines}
     adaptations = {(line["flags"], line["seed"]): line["seconds"][1] for line in lines}
     return (sum(runs.values()) + sum(adaptations.values())) / 3600
 

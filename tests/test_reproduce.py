@@ -295,10 +295,12 @@ def test_a_claim_leads_to_what_it_is_where_skills_are_scarce(workshop):
     raw = verdicts.read_raw(folder / "claims.jsonl")
     page = reproduce.render(raw, (0, 1, 2), names, with_history=False)
     says = verdicts.verdict(verdicts.judged(CLAIMS["mu-scarce"], raw, (0, 1, 2)))
-    assert page.count(f"Where skills are scarce: **{says}**, [mu-scarce](#mu-scarce).") == 1
+    assert page.count(f"scarce: **{says}** in 4 comparisons, MHR with 16 heads, [mu-scarce](#mu-scarce).") == 1
     assert "[few-shot-scarce]" not in page and "**Scarce skills**" in page
     assert "**Scarce skills**" not in reproduce.render(raw, (0, 1, 2), ["mu"], with_history=False)
-    assert "mu-scarce" in reproduce.claims_on_page(raw, (0, 1, 2), []) and "told-scarce" not in page
+    complete = reproduce.claims_on_page(raw, (0, 1, 2), [])
+    assert "mu-scarce" in complete and "few-shot-told-scarce" not in complete
+    assert "Not made yet: scarce, few-shot-scarce, few-shot-told-scarce, z-scarce, heads-scarce" in page
 
 
 def test_the_page_alone_makes_no_folder_of_runs(monkeypatch, tmp_path):
@@ -391,6 +393,8 @@ def test_a_run_is_made_once_for_all_that_ask_it(workshop):
     assert all(line["trained"] == 9 and line["new task"] == 4 for line in lines)
     assert all(line["commits"] == ["abc1234", "def5678"] for line in lines)
     assert verdicts.hours(lines) * 3600 == 2 * 60 + 6 * 30  # each pre-training once
+    again = [line | {"flags": f"{line['flags']}, windows of 8"} for line in lines]
+    assert verdicts.hours(lines + again) == 2 * verdicts.hours(lines)  # other code, other runs
     before = len(done)
     verdicts.make_missing(*arguments)
     assert len(done) == before

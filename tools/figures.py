@@ -336,7 +336,7 @@ def over_sizes(series: dict[str, list[tuple]], stem, ylabel: str, least: Range, 
 def differences(series: dict[str, list[tuple]], stem, xlabel: str, ylabel: str, marks: dict[float, str]):
     """Mean differences with their 95 % intervals over ratios that double. series: {label: [(x, mean, low, high)]}.
 
-    marks: {x: what is there}, dotted lines.
+    marks: {x: what is there}, dotted lines that say so above.
     """
     fig = Figure(figsize=(WIDTH, 3.2))
     ax = fig.subplots()
@@ -348,8 +348,9 @@ def differences(series: dict[str, list[tuple]], stem, xlabel: str, ylabel: str, 
     ax.set_xscale("log", base=2)
     for at in marks:
         ax.axvline(at, color="0.4", linewidth=0.8, linestyle=":")
-    ticks = sorted({point[0] for points in series.values() for point in points} | marks.keys())
-    ax.set_xticks(ticks, [f"{tick:.0f}\n{marks.get(tick, '')}".strip() for tick in ticks])
+        ax.text(at, 1.01, f"{marks[at]}: {at:g}", transform=ax.get_xaxis_transform(), ha="center", va="bottom")
+    ticks = sorted({point[0] for points in series.values() for point in points})
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.grid(axis="y", color="0.9", linewidth=0.6)
