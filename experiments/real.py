@@ -8,8 +8,9 @@
 DIR has tasks of CrossFit in the gym's layout (docs/benchmarks.md); FOLDER is a language model with or without encoder.
 results/real.jsonl gets a line as soon as a value is made, and results/real.md is written when the command ends,
 whatever ended it. --runs holds what is half done: moved to another machine with real.jsonl, the command goes on there,
-if DIR and FOLDER lie in the same place beside the repository. Weights whose values are all written down are deleted,
-so that it stays small.
+if DIR and FOLDER lie in the same place beside the repository. Weights whose values are all written down are deleted.
+A run that is half done has some 50 MB with 8 skills and 8 heads, with 64 heads or kept steps up to 170 (computed);
+without its folder it begins again.
 
 What is made, in which order and with which rates is in `real_runs.py`; verdicts follow the rule of `verdicts.py`, with
 at least three seeds. Seeds and few-shot splits are paired: a difference is taken within a seed and a split, and a seed
@@ -24,7 +25,7 @@ if __name__ == "__main__":  # Ctrl-C during the slow imports
 import math
 import statistics
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,8 +38,8 @@ from experiments.commands import ROOT, side_by_side
 from experiments.methods import NAVIGATION
 from experiments.real_command import arguments, carry_out, device_of, maker_of
 from experiments.real_runs import (
-    BUDGETS, METHODS, RATES, Z_RATES, Budget, few_shot_flags, in_order, lowest, make_all, read_raw, search,
-    setup_of, training_flags,
+    BUDGETS, METHODS, RATES, Budget, constant_key, failed_key, few_shot_flags, in_order, lowest, make_all, read_raw,
+    search, setup_of, training_flags,
 )  # fmt: skip
 from experiments.verdicts import MARGIN, judge, judged, verdict
 from plumbing.errors import UserError, exit_on_user_error
@@ -63,14 +64,14 @@ CLAIMS = {
         "After few-shot adaptation MHR is above Poly, and Poly above one LoRA, also a larger one.",
         "CrossFit, BART-large: MHR 57.8, Poly 56.7, LoRA 55.9 (MHR 2022 Tab. 2); T0, T5-XL: MHR, h = 64, 69.1, Poly "
         "68.0, LoRA 66.0 (MHR Fig. 2, Tab. 6)",
-        ("few-shot", "few-shot-told", "few-shot-scarce"),
+        ("few-shot", "few-shot-told", "few-shot-scarce", "few-shot-told-scarce"),
         (("MHR", ">", "Poly"), ("Poly", ">", "LoRA"), ("Poly", ">", "LoRA-big")),
     ),
     "z": Claim(
         "Training the routing alone comes close to training everything for MHR, not as close for Poly; MHR-z is above "
         "Poly-z, and more heads help it.",
         "T0, T5-XL, h = 64: MHR-z 68.3, MHR 69.1, Poly-z 66.4, Poly 68.0 (MHR Fig. 2, Tab. 6)",
-        ("z", "z-scarce"),
+        ("z", "z-scarce", "few-shot-told-scarce"),
         (
             ("MHR-z", "~", "MHR"), ("Poly - Poly-z", ">", "MHR - MHR-z"), ("MHR-z", ">", "Poly-z"),
             ("MHR-z, h = 64", ">", "MHR-z"),
@@ -86,7 +87,19 @@ CLAIMS = {
         "Random routing, averaged, is no better than LoRA, and below the average of skills with learned routing.",
         "CrossFit, BART-large: Random-μ 55.7, LoRA 55.9, Poly-μ 57.0 (MHR 2022 Tab. 2)",
         ("random", "random-told", "random-scarce"),
-        (("Random-mu", "<=", "LoRA"), ("Poly-mu", ">", "Random-mu"), ("MHR-mu", ">", "Random-mu")),
+        (
+            ("Random-mu", "<=", "LoRA"), ("Poly-mu", ">", "Random-mu"), ("MHR-mu", ">", "Random-mu"),
+            ("Random-mu, s = 2", "<=", "LoRA"),
+        ),
+    ),
+    "heads": Claim(
+        "More heads help, and more than more skills.",
+        "T0, T5-XL: Poly 68.0, MHR, h = 64, 69.1 (MHR Fig. 2, Tab. 6; Fig. 3 (right))",
+        ("heads", "heads-scarce"),
+        (
+            ("MHR, h = 64", ">", "MHR"), ("MHR, h = 64", ">", "Poly"), ("MHR, s = 2, h = 64", ">", "MHR, s = 2"),
+            ("MHR, s = 2, h = 64", ">", "Poly"),
+        ),
     ),
     "alignment": Claim(
         "Over training, gradients of different tasks are more aligned in MHR than in Poly and in LoRA.",
@@ -98,7 +111,7 @@ CLAIMS = {
         ),
     ),
     "scarce": Claim(
-        "Where skills are scarce, MHR is further above Poly: 2 skills for the training tasks, not 8.",
+        "With 2 skills MHR is further above Poly than with 8.",
         "not claimed there: our lead",
         ("scarce",),
         (
@@ -107,6 +120,9 @@ CLAIMS = {
         ),
     ),
 }  # fmt: skip
+
+
+CONSTANT = "constant answers"  # the most frequent one of a task's few examples
 
 
 # --- Measures ---------------------------------------------------------------------------------------------------------
@@ -118,11 +134,11 @@ def label(name: str, variant: str) -> str:
     return f"{method}{f'-{variant}' * (variant != 'all')}{comma}{sizes}"
 
 
-def rates_of(raw: dict[str, dict], name: str, budget: Budget) -> tuple[str, dict[str, str]] | None:
-    """The rates of a method as `search` found them; None if it is not done."""
+def rates_of(raw: dict[str, dict], name: str, budget: Budget) -> tuple[str, dict[str, str], dict] | None:
+    """The rates of a method as `search` found them, and the losses; None if it found none yet."""
     try:
         return search(name, budget, lambda flags, few: raw[f"{flags} | {few} --tasks dev"]["value"])
-    except KeyError:
+    except (KeyError, UserError):  # not all there, or not finite at any rate
         return None
 
 
@@ -132,24 +148,30 @@ def values_of(raw: dict[str, dict], budget: Budget) -> dict[str, dict[tuple, dic
     "trained METHOD" is what pre-training says, for {(seed,)}.
     """
     found = {}
-    for name, (_, variants) in METHODS.items():
-        rate, few = rates_of(raw, name, budget) or (None, None)
-        if not rate:
-            continue
-        for seed in sorted({int(key.split()[-1]) for key in raw if " | " not in key}):  # of pre-trainings
-            flags = training_flags(name, budget, rate, seed, budget.steps)
-            if flags not in raw:
-                continue
+    for split in budget.splits:
+        if (key := constant_key(split, budget.few)) in raw:
+            found.setdefault(CONSTANT, {})[0, split] = raw[key]["value"]
+    for name, seed, flags, few in runs_of(raw, budget):
+        if flags in raw:
             found.setdefault(f"trained {name}", {})[seed,] = raw[flags]["value"]
             for of, over in raw.get(f"{flags} | alignment", {"value": {}})["value"].items():
                 mean = {"mean": statistics.fmean(over.values())}
                 found.setdefault(f"alignment of {name}, {of}", {})[seed,] = mean
-            for variant in variants:
+            for variant in METHODS[name][1]:
                 for split in budget.splits:
                     key = f"{flags} | {few_shot_flags(variant, budget.few, split, few[variant], seed)} --tasks all"
                     if key in raw:
                         found.setdefault(label(name, variant), {})[seed, split] = raw[key]["value"]
     return found
+
+
+def runs_of(raw: dict[str, dict], budget: Budget) -> Iterator[tuple[str, int, str, dict[str, str]]]:
+    """(method, seed, its flags of train.py, each variant's rate) of all runs that may be in a raw file."""
+    seeds = sorted({int(key.split()[-1]) for key in raw if " | " not in key})  # of pre-trainings
+    for name in METHODS:
+        if found := rates_of(raw, name, budget):
+            for seed in seeds:
+                yield name, seed, training_flags(name, budget, found[0], seed, budget.steps), found[1]
 
 
 def differences(measured: dict, a: str, b: str) -> dict[tuple, float]:
@@ -174,12 +196,11 @@ def by_seed(values: dict[tuple, float], splits: tuple[int, ...]) -> tuple[list[f
     return found
 
 
-def enough(mean: float, std: float, most: int = 200) -> int | None:
-    """The seeds after which a 95 % interval leaves out 0 if mean and deviation stay as they are; None: above `most`."""
-    for n in range(3, most + 1):
-        if stats.t.ppf(0.975, n - 1) * std / math.sqrt(n) < abs(mean):
-            return n
-    return None
+def enough(relation: str, mean: float, std: float, most: int = 200) -> int | None:
+    """The seeds after which `judge` decides if mean and deviation stay as they are; None: above `most`."""
+    away = {">": abs(mean), "<=": abs(mean - MARGIN), "~": abs(abs(mean) - MARGIN)}[relation]  # from what is undecided
+    sure = 0.975 if relation == ">" else 0.95  # two-sided, one-sided
+    return next((n for n in range(3, most + 1) if stats.t.ppf(sure, n - 1) * std / math.sqrt(n) < away), None)
 
 
 # --- The page ---------------------------------------------------------------------------------------------------------
@@ -196,13 +217,15 @@ metrics, in percent. All values, with their flags, commit, date and device, are 
 A verdict needs three seeds, and follows the rule of `results/claims.md`: "a > b" by a paired t-test at 5 %, "~" and
 "<=" with a margin of {margin:g} points, which is more than the papers' own differences: they tell whether a method is
 far off, not whether it keeps a gain of a point or two. "Signs as theirs": of the comparisons a > b, those whose mean
-is above 0, whatever chance makes of it. "Would decide": seeds after which the interval leaves out zero if mean and
-standard deviation stay as seen; with one seed the deviation is that of its few-shot splits.
+is above 0, whatever chance makes of it. "Would decide": the seeds after which the rule decides if mean and standard
+deviation stay as seen; with one seed the deviation is the one that this claim's comparisons have on `strings`.
 {sections}"""
 ABOUT = """ Model: SmolLM2-135M-Instruct, a 4-bit file that is dequantised when it is loaded. Data: a slice of the
 gym's random partition, 29 tasks to train on, 3 to choose rates, 5 to test. The papers have BART-large, and 120, 20 and
-20 tasks. Not blind: scores of this model on these test tasks, of smaller budgets ([smollm.md](smollm.md)), had been
-seen before the claims below and their rule were written down."""  # of results/ alone
+20 tasks: 15 tasks a skill with their 8 skills, where 8 skills have 3.6 here, and 2 skills 14.5. Not blind: scores of
+this model on these test tasks, of smaller budgets ([smollm.md](smollm.md)), had been seen before the claims below and
+their rule were written down; the comparisons of heads, and of Random-μ with 2 skills, came when the seed below had been
+seen."""  # of results/ alone
 EDGES = (
     "A * is at an edge of what was tried: beyond it a rate may be better. In pre-training and under `all` Z learns at "
     "the recipe's 1e-2; Polytropon also tried 1e-1."
@@ -215,13 +238,13 @@ def write(folder: Path):
     toy = verdicts.read_raw(ROOT / "results" / "claims.jsonl")
     for name, budget in BUDGETS.items():
         measured = values_of(raw, budget)
-        if scores := {m: of for m, of in measured.items() if len(next(iter(of))) == 2}:
+        scores = {m: of for m, of in measured.items() if len(next(iter(of))) == 2}
+        if scores.keys() - {CONSTANT}:
             of_seeds = {shown(m): sum(means(of, budget), []) for m, of in scores.items()}
             reference = "LoRA" if "LoRA" in of_seeds else ""
             what = "mean score on the test tasks (%)"
             figures.by_method(of_seeds, folder / f"real-{name}", what, figures.PERCENT, reference)
-            claims = claims_table(CLAIMS, measured, budget.splits, toy, here)
-            sections.append(section(name, budget, measured, scores, raw, claims))
+            sections.append(section(name, budget, measured, scores, raw, toy, here))
     text = "".join(sections) or "\nNothing is made yet.\n"
     about, navigation = (ABOUT, NAVIGATION) if here else ("", "")
     (folder / "real.md").write_text(PAGE.format(navigation=navigation, margin=MARGIN, about=about, sections=text))
@@ -232,14 +255,17 @@ def means(of: dict[tuple, dict], budget: Budget) -> tuple[list[float], list[floa
     return by_seed({key: value["mean"] for key, value in of.items()}, budget.splits)
 
 
-def section(name: str, budget: Budget, measured: dict, scores: dict, raw: dict, claims: str) -> str:
+def section(name: str, budget: Budget, measured: dict, scores: dict, raw: dict, toy: dict, here: bool) -> str:
     """A budget's part of the page: claims, scores, comparisons, training, rates."""
     alt = "each method and variant on a line: its seeds as dots, their mean as a diamond, one LoRA as a dashed line"
+    claims = claims_table(CLAIMS, measured, budget.splits, toy, here)
     parts = [f"\n## Budget `{name}`\n", f"{budget.says}\n", claims, ""]
     parts += [f"![Mean scores: {alt}](real-{name}.png)\n", scores_table(budget, scores), ""]
     parts += ["### Comparisons\n", "In brackets: seeds without all their splits.\n"]
-    parts += [comparisons_table(CLAIMS, measured, budget.splits), ""]
+    parts += [comparisons_table(CLAIMS, measured, budget.splits, toy), ""]
     parts += ["### Pre-training\n", training_table(METHODS, measured), ""]
+    if lost := [f"{name} of seed {seed}" for name, seed, flags, _ in runs_of(raw, budget) if failed_key(flags) in raw]:
+        parts.append(f"Training was not finite, and what followed was left out: {', '.join(lost)}.\n")
     steps = f"{budget.search_steps:,} of the {budget.steps:,} steps"
     parts += ["### Learning rates\n", f"The lowest loss on the dev tasks, after {steps}, seed 0. {EDGES}\n"]
     return "\n".join([*parts, rates_table(raw, budget), ""])
@@ -256,7 +282,7 @@ def verdict_here(measured: dict, splits: tuple[int, ...], claim: Claim) -> tuple
     if not any(pairs for _, pairs, _ in rows):
         return "not made yet", rows
     parts = [part for _, _, part in rows if part]
-    if len(parts) < len(rows):
+    if len(parts) < len(rows) and verdict(parts) != "does not hold here":  # which one comparison is enough for
         return f"undecided: {len(parts)} of {len(rows)} comparisons have three seeds", rows
     return verdict(parts), rows
 
@@ -273,9 +299,10 @@ def claims_table(claims: dict[str, Claim], measured: dict, splits: tuple[int, ..
     for claim in claims.values():
         says, rows = verdict_here(measured, splits, claim)
         compared = [whole_seeds(pairs, splits) for what, pairs, _ in rows if " > " in what]
-        made = [statistics.fmean(pairs.values()) > 0 for pairs in compared if pairs]
+        made = [statistics.fmean(pairs.values()) for pairs in compared if pairs]
+        signs = f"{sum(mean > 0 for mean in made)} of {len(made)}"
         beside = "; ".join(on_strings(name, toy, here) for name in claim.toy)
-        lines.append(f"| {claim.says} | {claim.papers} | {beside} | {says} | {sum(made)} of {len(made)} |")
+        lines.append(f"| {claim.says} | {claim.papers} | {beside} | {says} | {signs} |")
     return "\n".join(lines)
 
 
@@ -292,26 +319,31 @@ def scores_table(budget: Budget, scores: dict) -> str:
     return markdown(lines, left=1)
 
 
-def comparisons_table(claims: dict[str, Claim], measured: dict, splits: tuple[int, ...]) -> str:
+def comparisons_table(claims: dict[str, Claim], measured: dict, splits: tuple[int, ...], toy: dict) -> str:
     lines = [("claim", "comparison", "seed by seed", "mean", "verdict", "would decide")]
     for name, claim in claims.items():
-        for what, pairs, part in verdict_here(measured, splits, claim)[1]:
+        usual, compared = spread_on_strings(claim, toy), verdict_here(measured, splits, claim)[1]
+        for (what, pairs, part), (_, relation, _) in zip(compared, claim.compare, strict=True):
             (whole, some), digits = by_seed(pairs, splits), 3 if name == "alignment" else 1
             each = [f"{x:+.{digits}f}" for x in whole] + [f"({x:+.{digits}f})" for x in some]
             mean = f"{statistics.fmean(whole):+.{digits}f}" if whole else ""
             says = part.says if part else "undecided" if pairs else ""
-            of_whole = list(whole_seeds(pairs, splits).values())
-            decides = would_decide(whole, of_whole) if whole and " > " in what else ""
+            decides = would_decide(relation, whole, usual) if whole else ""
             lines.append((name, what, " ".join(each) or "not made yet", mean, says, decides))
     return markdown(lines, left=2)
 
 
-def would_decide(seeds: list[float], pairs: list[float]) -> str:
-    """How many seeds would leave out zero, by the deviation of the seeds, or of the splits if there is one seed."""
-    spread = seeds if len(seeds) > 1 else pairs
-    if len(spread) < 2:
+def spread_on_strings(claim: Claim, toy: dict) -> float:
+    """The standard deviation between seeds that a claim's comparisons have on `strings`, pooled; 0 if none is made."""
+    parts = [part for name in claim.toy for part in judged(verdicts.CLAIMS[name], toy, verdicts.SEEDS)]
+    return math.sqrt(statistics.fmean(statistics.variance(part.seeds) for part in parts)) if parts else 0.0
+
+
+def would_decide(relation: str, seeds: list[float], usual: float) -> str:
+    """How many seeds would decide, by their deviation, or by the usual one if there is one seed."""
+    if not (spread := statistics.stdev(seeds) if len(seeds) > 1 else usual):
         return ""
-    need = enough(statistics.fmean(seeds), statistics.stdev(spread))
+    need = enough(relation, statistics.fmean(seeds), spread)
     return f"{need} seeds" if need else "more than 200 seeds"
 
 
@@ -329,30 +361,13 @@ def training_table(methods: Iterable[str], measured: dict) -> str:
 def rates_table(raw: dict[str, dict], budget: Budget) -> str:
     """What `search` tried for each method, and the loss of each."""
     lines = [("method", "searched", *("rate: loss",) * len(RATES), "taken")]
-    for name, (_, variants) in METHODS.items():
-        losses = losses_of(raw, name, budget)
-        for k, of in enumerate(("pre-training", *variants) if losses else ()):
-            rates = Z_RATES if of == "z" else RATES
-            tried = dict(zip(rates, losses[k * len(rates) : (k + 1) * len(rates)], strict=True))
+    for name in METHODS:
+        found = rates_of(raw, name, budget)
+        for of, tried in found[2].items() if found else ():
             each = [f"{rate}: {'failed' if loss is None else f'{loss:.3f}'}" for rate, loss in tried.items()]
-            best = lowest(tried, name)
+            best, rates = lowest(tried, name), list(tried)
             lines.append((name, of.replace("mu", "μ"), *each, best + "*" * (best in (rates[0], rates[-1]))))
     return markdown(lines, left=2)
-
-
-def losses_of(raw: dict[str, dict], name: str, budget: Budget) -> list[float | None]:
-    """The losses of a method's search, in the order of its trials; [] if it is not done."""
-    found = []
-
-    def trial(flags: str, few: str) -> dict:
-        found.append(raw[f"{flags} | {few} --tasks dev"]["value"])
-        return found[-1]
-
-    try:
-        search(name, budget, trial)
-    except KeyError:
-        return []
-    return [value["dev_loss"] for value in found]
 
 
 # --- The command ------------------------------------------------------------------------------------------------------
@@ -364,6 +379,8 @@ def make(args):
         raise UserError("--budget papers is for a GPU, --budget cpu for a CPU: give the other, or --device")
     budget, maker = BUDGETS[args.budget], maker_of(args, "real", setup_of(args.data_dir, args.backbone))
     locks = {name: threading.Lock() for name in METHODS}
+    for split in budget.splits:
+        maker.constant(split, budget.few)
     runs = in_order(tuple(args.seeds) or budget.seeds)
     side_by_side(lambda run: make_all(maker, run[1], budget, run[0], locks[run[1]]), runs, args.jobs)
 

@@ -9,7 +9,9 @@ then the other seeds, then the other methods.
 import json
 import math
 import os
+import re
 import shutil
+import statistics
 import threading
 import zlib
 from collections.abc import Callable
@@ -18,6 +20,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+import benchmarks
+from data import Task
 from experiments.commands import ROOT, Failed, raw_lines, run
 from plumbing.backbones import load_backbone
 from plumbing.checkpoint import LOWER_RATE
@@ -25,6 +29,7 @@ from plumbing.errors import UserError
 from plumbing.folders import append_line, read_json, read_lines
 from plumbing.machine import commit
 from recipes import FEW_SHOT, PRETRAINING
+from scoring import constant_scores, main_scores
 
 # --- What is compared -------------------------------------------------------------------------------------------------
 
@@ -97,7 +102,7 @@ def setup_of(data_dir: str, backbone: str, dataset: str = "crossfit", setting: s
 
 def training_flags(name: str, budget: Budget, rate: str, seed: int, steps: int) -> str:
     """All that determines a pre-training but what its setup has (`setup_of`)."""
-    size = f"--steps {steps}" + f" --keep-every {steps // LOOKS}" * (steps == budget.steps)
+    size = f"--steps {steps}" + f" --keep-every {steps // LOOKS}" * (steps == budget.steps and name in CORE)
     return " ".join(f"{SETTING} {METHODS[name][0]} {budget.train} {size} --lr {rate} --seed {seed}".split())
 
 
@@ -210,6 +215,22 @@ class Maker:
                 raise
             return self.value(f"{flags} | {few} --tasks dev", lambda: {"dev_loss": None, "commit": commit()})
 
+    def constant(self, split: int, few: str) -> dict:
+        """The scores of answers that are always the same, the most frequent one of a task's few examples: a floor."""
+
+        def make():
+            limit = re.search(r"--test-examples (\d+)", few)
+            scores = main_scores(constant_scores(self.test_tasks(split), int(limit[1]) if limit else 0))
+            scores = {name: round(score, 3) for name, score in scores.items()}
+            mean = statistics.fmean(scores.values())
+            return {"tasks": scores, "mean": mean, "before": mean, "parameters": {}, "commit": commit()}
+
+        return self.value(constant_key(split, few), make)
+
+    def test_tasks(self, split: int) -> list[Task]:
+        where = benchmarks.load("crossfit", str(ROOT / self.where["--data-dir"]), str(split), ("test",))
+        return benchmarks.held_out(where, "all")
+
     def alignment(self, flags: str) -> dict:
         """{"inventory", "mixtures": {step: mean cosine of the training tasks' gradients}} of a pre-training."""
 
@@ -224,6 +245,11 @@ class Maker:
             return over | {"commit": done["commit"]}
 
         return self.value(f"{flags} | alignment", make)
+
+
+def constant_key(split: int, few: str) -> str:
+    """The key of `Maker.constant`; few: a budget's flags of adapt.py."""
+    return f"constant | --split {split} {few}".rstrip()
 
 
 def unpacked(backbone: str) -> str:
@@ -271,8 +297,9 @@ def lowest(losses: dict[str, float | None], of: str) -> str:
     return min(finite, key=finite.get)
 
 
-def search(name: str, budget: Budget, trial: Callable[[str, str], dict]) -> tuple[str, dict[str, str]]:
-    """The rates of a method: (of pre-training, {variant: flag of adapt.py}), by the loss on the dev tasks.
+def search(name: str, budget: Budget, trial: Callable[[str, str], dict]) -> tuple[str, dict[str, str], dict]:
+    """The rates of a method, by the loss on the dev tasks: (of pre-training, {variant: flag of adapt.py}, {what was
+    searched: {rate: loss}}).
 
     trial(flags of train.py, flags of adapt.py) returns what `Maker.adapted` does. Seed 0, the first few-shot split.
     First the rate of pre-training, of three, by the first variant at the middle rate; then each variant's rate, of
@@ -285,26 +312,48 @@ def search(name: str, budget: Budget, trial: Callable[[str, str], dict]) -> tupl
         few_flags = few_shot_flags(variant, f"{budget.search_few} --test-examples 1", budget.splits[0], few, 0)
         return trial(flags, few_flags)["dev_loss"]
 
-    variants = METHODS[name][1]
-    best = lowest({rate: loss(rate, variants[0], f"--lr {RATES[1]}") for rate in RATES}, f"{name}, --lr")
-    few = {
-        variant: [f"--lr-z {rate}" for rate in Z_RATES] if variant == "z" else [f"--lr {rate}" for rate in RATES]
-        for variant in variants
-    }
-    return best, {v: lowest({flag: loss(best, v, flag) for flag in flags}, name) for v, flags in few.items()}
+    variants, few = METHODS[name][1], {}
+    losses = {"pre-training": {rate: loss(rate, variants[0], f"--lr {RATES[1]}") for rate in RATES}}
+    best = lowest(losses["pre-training"], f"{name}, --lr")
+    for variant in variants:
+        flag, rates = ("--lr-z", Z_RATES) if variant == "z" else ("--lr", RATES)
+        losses[variant] = {rate: loss(best, variant, f"{flag} {rate}") for rate in rates}
+        few[variant] = f"{flag} {lowest(losses[variant], f'{name}, {flag}')}"
+    return best, few, losses
+
+
+def failed_key(flags: str) -> str:
+    """The key of the line that says that a run of these flags of train.py, or what follows it, is not finite."""
+    return f"{flags} | failed"
 
 
 def make_all(maker: Maker, name: str, budget: Budget, seed: int, lock: threading.Lock):
-    """All values of a seed and a method. lock: of the method, so that two seeds do not both search."""
+    """All values of a seed and a method. lock: of the method, so that two seeds do not both search.
+
+    If training is not finite that is written down, and the rest of this run is left out.
+    """
     with lock:
-        rate, few = search(name, budget, maker.tried)
+        rate, few, _ = search(name, budget, maker.tried)
         for short in RATES:
             forget(ROOT / maker.folder(training_flags(name, budget, short, 0, budget.search_steps)))
     flags = training_flags(name, budget, rate, seed, budget.steps)
+    if failed_key(flags) in maker.lines:
+        return
+    try:
+        make_run(maker, name, budget, seed, flags, few)
+    except Failed as failed:
+        if LOWER_RATE not in str(failed):
+            raise
+        says = {"says": str(failed).splitlines()[-1], "commit": commit()}
+        maker.value(failed_key(flags), lambda: says)
+    forget(ROOT / maker.folder(flags))
+
+
+def make_run(maker: Maker, name: str, budget: Budget, seed: int, flags: str, few: dict[str, str]):
+    """A pre-training, its adaptations and gradient alignment. few: the rate of each variant, as `search` gives it."""
     maker.trained(flags)
     for split in budget.splits:
         for variant in METHODS[name][1]:
             maker.adapted(flags, few_shot_flags(variant, budget.few, split, few[variant], seed), "all")
     if name in CORE:  # those of the claim
         maker.alignment(flags)
-    forget(ROOT / maker.folder(flags))

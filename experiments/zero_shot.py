@@ -32,7 +32,7 @@ from experiments.real import Claim, claims_table, comparisons_table, training_ta
 from experiments.real_command import arguments, carry_out, device_of, maker_of
 from experiments.real_runs import Maker, forget, lowest, read_raw, remove_hollow, setup_of
 from plumbing.checkpoint import LOWER_RATE
-from plumbing.errors import exit_on_user_error
+from plumbing.errors import UserError, exit_on_user_error
 from plumbing.folders import read_lines
 from plumbing.machine import commit
 from plumbing.tables import markdown, mean_std_text
@@ -190,8 +190,9 @@ test task was used to choose anything. All values, with their flags, commits, da
 `zero-shot.jsonl`.
 
 A verdict needs three seeds, and follows the rule of `results/claims.md`: "a > b" by a paired t-test at 5 %. "Signs as
-theirs": the comparisons whose mean is above 0, whatever chance makes of it. "Would decide": seeds after which the
-interval leaves out zero if mean and standard deviation stay as seen.
+theirs": the comparisons whose mean is above 0, whatever chance makes of it. "Would decide": the seeds after which
+the rule decides if mean and standard deviation stay as seen; with one seed the deviation is the one that the claim's
+comparisons have on `strings`.
 {sections}"""
 ABOUT = """ Model: SmolLM2-135M-Instruct, a 4-bit file that is dequantised when it is loaded. Data: a slice of SuperNI,
 30 tasks to train on, with 2,850 examples, and 10 test tasks. Not blind: scores of this model on these tasks, of smaller
@@ -202,7 +203,7 @@ def rates_of(raw: dict[str, dict], name: str) -> tuple[str, dict[str, float | No
     """The rate of a method and the losses of all, as `search` found them; None if it is not done."""
     try:
         return search(name, lambda flags: raw[flags]["value"])
-    except KeyError:
+    except (KeyError, UserError):  # not all there, or not finite at any rate
         return None
 
 
@@ -264,7 +265,7 @@ def write(folder: Path):
         parts += [f"![A curve for each method, {alt}](zero-shot.png)\n"]
     if scores:
         parts += ["### Scores\n", scores_table(scores), "", "### Comparisons\n"]
-        parts += [comparisons_table(CLAIMS, measured, ()), "", "### Pre-training\n"]
+        parts += [comparisons_table(CLAIMS, measured, (), toy), "", "### Pre-training\n"]
         parts += [training_table(METHODS, measured), "", "### Learning rates\n"]
         parts += [f"The loss on unseen examples of training tasks after {SEARCH_STEPS} steps, seed 0. *: an edge.\n"]
         parts += [rates_table(raw), ""]
