@@ -212,7 +212,8 @@ PAGE = """{navigation}# The papers' claims with a real language model
 Polytropon's benchmark and recipe: CrossFit's tasks, the backbone frozen, with LoRA of rank 4 on its
 self-attention.{about} For each method the same search of learning rates, on the dev tasks alone
 (`experiments/real_runs.py`); no test task was used to choose anything. Scores: the mean of the test tasks' official
-metrics, in percent. All values, with their flags, commit, date and device, are in `real.jsonl`.
+metrics, in percent. Constant answers: always the most frequent answer of a task's few examples; a score near theirs
+says that nothing was learned. All values, with their flags, commit, date and device, are in `real.jsonl`.
 
 A verdict needs three seeds, and follows the rule of `results/claims.md`: "a > b" by a paired t-test at 5 %, "~" and
 "<=" with a margin of {margin:g} points, which is more than the papers' own differences: they tell whether a method is
