@@ -19,18 +19,20 @@ if __name__ == "__main__":  # Ctrl-C during the slow imports
 
 
 import argparse
+import math
 from pathlib import Path
 
 from experiments import claims, scarce
 from experiments.claim_figures import ALTS, FIGURES, reference, shown
 from experiments.claims import Claim, measures_of, parts_of
 from experiments.verdicts import (
-    CLAIMS, MARGIN, SEEDS, Values, Verdict, collect, estimate, hours, judged, make_missing, read_raw, use_device,
+    CLAIMS, LEAST, MARGIN, SEEDS, Values, Verdict, collect, estimate, hours, judged, make_missing, read_raw, use_device,
     verdict,
 )  # fmt: skip
 from experiments.commands import ROOT
 from experiments.methods import KEEP_EVERY, NAVIGATION, RUNS
 from plumbing.errors import exit_on_user_error
+from plumbing.tables import counted
 from recipes import FEW_SHOT, PRETRAINING
 from tools import analyze
 
@@ -49,11 +51,13 @@ def beside_results(raw: dict[tuple[str, int], dict], seeds: tuple[int, ...], nam
         both = zip(judged(CLAIMS[name], raw, seeds), judged(CLAIMS[name], there, SEEDS), strict=False)
         for compared, (ours, theirs) in zip(CLAIMS[name].compare, both, strict=False):
             cells = " | ".join(f"{in_numbers(v)[0]} ({in_numbers(v)[1]}), {v.says}" for v in (ours, theirs))
-            same = "yes" if ours.says == theirs.says else "no"
-            lines.append(f"| {name} | {worded(*compared)} | {cells} | {same} |")
+            low, high = theirs.interval
+            same, within = ("yes" if so else "no" for so in (ours.says == theirs.says, low <= ours.difference <= high))
+            lines.append(f"| {name} | {worded(*compared)} | {cells} | {same} | {within} |")
     commits = ", ".join(sorted({commit for line in there.values() for commit in line["commits"]}))
     head = f"# Beside results/\n\nThose values are of commit {commits}.\n{CHANGES}\n"
-    head += "| claim | comparison | here | in results/ | same verdict |\n|---|---|---|---|---|\n"
+    head += "| claim | comparison | here | in results/ | same verdict | here within that interval |\n"
+    head += "|---|---|---|---|---|---|\n"
     return head + "\n".join(lines) + "\n" if lines else ""
 
 
@@ -90,7 +94,11 @@ def render(raw: dict[tuple[str, int], dict], seeds: tuple[int, ...], names: list
     about = dict(seeds=", ".join(map(str, seeds)), commits=commits, hours=hours(used), margin=MARGIN)
     about |= dict(steps=recipe["steps"], batch=recipe["batch_size"], rank=recipe["rank"], skills=recipe["skills"])
     on_gpu = any(line.get("on") == "cuda" for line in used)
-    about |= dict(count=len(seeds), where=", runs on a GPU side by side," if on_gpu else " of one core")
+    about |= dict(
+        runs=counted(len(seeds), "run"),
+        judged="" if len(seeds) >= LEAST else TOO_FEW,
+        where=", runs on a GPU side by side," if on_gpu else " of one core",
+    )
     about |= dict(methods="[docs/methods.md](../docs/methods.md#what-each-is)" if with_history else "`docs/methods.md`")
     about |= dict(shots=few["shots"], few_steps=few["steps"], few_batch=few["batch_size"], few_every=few["eval_every"])
     about |= dict(seen=recipe["eval_examples"], keep=KEEP_EVERY, examples=analyze.Config.examples)
@@ -104,16 +112,16 @@ def render(raw: dict[tuple[str, int], dict], seeds: tuple[int, ...], names: list
 
 PAGE = """{navigation}# The papers' claims at laptop scale
 
-The papers make claims about routing; each is tested here with {count} runs of every method that it compares, on a
+The papers make claims about routing; each is tested here with {runs} of every method that it compares, on a
 benchmark of string-editing tasks whose skills are known (`strings`) and a model of 1.2 million parameters. That is
 small: MHR's tables are mostly of T5-XL, 3 billion parameters (also T0-3B and T0-11B), on T0's and
 Super-NaturalInstructions' tasks; those of its 2022 version mostly of BART-large on CrossFit and T5-Large on Natural
 Instructions; Polytropon's of BART-large on CrossFit, and of an agent. A claim is a list of comparisons, each of two
 methods:
 
-* **holds**: all come out as the paper says, by more than chance makes likely. In this setting {count} seeds support it.
+* **holds**: all come out as the paper says, by more than chance makes likely. In this setting {runs} support it.
 * **does not hold here**: at least one contradicts the paper, by more than chance makes likely.
-* **undecided**: neither. The claim may be true or not; {count} runs do not tell.
+* **undecided**: neither. The claim may be true or not; {runs} do not tell.{judged}
 
 "a > b": a scores higher; "a ~ b": within {margin:g} points; "a <= b": at most {margin:g} points higher. LoRA (Shared):
 `--method lora`, one LoRA for all tasks. A method's name alone: for a held-out task all of it is trained; "-z": that
@@ -170,6 +178,7 @@ again for 2 and 8 skills, by the same rule on the same dev tasks (`trials.jsonl`
 numbers of heads, nor where the input is told. `experiments/scarce.py` says how the setting was chosen, and what had
 been seen by then.
 """
+TOO_FEW = f" With fewer than {LEAST} seeds all are."
 CHANGES = """Values in results/, but for scarce skills and MHR-z by blocks-2, are from before two changes: batches were
 sorted by length within 50 batches, now 8 (`data.batches`), and HyperFormer ended at its ReLU, now in a linear layer,
 with other learning rates (`results/methods.md`).
@@ -234,13 +243,13 @@ def alt(name: str, claim: Claim, measured: dict[str, Values]) -> str:
 
 def digits_of(part: Verdict) -> int:
     """The digits behind the point of a comparison: one of percent, three of a measure between 0 and 1."""
-    return 1 if max(map(abs, (part.difference, *part.interval))) > 1 else 3
+    return 1 if max(abs(x) for x in (part.difference, *part.interval) if math.isfinite(x)) > 1 else 3
 
 
 def in_numbers(part: Verdict) -> tuple[str, str]:
     """The difference of a comparison, and its interval."""
     mean, low, high = (f"{x:+.{digits_of(part)}f}" for x in (part.difference, *part.interval))
-    return mean, f"{low} to {high}"
+    return mean, f"{low} to {high}" if math.isfinite(part.interval[0]) else "no interval"
 
 
 def section(name: str, claim: Claim, measured: dict[str, Values], parts: list[Verdict]) -> str:
@@ -271,8 +280,8 @@ def main():
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where runs are made")
     parser.add_argument("--estimate", action="store_true", help="only say how long it would take, from a few steps")
     args = parser.parse_args()
-    if len(set(args.seeds)) < max(3, len(args.seeds)) or min(args.seeds) < 0:
-        parser.error("--seeds: the tests need at least three, all different and none negative")
+    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
+        parser.error("--seeds must be all different, and none negative")
     if args.jobs < 1:
         parser.error("--jobs must be above 0")
     if tuple(args.seeds) != SEEDS and args.results.resolve() == ROOT / "results":

@@ -178,13 +178,13 @@ def test_sides_of_comparisons():
 @pytest.mark.parametrize(
     "argv, named",
     [
-        (["--seeds", "0", "1"], "three"),
+        (["--seeds", "0", "1"], "--results"),
         (["--seeds", "5", "6", "7"], "--results"),
         ("--seeds 0 1 2 --results results".split(), "--results"),
     ],
 )
-def test_too_few_or_other_seeds_are_refused(monkeypatch, capsys, argv, named):
-    """Two seeds make no test, and results/ holds the values of the seeds that are compared."""
+def test_other_seeds_are_refused_in_results(monkeypatch, capsys, argv, named):
+    """results/ holds the values of the seeds that are compared."""
     monkeypatch.setattr("sys.argv", ["reproduce", *argv])
     monkeypatch.chdir(verdicts.ROOT)
     monkeypatch.setattr(reproduce, "make_missing", None)
@@ -281,10 +281,28 @@ def test_a_page_made_elsewhere_is_compared(workshop):
     ):
         (line,) = (line for line in page.splitlines() if f"| {reproduce.worded(*compared)} |" in line)
         assert f"| {ours.difference:+.3f} (" in line and f"| {theirs.difference:+.1f} (" in line
-        assert line.endswith("| yes |" if ours.says == theirs.says else "| no |")
+        within = theirs.interval[0] <= ours.difference <= theirs.interval[1]
+        same, inside = ("yes" if so else "no" for so in (ours.says == theirs.says, within))
+        assert line.endswith(f"| {same} | {inside} |")
     assert "| mu |" not in page and "Those values are of commit 2288691" in page and "50 batches" in page
     here = reproduce.render(committed, verdicts.SEEDS, list(claims.CLAIMS), with_history=True)
     assert "Beside results/" not in here
+
+
+def test_one_seed_elsewhere_decides_nothing(workshop, monkeypatch):
+    """Its differences stand beside the intervals of results/; of some, one comparison is outside."""
+    folder, _ = workshop
+    places = ["--results", str(folder), "--runs", str(folder / "runs"), "--jobs", "1"]
+    monkeypatch.setattr(figures, "save", lambda figure, stem: None)
+    monkeypatch.setattr("sys.argv", ["reproduce", "--seeds", "0", "--claim", *claims.CLAIMS, *places])
+    reproduce.main()
+    page = (folder / "claims.md").read_text()
+    assert "1 run do not tell. With fewer than 3 seeds all are." in page and "| no interval | undecided |" in page
+    verdict_of = re.findall(r"^\| \[[\w-]+\]\(#.*?\) \| (.*?) \|", page, re.M)
+    assert len(verdict_of) == len(claims.CLAIMS) and set(verdict_of) == {"undecided"}
+    beside = [line for line in page.split("# Beside results/")[1].splitlines() if line.endswith((" yes |", " no |"))]
+    assert len(beside) == sum(len(claim.compare) for claim in claims.CLAIMS.values())
+    assert "nan" not in page and {line.split(" | ")[-1] for line in beside} == {"yes |", "no |"}
 
 
 def test_a_claim_leads_to_what_it_is_where_skills_are_scarce(workshop):
