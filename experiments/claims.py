@@ -21,8 +21,8 @@ class Measure(NamedTuple):
                                        multi-task training; routed methods are averaged first
       alignment, alignment_mixed       of gradients, the mean over the kept steps of training
       the path to a number in the analysis.json of tools/analyze.py, as mean.usage
-    rates: others than those of RATES, in its form. since: what the code that makes it has and the code that made
-    measures without it had not: a part of its name in the raw file.
+    rates: others than those of RATES, in its form. since: a change of the code that this measure's values have, and
+    those without it have not; a part of their name in the raw file.
     """
 
     method: str

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from experiments.commands import ROOT, OutOfTime
+from experiments.commands import GRACE, ROOT, OutOfTime
 from experiments.real_runs import Maker, read_raw, unpacked
 from plumbing.machine import cpu
 
@@ -20,7 +20,8 @@ def arguments(doc: str, benchmark: str, stem: str, budgets: Iterable[str] = ()) 
     parser.add_argument("--backbone", default="", help="folder of a model, or a Hugging Face name")
     if budgets:
         parser.add_argument("--budget", choices=budgets, default="papers", help="how much is trained and scored")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many; the next call goes on")
+    minutes = f"stop after so many, and at most {GRACE} s to save; the next call goes on"
+    parser.add_argument("--minutes", type=float, default=math.inf, help=minutes)
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, also on one GPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="default: the experiment's own")
