@@ -38,7 +38,7 @@ from experiments.commands import ROOT, side_by_side
 from experiments.methods import NAVIGATION
 from experiments.real_command import arguments, carry_out, device_of, maker_of
 from experiments.real_runs import (
-    BUDGETS, METHODS, RATES, Budget, constant_key, failed_key, few_shot_flags, in_order, lowest, make_all, read_raw,
+    BUDGETS, METHODS, Budget, constant_key, failed_key, few_shot_flags, in_order, lowest, make_all, read_raw,
     search, setup_of, training_flags,
 )  # fmt: skip
 from experiments.verdicts import MARGIN, judge, judged, verdict
@@ -361,12 +361,14 @@ def training_table(methods: Iterable[str], measured: dict) -> str:
 
 def rates_table(raw: dict[str, dict], budget: Budget) -> str:
     """What `search` tried for each method, and the loss of each."""
-    lines = [("method", "searched", *("rate: loss",) * len(RATES), "taken")]
+    most = len(budget.rates)
+    lines = [("method", "searched", *("rate: loss",) * most, "taken")]
     for name in METHODS:
         found = rates_of(raw, name, budget)
         for of, tried in found[2].items() if found else ():
             each = [f"{rate}: {'failed' if loss is None else f'{loss:.3f}'}" for rate, loss in tried.items()]
             best, rates = lowest(tried, name), list(tried)
+            each += [""] * (most - len(each))
             lines.append((name, of.replace("mu", "μ"), *each, best + "*" * (best in (rates[0], rates[-1]))))
     return markdown(lines, left=2)
 

@@ -49,7 +49,7 @@ METHODS = {  # name: (flags of train.py, variants of adapt.py; the first one cho
     "Random, s = 2": ("--method random --random-by task --skills 2", ("mu",)),
 }
 CORE, SCARCE = ("LoRA", "Poly", "MHR"), ("Poly, s = 2", "MHR, s = 2")
-RATES, Z_RATES = ("3e-4", "1e-3", "3e-3"), ("1e-2", "1e-1", "5e-1")  # tried by the search
+RATES, Z_RATES = ("3e-4", "1e-3", "3e-3"), ("1e-2", "1e-1", "5e-1")  # tried by the search; RATES[1] at first
 
 
 class Budget(NamedTuple):
@@ -63,6 +63,7 @@ class Budget(NamedTuple):
     seeds: tuple[int, ...]
     search_steps: int
     search_few: str
+    rates: tuple[str, ...] = RATES
 
 
 BUDGETS = {
@@ -70,6 +71,7 @@ BUDGETS = {
         "Polytropon's recipe, but for the rank of 4 (there 16) and bfloat16: 12,540 steps of 32, which are 30 epochs "
         "of 13,345 examples; then at most 1,000 few-shot steps of 8, five splits, 4 beams. For a GPU.",
         "--precision bf16", 12_540, "", (100, 13, 21, 42, 87), (0, 1, 2), 1_000, "--steps 300",
+        (*RATES, "1e-2"),  # the budget below took 3e-3 in every search
     ),
     "cpu": Budget(
         "What some four hours of two cores that multiply bfloat16 (AMX) reach for LoRA, Poly and MHR, of one seed: "
@@ -302,9 +304,9 @@ def search(name: str, budget: Budget, trial: Callable[[str, str], dict]) -> tupl
     searched: {rate: loss}}).
 
     trial(flags of train.py, flags of adapt.py) returns what `Maker.adapted` does. Seed 0, the first few-shot split.
-    First the rate of pre-training, of three, by the first variant at the middle rate; then each variant's rate, of
-    three (under z that of Z). So every method has 3 short pre-trainings, and 3 trials for each variant. A rate at which
-    training fails is the worst. Raises UserError if it fails at all of them.
+    First the rate of pre-training, by the first variant at RATES[1]; then each variant's rate (under z that of Z). So
+    every method has as many short pre-trainings, and as many trials for each variant. A rate at which training fails is
+    the worst. Raises UserError if it fails at all of them.
     """
 
     def loss(rate: str, variant: str, few: str) -> float | None:
@@ -313,10 +315,10 @@ def search(name: str, budget: Budget, trial: Callable[[str, str], dict]) -> tupl
         return trial(flags, few_flags)["dev_loss"]
 
     variants, few = METHODS[name][1], {}
-    losses = {"pre-training": {rate: loss(rate, variants[0], f"--lr {RATES[1]}") for rate in RATES}}
+    losses = {"pre-training": {rate: loss(rate, variants[0], f"--lr {RATES[1]}") for rate in budget.rates}}
     best = lowest(losses["pre-training"], f"{name}, --lr")
     for variant in variants:
-        flag, rates = ("--lr-z", Z_RATES) if variant == "z" else ("--lr", RATES)
+        flag, rates = ("--lr-z", Z_RATES) if variant == "z" else ("--lr", budget.rates)
         losses[variant] = {rate: loss(best, variant, f"{flag} {rate}") for rate in rates}
         few[variant] = f"{flag} {lowest(losses[variant], f'{name}, {flag}')}"
     return best, few, losses
@@ -334,7 +336,7 @@ def make_all(maker: Maker, name: str, budget: Budget, seed: int, lock: threading
     """
     with lock:
         rate, few, _ = search(name, budget, maker.tried)
-        for short in RATES:
+        for short in budget.rates:
             forget(ROOT / maker.folder(training_flags(name, budget, short, 0, budget.search_steps)))
     flags = training_flags(name, budget, rate, seed, budget.steps)
     if failed_key(flags) in maker.lines:
