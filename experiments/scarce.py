@@ -80,14 +80,14 @@ CLAIMS = {
         "on T0 and 15 on CrossFit.",
     ),
     "few-shot-scarce": Claim(
-        "Where skills are scarce, after few-shot adaptation MHR is above Poly, and Poly above one shared adapter.",
+        "Where skills are scarce, after few-shot adaptation MHR is above Poly, and Poly above one LoRA for all tasks.",
         "MHR Fig. 2, Tab. 2; Polytropon Tab. 1",
         [("MHR, s = 2", ">", "Poly, s = 2"), ("Poly, s = 2", ">", "LoRA, s = 1")],
         note="The other methods of the claim few-shot were not run again.",
     ),
     "few-shot-told-scarce": Claim(
-        "Where skills are scarce and the input says what to do, MHR is above Poly, Poly above one shared adapter, and "
-        "with the routing alone MHR is above Poly and loses less by it.",
+        "Where skills are scarce and the input says what to do, MHR is above Poly, Poly above one LoRA for all tasks, "
+        "and with the routing alone MHR is above Poly and loses less by it.",
         "MHR Fig. 2, Tab. 2",
         [
             ("MHR, told, s = 2", ">", "Poly, told, s = 2"), ("Poly, told, s = 2", ">", "LoRA, told, s = 1"),

@@ -446,10 +446,10 @@ OTHER_NAMES = {  # what is said in text, tables and figures, and what is not
 
 @pytest.mark.parametrize("path", MARKDOWN, ids=IDS)
 def test_each_thing_has_one_name(path):
-    """In the text of the pages, without their code and what programs print; mu and mu-told are names of claims too."""
+    """In the text of the pages, without their code and what programs print; mu, mu-told, mu-scarce name claims too."""
     text = re.sub(r"^    .*|`[^`]*`|(?<=\])\([^)]*\)", "", prose(path), flags=re.M)
     if path.name == "claims.md":
-        text = re.sub(r"#+ mu(-told)?\b|\[mu(-told)?\]|Claim mu(-told)?\.", "", text)
+        text = re.sub(r"#+ mu(-told|-scarce)?\b|\[mu(-told|-scarce)?\]|Claim mu(-told|-scarce)?\.", "", text)
     for name, others in OTHER_NAMES.items():
         assert not (found := re.search(others, text)), f"{found[0]!r}: say {name}"
 
