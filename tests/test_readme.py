@@ -250,6 +250,8 @@ def test_the_verdicts_are_those_of_the_claims():
     section = README.split("## What we found")[1].split("\n## ")[0]
     shown = re.findall(r"\[([\w ]+)\]\(results/claims\.md#([\w-]+)\)", section)
     assert len(shown) >= 4 and all(judged[name] == says for says, name in shown)
+    ((above,),) = [re.findall(r"MHR-z \(16 heads\) is ([\d.]+) points above Poly-z", " ".join(section.split()))]
+    assert re.search(rf"^\| MHR-z, s = 2 > Poly-z, s = 2 \| \+{above} \| .* \| holds \|", page, re.M)
     count = Counter(says for name, says in judged.items() if name in CLAIMS)  # the papers' own
     holds, fails, undecided = (count[says] for says in ("holds", "does not hold here", "undecided"))
     counts = f"{holds} hold, {fails} do not hold here, {undecided} are undecided"
