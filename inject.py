@@ -452,13 +452,13 @@ def inject(model: nn.Module, make_layer, pattern: str | list[str]) -> list[str]:
         example = "lambda name, linear: LoRALinear(linear, LoRA(rank=1))"
         raise TypeError(f"make_layer must be a function, such as {example}, not {reprlib.repr(make_layer)}")
     made = []
-    for name, module in _matches(model, pattern):
+    for (name, *also), module in _matches(model, pattern):
         if type(module).__name__ == "Conv1D":
             module = _as_linear(module)
         if not name or not isinstance(module, nn.Linear):
             what = f"layer {name}" if name else "the model itself"
             raise ValueError(f"{what} is a {type(module).__name__}, only linear layers can be adapted: {pattern!r}")
-        _refuse_unused(model, name)
+        _refuse_unused(model, name, also)
         try:
             layer = make_layer(name, module)
         except ValueError as error:
@@ -487,8 +487,8 @@ def inject(model: nn.Module, make_layer, pattern: str | list[str]) -> list[str]:
     return [name for name, _ in made]
 
 
-def _matches(model: nn.Module, pattern: str | list[str]) -> list[tuple[str, nn.Module]]:
-    """The modules that a pattern names, by their first name. Raises ValueError if there are none."""
+def _matches(model: nn.Module, pattern: str | list[str]) -> list[tuple[list[str], nn.Module]]:
+    """The modules whose first name a pattern matches, each with all its names. Raises ValueError if there are none."""
     if isinstance(pattern, re.Pattern):
         pattern = pattern.pattern
     if not isinstance(pattern, str):
@@ -496,8 +496,11 @@ def _matches(model: nn.Module, pattern: str | list[str]) -> list[tuple[str, nn.M
         if not names or not all(isinstance(name, str) for name in names):
             raise ValueError(f"give a pattern, or a list of names of layers, not {reprlib.repr(pattern)}")
         pattern = "|".join(rf"(?:.*\.)?{re.escape(name)}" for name in names)
+    names = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
     try:
-        matches = [(name, module) for name, module in model.named_modules() if re.fullmatch(pattern, name)]
+        matches = [(of, module) for module, of in names.items() if re.fullmatch(pattern, of[0])]
     except re.error as error:
         raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from None
     if not matches:
@@ -505,10 +508,11 @@ def _matches(model: nn.Module, pattern: str | list[str]) -> list[tuple[str, nn.M
     return matches
 
 
-def _refuse_unused(model: nn.Module, name: str):
+def _refuse_unused(model: nn.Module, name: str, also: list[str]):
     """Raise ValueError for a linear layer whose weight is read, so that an adapter around it would do nothing: the
-    kinds that are known. `check` finds the others."""
-    layer, owner = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    kinds that are known, and one that has other names `also`. `check` finds the others."""
+    parts = name.split(".")
+    *_, owner, layer = around = [model.get_submodule(".".join(parts[:k])) for k in range(len(parts) + 1)]
     kind, settings = type(owner).__name__, getattr(owner, "config", None) or getattr(model, "config", None)
     why = ""
     if isinstance(owner, nn.MultiheadAttention):
@@ -519,11 +523,10 @@ def _refuse_unused(model: nn.Module, name: str):
         why = f"{kind} reads its weight:"
     elif kind.startswith("Bloom") and getattr(settings, "slow_but_exact", False) and settings.pretraining_tp > 1:
         why = "BLOOM reads its weight with slow_but_exact: set that to False, or"
-    elif layer.weight.device.type == "meta" and any(hasattr(module, "_hf_hook") for module in model.modules()):
+    elif layer.weight.device.type == "meta" and any(hasattr(module, "_hf_hook") for module in around):
         why = "accelerate has offloaded its weight: load the model whole, or"
-    names = [other for other, m in model.named_modules(remove_duplicate=False) if m is layer]
-    if len(names) > 1:
-        why = f"it is also {names[1]}, where it would stay as it is:"
+    if also:
+        why = f"it is also {also[0]}, where it would stay as it is:"
     if why:
         raise ValueError(f"layer {name} cannot be adapted, {why} leave it out of the pattern")
 

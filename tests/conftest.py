@@ -9,6 +9,7 @@ import sys
 HIDDEN = "GPUS_HIDDEN_FROM_TESTS"  # what CUDA_VISIBLE_DEVICES was; a variable, for the workers of pytest-xdist
 os.environ.setdefault(HIDDEN, os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: tests run on the CPU, but for those marked cuda
+os.environ["OMP_NUM_THREADS"] = "1"  # also for processes that tests start: threads that wait for a core spin
 
 import datasets
 import huggingface_hub
@@ -17,7 +18,6 @@ import torch
 
 from benchmarks.tables import say_once
 
-torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job and nohup ignore them, and so would
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # every child of the tests
 

@@ -20,12 +20,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SIZE, HERE = items.SIZES["cpu"], items.Here()
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Also in the processes that items start: threads that wait for a core spin."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
 # --- Items ------------------------------------------------------------------------------------------------------------
 
 

@@ -1033,6 +1033,19 @@ def test_a_pattern_that_does_not_fit_is_refused(pattern, message):
     assert_same_state(model, before)
 
 
+def test_injecting_walks_over_a_model_as_often_whatever_its_size(monkeypatch):
+    """Once for each layer took most of the time on T5-XL: all its modules for each of 432 layers."""
+    walk, walked, counts = nn.Module.named_modules, [], []
+    monkeypatch.setattr(
+        nn.Module, "named_modules", lambda of, *rest, **more: walked.append(of) or walk(of, *rest, **more)
+    )
+    for layers in (1, 9):
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers)))
+        assert len(inject(model, layer_maker("mhr", "lora"), r"\d")) == layers
+        counts.append(sum(of is model for of in walked))
+    assert 0 < counts[0] == counts[1]
+
+
 @routed
 @pytest.mark.parametrize("training", [False, True])
 def test_injected_layers_are_in_the_mode_of_the_model(method, adapter, training):

@@ -142,7 +142,6 @@ def make_exact(train, pause: float, double: bool):
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """start(name, size, folder, **flags): that many processes of a script, forked from one with all imports."""
-    os.environ["OMP_NUM_THREADS"] = "1"
     context = get_context("forkserver")
     context.set_forkserver_preload(["train", "adapt"])
 
@@ -413,7 +412,7 @@ with open(f"{sys.argv[1]}/{rank}", "w") as file:
 
 
 def launch(arguments: list) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

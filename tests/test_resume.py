@@ -86,7 +86,6 @@ def reference(flags, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def child():
     """start(function, *args): a real process, forked from one that has imported everything and computed nothing."""
-    before, os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS"), "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "adapt"])
 
@@ -95,10 +94,7 @@ def child():
         process.start()
         return process
 
-    yield start
-    os.environ.pop("OMP_NUM_THREADS")
-    if before is not None:
-        os.environ["OMP_NUM_THREADS"] = before
+    return start
 
 
 @pytest.mark.parametrize("wanted", [10, pytest.param(50, marks=pytest.mark.slow)])
