@@ -174,7 +174,7 @@ scores are not counted. Commit {commits}.
 SCARCE = """
 **Scarce skills**, the claims that end in -scarce: 2 skills (s), which is 32 tasks a skill where the recipe has 16; the
 papers have 39 on T0, 15 on CrossFit. MHR has 16 heads (h), and batches are sorted less (below). Rates were searched
-again for 2 and 8 skills, by the same rule on the same dev tasks (`trials.jsonl`), but not for LoRA, 4 skills, other
+again for each number of skills, by the same rule on the same dev tasks (`trials.jsonl`), but not for LoRA, other
 numbers of heads, nor where the input is told. `experiments/scarce.py` says how the setting was chosen, and what had
 been seen by then.
 """
