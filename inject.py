@@ -496,11 +496,11 @@ def _matches(model: nn.Module, pattern: str | list[str]) -> list[tuple[list[str]
         if not names or not all(isinstance(name, str) for name in names):
             raise ValueError(f"give a pattern, or a list of names of layers, not {reprlib.repr(pattern)}")
         pattern = "|".join(rf"(?:.*\.)?{re.escape(name)}" for name in names)
-    names = {}
+    named = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
+        named.setdefault(module, []).append(name)
     try:
-        matches = [(of, module) for module, of in names.items() if re.fullmatch(pattern, of[0])]
+        matches = [(names, module) for module, names in named.items() if re.fullmatch(pattern, names[0])]
     except re.error as error:
         raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from None
     if not matches:
