@@ -18,9 +18,8 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.tables import say_once
 from data import PARTS, Benchmark, Example, Task
-from plumbing.errors import UserError
+from plumbing.errors import UserError, say_once
 from plumbing.folders import read_json
 
 SPLITS = ("100", "13", "21", "42", "87")

@@ -6,6 +6,8 @@ package "rouge".
 
 Rouge-L knows the letters a-z and digits alone. For tasks in other languages SuperNI's official scorer takes GPT-2's
 tokens instead: XLINGUAL.
+
+The libraries of a metric are imported where it is computed: all of them take longer than torch.
 """
 
 import functools
@@ -15,15 +17,11 @@ import statistics
 import string
 from collections import Counter
 
-from rouge_score.rouge_scorer import RougeScorer
-from scipy.stats import pearsonr
-from sklearn.metrics import f1_score, matthews_corrcoef
 from transformers import AutoTokenizer
 
-from benchmarks.tables import say_once
 from data import Example
 from plumbing.backbones import reach_hub
-from plumbing.errors import UserError
+from plumbing.errors import UserError, say_once
 
 
 def _plain(text: str) -> list[str]:
@@ -54,17 +52,23 @@ def _best(score):
 
 def _classification_f1(predictions, references) -> float:
     """Macro F1, classes being the strings of first references and predictions: a wrong word is a class of its own."""
+    from sklearn.metrics import f1_score
+
     return 100 * float(f1_score([rs[0] for rs in references], predictions, average="macro", zero_division=0))
 
 
 def _matthews(predictions, references) -> float:
     """Matthews correlation of "acceptable" against everything else (CoLA's labels)."""
+    from sklearn.metrics import matthews_corrcoef
+
     gold, guess = [rs[0] == "acceptable" for rs in references], [p == "acceptable" for p in predictions]
     return 100 * float(matthews_corrcoef(gold, guess))
 
 
 def _pearson(predictions, references) -> float:
     """Pearson correlation of outputs read as numbers; 0 where it is undefined (no number, or all equal)."""
+    from scipy.stats import pearsonr
+
     try:
         guess, gold = [float(p) for p in predictions], [float(rs[0]) for rs in references]
     except ValueError:
@@ -74,7 +78,6 @@ def _pearson(predictions, references) -> float:
 
 
 XLINGUAL = "Rouge-L-xlingual"
-_rouge = RougeScorer(["rougeL"], use_stemmer=True)
 
 
 class _Tokens:
@@ -94,10 +97,17 @@ class _Tokens:
 
 
 @functools.cache
-def _xlingual():
-    """The metric "Rouge-L-xlingual", made when it is first needed."""
-    rouge = RougeScorer(["rougeL"], tokenizer=_Tokens())
-    return _best(lambda p, r: rouge.score(r, p)["rougeL"].fmeasure)
+def _scorer(xlingual: bool = False):
+    """The official scorer of Rouge-L, of English or of other languages."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    how = {"tokenizer": _Tokens()} if xlingual else {"use_stemmer": True}
+    return RougeScorer(["rougeL"], **how)
+
+
+def _rouge_l(xlingual: bool = False):
+    """The metric of `_scorer`."""
+    return _best(lambda p, r: _scorer(xlingual).score(r, p)["rougeL"].fmeasure)
 
 
 METRICS = {
@@ -107,7 +117,8 @@ METRICS = {
     "SuperNI-EM": _best(lambda p, r: float(_plain(p) == _plain(r))),
     "ACC": _best(lambda p, r: float(p.lower() == r.lower())),
     "QA-F1": _best(_token_f1),
-    "Rouge-L": _best(lambda p, r: _rouge.score(r, p)["rougeL"].fmeasure),
+    "Rouge-L": _rouge_l(),
+    XLINGUAL: _rouge_l(xlingual=True),
     "Classification-F1": _classification_f1,
     "Matthew-Correlation": _matthews,
     "Pearson-Correlation": _pearson,
@@ -135,7 +146,7 @@ def mostly_read(text: str) -> bool:
 
 
 def score(metric: str, predictions: list[str], examples: list[Example]) -> float:
-    """Score predictions by a key of METRICS or XLINGUAL, times 100.
+    """Score predictions by a key of METRICS, times 100.
 
     Raises ValueError if there are no examples, UserError for a reference in another script than Rouge-L reads.
     """
@@ -144,13 +155,11 @@ def score(metric: str, predictions: list[str], examples: list[Example]) -> float
     references = [tuple(output.strip() for output in e.outputs) for e in examples]
     if metric == "Rouge-L":
         refuse_unread([reference for several in references for reference in several])
-    measure = _xlingual() if metric == XLINGUAL else METRICS[metric]
-    return measure([p.strip() for p in predictions], references)
+    return METRICS[metric]([p.strip() for p in predictions], references)
 
 
 def score_one(metric: str, prediction: str, example: Example) -> float:
     """One example's own score, times 100; under a metric over all examples (a correlation, F1 of classes) 100 where the
     prediction is a reference, else 0."""
-    measure = _xlingual() if metric == XLINGUAL else METRICS[metric]
-    of_one = getattr(measure, "of_one", lambda p, references: float(p in references))
+    of_one = getattr(METRICS[metric], "of_one", lambda p, references: float(p in references))
     return 100 * of_one(prediction.strip(), tuple(output.strip() for output in example.outputs))

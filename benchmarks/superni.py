@@ -24,10 +24,10 @@ import datasets
 import huggingface_hub
 
 from benchmarks.metrics import XLINGUAL, refuse_unread
-from benchmarks.tables import Rows, parts_of, say_once, table_of
+from benchmarks.tables import Rows, parts_of, table_of
 from data import Benchmark, Example, Task
 from plumbing.backbones import reach_hub
-from plumbing.errors import UserError
+from plumbing.errors import UserError, say_once
 from plumbing.flags import split_number
 from plumbing.folders import read_json
 

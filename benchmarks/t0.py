@@ -31,10 +31,10 @@ import pyarrow.dataset
 import pyarrow.parquet
 from tqdm import tqdm
 
-from benchmarks.tables import Rows, parts_of, say_once, table_of, unwritten_cache
+from benchmarks.tables import Rows, parts_of, table_of, unwritten_cache
 from data import Benchmark, Example, Task
 from plumbing.backbones import reach_hub
-from plumbing.errors import UserError
+from plumbing.errors import UserError, say_once
 
 REPOSITORY = "bigscience/P3"
 REVISION = "main"  # unchanged since db48520 of March 2024, the first as parquet (only a full hash could be given)

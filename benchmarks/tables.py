@@ -1,6 +1,5 @@
 """Large sets of examples as memory-mapped tables: memory does not grow with the number of rows."""
 
-import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -87,9 +86,3 @@ def parts_of(table: datasets.Dataset, files: int) -> list[datasets.Dataset]:
     """The rows of each of the files of a `table_of`, as views: nothing is copied."""
     ends = np.searchsorted(table.with_format("numpy")["file"][:], np.arange(files + 1))
     return [table.select(range(a, b) if a < b else []) for a, b in itertools.pairwise(ends.tolist())]
-
-
-@functools.cache
-def say_once(text: str):
-    """Print a line once per process: a benchmark is read again for each split, and lacks the same files each time."""
-    print(text)

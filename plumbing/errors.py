@@ -1,6 +1,7 @@
 """Errors as one sentence and an exit code, and what signals do to a script outside its training loop."""
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -90,3 +91,9 @@ def tell(text: str):
         print(text, flush=True)
     except OSError:
         sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+@functools.cache
+def say_once(text: str):
+    """Print a line once per process: a benchmark is read again for each split, and lacks the same files each time."""
+    print(text)

@@ -16,7 +16,7 @@ import huggingface_hub
 import pytest
 import torch
 
-from benchmarks.tables import say_once
+from plumbing.errors import say_once
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job and nohup ignore them, and so would
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # every child of the tests

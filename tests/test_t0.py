@@ -18,8 +18,8 @@ import pytest
 
 import data
 from benchmarks import load, t0
-from benchmarks.tables import Rows, say_once
-from plumbing.errors import UserError
+from benchmarks.tables import Rows
+from plumbing.errors import UserError, say_once
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "assets" / "samples" / "t0"
