@@ -441,9 +441,9 @@ def inject(model: nn.Module, make_layer, pattern: str | list[str]) -> list[str]:
 
     pattern: or a list of names, or of their last parts, as PEFT has it: ["q_proj", "v_proj"].
     GPT-2's Conv1D, a linear layer with its weight stored (i, o), becomes an nn.Linear that shares its memory.
-    Returns the names replaced, in model order. Raises ValueError, with the model unchanged, if nothing matches, a
-    match is no linear layer or would not be called (`_refuse_unused`), the model already has adapters, or make_layer
-    refuses a layer (its name is added); TypeError if make_layer is no such function.
+    Returns the names replaced, in model order. Raises ValueError, with the model unchanged, if nothing matches (or
+    nothing one of the names), a match is no linear layer or would not be called (`_refuse_unused`), the model already
+    has adapters, or make_layer refuses a layer (its name is added); TypeError if make_layer is no such function.
     """
     model = unwrapped(model)
     if adapted_layers(model):
@@ -488,9 +488,11 @@ def inject(model: nn.Module, make_layer, pattern: str | list[str]) -> list[str]:
 
 
 def _matches(model: nn.Module, pattern: str | list[str]) -> list[tuple[list[str], nn.Module]]:
-    """The modules whose first name a pattern matches, each with all its names. Raises ValueError if there are none."""
+    """The modules whose first name a pattern matches, each with all its names. Raises ValueError if there are none, or
+    none for a name of a list."""
     if isinstance(pattern, re.Pattern):
         pattern = pattern.pattern
+    names = []
     if not isinstance(pattern, str):
         names = list(pattern) if isinstance(pattern, Iterable) and not isinstance(pattern, Mapping) else []
         if not names or not all(isinstance(name, str) for name in names):
@@ -505,6 +507,9 @@ def _matches(model: nn.Module, pattern: str | list[str]) -> list[tuple[list[str]
         raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from None
     if not matches:
         raise ValueError(f"no layer's name matches the pattern {pattern!r}")
+    found = [f".{first}" for (first, *_), _ in matches]
+    if absent := [name for name in names if not any(of.endswith(f".{name}") for of in found)]:
+        raise ValueError(f"this model has no layer {absent[0]}: give the names that it has, or a pattern")
     return matches
 
 

@@ -445,6 +445,8 @@ def test_a_list_of_names_as_in_peft():
     ]  # fmt: skip
     with pytest.raises(ValueError, match="no layer's name matches"):
         inject(backbone("llama"), layer_maker("poly", "lora"), ["proj"])
+    with pytest.raises(ValueError, match="^this model has no layer wi_0: give the names that it has, or a pattern"):
+        inject(backbone("llama"), layer_maker("poly", "lora"), ["q_proj", "wi_0"])
 
 
 def test_other_patterns():
