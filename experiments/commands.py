@@ -32,7 +32,7 @@ def run(script: str, flags: list[str], result: Path, until: float = math.inf) ->
     """Run a script (train.py) or command (tools.analyze) unless the JSON file `result` that it writes exists.
 
     until: of time.monotonic(); a command that is not done then is stopped, and saves what it has. Returns the file's
-    content and "commit", the commit of this tree that made it. Raises OutOfTime, or Failed.
+    content and "commit" (`made_by`). Raises OutOfTime, or Failed.
     """
     if not result.exists():
         entry, code = [script] if script.endswith(".py") else ["-m", script], commit()
@@ -44,8 +44,23 @@ def run(script: str, flags: list[str], result: Path, until: float = math.inf) ->
             raise Failed(f"{' '.join(command)}\nended with code {status}:\n{err[-2000:]}")
         (result.parent / "commit").write_text(code)
         print(f"{result.parent.name}: {out.splitlines()[-1]}", flush=True)
-    made_by = result.parent / "commit"  # missing if this program was killed while the script ran
-    return json.loads(result.read_text()) | {"commit": made_by.read_text() if made_by.exists() else "unknown"}
+    return json.loads(result.read_text()) | {"commit": made_by(result)}
+
+
+def made_by(result: Path) -> str:
+    """The commit that made a result; of a training run those of all its starts: "a0b1c2d, e3f4a5b"."""
+    starts, last = result.parent / "provenance.json", result.parent / "commit"
+    if result.name == "result.json" and starts.exists():
+        return ", ".join(dict.fromkeys(start["commit"] for start in json.loads(starts.read_text())["starts"]))
+    return last.read_text() if last.exists() else "unknown"  # if this program was killed while the script ran
+
+
+def refuse_absent_gpu(device: str):
+    """Raise UserError for cuda where torch sees no GPU."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA GPU here, leave it out")
 
 
 def raw_lines(path: Path, key: Callable[[dict], Hashable]) -> dict[Hashable, dict]:

@@ -9,8 +9,8 @@ DIR has tasks of CrossFit in the gym's layout (docs/benchmarks.md); FOLDER is a 
 results/real.jsonl gets a line as soon as a value is made, and results/real.md is written when the command ends,
 whatever ended it. --runs holds what is half done: moved to another machine with real.jsonl, the command goes on there,
 if DIR and FOLDER lie in the same place beside the repository. Weights whose values are all written down are deleted.
-A run that is half done has some 50 MB with 8 skills and 8 heads, with 64 heads or kept steps up to 170 (computed);
-without its folder it begins again.
+Computed sizes of a run that is half done: 50 MB with 8 skills and 8 heads, up to 170 MB with 64 heads or with kept
+steps. Without its folder it begins again.
 
 What is made, in which order and with which rates is in `real_runs.py`; verdicts follow the rule of `verdicts.py`, with
 at least three seeds. Seeds and few-shot splits are paired: a difference is taken within a seed and a split, and a seed
@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from experiments import verdicts
+from experiments import claims, verdicts
 from experiments.claim_figures import shown
 from experiments.commands import ROOT, side_by_side
 from experiments.methods import NAVIGATION
@@ -41,7 +41,7 @@ from experiments.real_runs import (
     BUDGETS, METHODS, Budget, constant_key, failed_key, few_shot_flags, in_order, lowest, make_all, read_raw,
     search, setup_of, training_flags,
 )  # fmt: skip
-from experiments.verdicts import MARGIN, judge, judged, verdict
+from experiments.verdicts import LEAST, MARGIN, judge, judged, verdict
 from plumbing.errors import UserError, exit_on_user_error
 from plumbing.tables import markdown, mean_std_text
 from tools import figures
@@ -217,9 +217,12 @@ says that nothing was learned. All values, with their flags, commit, date and de
 
 A verdict needs three seeds, and follows the rule of `results/claims.md`: "a > b" by a paired t-test at 5 %, "~" and
 "<=" with a margin of {margin:g} points, which is more than the papers' own differences: they tell whether a method is
-far off, not whether it keeps a gain of a point or two. "Signs as theirs": of the comparisons a > b, those whose mean
-is above 0, whatever chance makes of it. "Would decide": the seeds after which the rule decides if mean and standard
-deviation stay as seen; with one seed the deviation is the one that this claim's comparisons have on `strings`.
+far off, not whether it keeps a gain of a point or two. Nothing is corrected for the number of comparisons, and all
+seeds have the same tasks. "Signs as theirs": of the comparisons a > b, those whose mean, as printed below, is above 0,
+whatever chance makes of it. "Would decide": the seeds after which the rule decides if mean and standard deviation stay
+as seen; with one seed the deviation is that of the same comparison on `strings`, if it was made there.
+
+Claims of `results/claims.md` that are not asked here: {left}.
 {sections}"""
 ABOUT = """ Model: SmolLM2-135M-Instruct, a 4-bit file that is dequantised when it is loaded. Data: a slice of the
 gym's random partition, 29 tasks to train on, 3 to choose rates, 5 to test. The papers have BART-large, and 120, 20 and
@@ -227,6 +230,12 @@ gym's random partition, 29 tasks to train on, 3 to choose rates, 5 to test. The 
 this model on these test tasks, of smaller budgets ([smollm.md](smollm.md)), had been seen before the claims below and
 their rule were written down; the comparisons of heads, and of Random-μ with 2 skills, came when the seed below had been
 seen."""  # of results/ alone
+PARTS_ALIGNED = ("inventory", "mixtures")
+ALIGNMENT = (
+    "The mean cosine between the training tasks' gradients, with 16 examples a task, over five looks in training: of "
+    "the shared inventory of skills, and of each task's own mixture. The papers' reason for MHR. With one LoRA the two "
+    "are the same.\n"
+)
 EDGES = (
     "A * is at an edge of what was tried: beyond it a rate may be better. In pre-training and under `all` Z learns at "
     "the recipe's 1e-2; Polytropon also tried 1e-1."
@@ -241,35 +250,45 @@ def write(folder: Path):
         measured = values_of(raw, budget)
         scores = {m: of for m, of in measured.items() if len(next(iter(of))) == 2}
         if scores.keys() - {CONSTANT}:
-            of_seeds = {shown(m): sum(means(of, budget), []) for m, of in scores.items()}
+            of_seeds = {shown(m): means(of, budget) for m, of in scores.items()}
             reference = "LoRA" if "LoRA" in of_seeds else ""
             what = "mean score on the test tasks (%)"
             figures.by_method(of_seeds, folder / f"real-{name}", what, figures.PERCENT, reference)
             sections.append(section(name, budget, measured, scores, raw, toy, here))
     text = "".join(sections) or "\nNothing is made yet.\n"
     about, navigation = (ABOUT, NAVIGATION) if here else ("", "")
-    (folder / "real.md").write_text(PAGE.format(navigation=navigation, margin=MARGIN, about=about, sections=text))
+    left = ", ".join(name for name in claims.CLAIMS if not any(name in claim.toy for claim in CLAIMS.values()))
+    filled = PAGE.format(navigation=navigation, margin=MARGIN, about=about, left=left, sections=text)
+    (folder / "real.md").write_text(filled)
 
 
-def means(of: dict[tuple, dict], budget: Budget) -> tuple[list[float], list[float]]:
-    """The mean scores of a measure by seed, as `by_seed`."""
-    return by_seed({key: value["mean"] for key, value in of.items()}, budget.splits)
+def means(of: dict[tuple, dict], budget: Budget) -> list[float]:
+    """The mean scores of a measure by seed: of the seeds that have all splits, or of all if none has."""
+    whole, part = by_seed({key: value["mean"] for key, value in of.items()}, budget.splits)
+    return whole or part
 
 
 def section(name: str, budget: Budget, measured: dict, scores: dict, raw: dict, toy: dict, here: bool) -> str:
     """A budget's part of the page: claims, scores, comparisons, training, rates."""
     alt = "each method and variant on a line: its seeds as dots, their mean as a diamond, one LoRA as a dashed line"
-    claims = claims_table(CLAIMS, measured, budget.splits, toy, here)
-    parts = [f"\n## Budget `{name}`\n", f"{budget.says}\n", claims, ""]
-    parts += [f"![Mean scores: {alt}](real-{name}.png)\n", scores_table(budget, scores), ""]
+    edges = [at_edge for *_, at_edge in searched(raw, budget)]
+    seen = f"Of {len(edges)} rates {sum(edges)} are at an edge of what was tried ([below](#learning-rates)).\n"
+    parts = [f"\n## Budget `{name}`\n", f"{budget.says}\n", claims_table(CLAIMS, measured, budget.splits, toy, here)]
+    parts += ["", f"![Mean scores: {alt}](real-{name}.png)\n", seen, scores_table(budget, scores), ""]
     parts += ["### Comparisons\n", "In brackets: seeds without all their splits.\n"]
     parts += [comparisons_table(CLAIMS, measured, budget.splits, toy), ""]
-    parts += ["### Pre-training\n", training_table(METHODS, measured), ""]
-    if lost := [f"{name} of seed {seed}" for name, seed, flags, _ in runs_of(raw, budget) if failed_key(flags) in raw]:
-        parts.append(f"Training was not finite, and what followed was left out: {', '.join(lost)}.\n")
+    parts += ["### Gradient alignment\n", ALIGNMENT, alignment_table(measured), ""]
+    runs = ((name, seed, flags) for name, seed, flags, _ in runs_of(raw, budget))
+    parts += ["### Pre-training\n", training_table(METHODS, measured), "", *lost(runs, raw)]
     steps = f"{budget.search_steps:,} of the {budget.steps:,} steps"
     parts += ["### Learning rates\n", f"The lowest loss on the dev tasks, after {steps}, seed 0. {EDGES}\n"]
     return "\n".join([*parts, rates_table(raw, budget), ""])
+
+
+def lost(runs: Iterable[tuple[str, int, str]], raw: dict) -> list[str]:
+    """What a page says of the runs (method, seed, flags of train.py) that were not finite, if there are any."""
+    names = [f"{name} of seed {seed}" for name, seed, flags in runs if failed_key(flags) in raw]
+    return [f"Training was not finite, and what followed was left out: {', '.join(names)}.\n"] * bool(names)
 
 
 def verdict_here(measured: dict, splits: tuple[int, ...], claim: Claim) -> tuple[str, list[tuple]]:
@@ -278,7 +297,7 @@ def verdict_here(measured: dict, splits: tuple[int, ...], claim: Claim) -> tuple
     for a, relation, b in claim.compare:
         pairs = differences(measured, a, b)
         seeds = by_seed(pairs, splits)[0]
-        part = judge(np.array(seeds), relation, np.zeros(len(seeds))) if len(seeds) >= 3 else None
+        part = judge(np.array(seeds), relation, np.zeros(len(seeds))) if len(seeds) >= LEAST else None
         rows.append((f"{shown(a)} {relation} {shown(b)}", pairs, part))
     if not any(pairs for _, pairs, _ in rows):
         return "not made yet", rows
@@ -297,12 +316,12 @@ def on_strings(name: str, raw: dict, here: bool) -> str:
 
 def claims_table(claims: dict[str, Claim], measured: dict, splits: tuple[int, ...], toy: dict, here: bool) -> str:
     lines = ["| the claim | the papers' numbers | on `strings` | here | signs as theirs |", "|---|---|---|---|---|"]
-    for claim in claims.values():
+    for name, claim in claims.items():
         says, rows = verdict_here(measured, splits, claim)
         compared = [whole_seeds(pairs, splits) for what, pairs, _ in rows if " > " in what]
-        made = [statistics.fmean(pairs.values()) for pairs in compared if pairs]
+        made = [round(statistics.fmean(pairs.values()), digits_of(name)) for pairs in compared if pairs]
         signs = f"{sum(mean > 0 for mean in made)} of {len(made)}"
-        beside = "; ".join(on_strings(name, toy, here) for name in claim.toy)
+        beside = "; ".join(on_strings(twin, toy, here) for twin in claim.toy)
         lines.append(f"| {claim.says} | {claim.papers} | {beside} | {says} | {signs} |")
     return "\n".join(lines)
 
@@ -311,33 +330,43 @@ def scores_table(budget: Budget, scores: dict) -> str:
     tasks = list(next(iter(next(iter(scores.values())).values()))["tasks"])
     lines = [("method", "seeds x splits", "for a new task", "before", "after", *tasks)]
     for name, of in scores.items():
-        each, (whole, part) = list((whole_seeds(of, budget.splits) or of).values()), means(of, budget)
+        each = list((whole_seeds(of, budget.splits) or of).values())
         before = statistics.fmean(value["before"] for value in each)
         by_task = [f"{statistics.fmean(value['tasks'][task] for value in each):.1f}" for task in tasks]
         new = f"{sum(each[0]['parameters'].values()):,}"
-        mean = mean_std_text(whole or part, "±")
+        mean = mean_std_text(means(of, budget), "±")
         lines.append((shown(name), str(len(each)), new, f"{before:.1f}", mean, *by_task))
     return markdown(lines, left=1)
 
 
 def comparisons_table(claims: dict[str, Claim], measured: dict, splits: tuple[int, ...], toy: dict) -> str:
-    lines = [("claim", "comparison", "seed by seed", "mean", "verdict", "would decide")]
+    lines = [("claim", "comparison", "seed by seed", "mean", "95 % interval", "verdict", "would decide")]
     for name, claim in claims.items():
-        usual, compared = spread_on_strings(claim, toy), verdict_here(measured, splits, claim)[1]
-        for (what, pairs, part), (_, relation, _) in zip(compared, claim.compare, strict=True):
-            (whole, some), digits = by_seed(pairs, splits), 3 if name == "alignment" else 1
+        for (what, pairs, part), compared in zip(verdict_here(measured, splits, claim)[1], claim.compare, strict=True):
+            (whole, some), digits = by_seed(pairs, splits), digits_of(name)
             each = [f"{x:+.{digits}f}" for x in whole] + [f"({x:+.{digits}f})" for x in some]
             mean = f"{statistics.fmean(whole):+.{digits}f}" if whole else ""
             says = part.says if part else "undecided" if pairs else ""
-            decides = would_decide(relation, whole, usual) if whole else ""
-            lines.append((name, what, " ".join(each) or "not made yet", mean, says, decides))
+            interval = f"{part.interval[0]:+.{digits}f} to {part.interval[1]:+.{digits}f}" if part else ""
+            decides = would_decide(compared[1], whole, spread_on_strings(compared, claim, toy)) if whole else ""
+            lines.append((name, what, " ".join(each) or "not made yet", mean, interval, says, decides))
     return markdown(lines, left=2)
 
 
-def spread_on_strings(claim: Claim, toy: dict) -> float:
-    """The standard deviation between seeds that a claim's comparisons have on `strings`, pooled; 0 if none is made."""
-    parts = [part for name in claim.toy for part in judged(verdicts.CLAIMS[name], toy, verdicts.SEEDS)]
-    return math.sqrt(statistics.fmean(statistics.variance(part.seeds) for part in parts)) if parts else 0.0
+def digits_of(claim: str) -> int:
+    """The digits behind the point of a claim's differences: scores are percent, cosines below 1."""
+    return 3 if claim == "alignment" else 1
+
+
+def spread_on_strings(comparison: tuple[str, str, str], claim: Claim, toy: dict) -> float:
+    """The standard deviation between seeds that a comparison has on `strings`, in the first of a claim's twins that
+    has it; 0 if none has."""
+    same = tuple(side.replace("LoRA", "LoRA (Shared)") for side in comparison)
+    for twin in (verdicts.CLAIMS[name] for name in claim.toy):
+        for theirs, part in zip(twin.compare, judged(twin, toy, verdicts.SEEDS), strict=False):
+            if theirs == same:
+                return statistics.stdev(part.seeds)
+    return 0.0
 
 
 def would_decide(relation: str, seeds: list[float], usual: float) -> str:
@@ -359,17 +388,33 @@ def training_table(methods: Iterable[str], measured: dict) -> str:
     return markdown(lines, left=1)
 
 
+def alignment_table(measured: dict) -> str:
+    lines = [("method", "seeds", *PARTS_ALIGNED)]
+    for name in METHODS:
+        of = [measured.get(f"alignment of {name}, {part}", {}).values() for part in PARTS_ALIGNED]
+        if any(of):
+            means = (mean_std_text([value["mean"] for value in each], "±", 3) for each in of)
+            lines.append((shown(name), str(len(of[0])), *means))
+    return markdown(lines, left=1)
+
+
+def searched(raw: dict[str, dict], budget: Budget) -> Iterator[tuple[str, str, dict, str, bool]]:
+    """(method, what was searched, {rate: loss}, the rate taken, whether it is the first or last) of all searches."""
+    for name in METHODS:
+        found = rates_of(raw, name, budget)
+        for of, tried in found[2].items() if found else ():
+            best, rates = lowest(tried, name), list(tried)
+            yield name, of, tried, best, best in (rates[0], rates[-1])
+
+
 def rates_table(raw: dict[str, dict], budget: Budget) -> str:
     """What `search` tried for each method, and the loss of each."""
     most = len(budget.rates)
     lines = [("method", "searched", *("rate: loss",) * most, "taken")]
-    for name in METHODS:
-        found = rates_of(raw, name, budget)
-        for of, tried in found[2].items() if found else ():
-            each = [f"{rate}: {'failed' if loss is None else f'{loss:.3f}'}" for rate, loss in tried.items()]
-            best, rates = lowest(tried, name), list(tried)
-            each += [""] * (most - len(each))
-            lines.append((name, of.replace("mu", "μ"), *each, best + "*" * (best in (rates[0], rates[-1]))))
+    for name, of, tried, best, at_edge in searched(raw, budget):
+        each = [f"{rate}: {'failed' if loss is None else f'{loss:.3f}'}" for rate, loss in tried.items()]
+        each += [""] * (most - len(each))
+        lines.append((name, of.replace("mu", "μ"), *each, best + "*" * at_edge))
     return markdown(lines, left=2)
 
 

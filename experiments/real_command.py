@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from experiments.commands import GRACE, ROOT, OutOfTime
+from experiments.commands import GRACE, ROOT, OutOfTime, refuse_absent_gpu
 from experiments.real_runs import Maker, read_raw, unpacked
 from plumbing.machine import cpu
 
@@ -31,7 +31,7 @@ def arguments(doc: str, benchmark: str, stem: str, budgets: Iterable[str] = ()) 
     args = parser.parse_args()
     if not args.page and not (args.data_dir and args.backbone):
         parser.error("--data-dir and --backbone are needed, but for --page")
-    if args.jobs < 1 or args.minutes <= 0 or any(seed < 0 for seed in args.seeds):
+    if args.jobs < 1 or not args.minutes > 0 or any(seed < 0 for seed in args.seeds):
         parser.error("--jobs and --minutes must be above 0, --seeds not negative")
     if len(set(args.seeds)) < len(args.seeds):
         parser.error("--seeds names one twice")
@@ -57,6 +57,7 @@ def maker_of(args: argparse.Namespace, stem: str, setup: str) -> Maker:
     import torch
 
     device, until = device_of(args), time.monotonic() + 60 * args.minutes
+    refuse_absent_gpu(device)
     on = torch.cuda.get_device_name() if device == "cuda" else f"cores of {cpu()}"
     where = {"--data-dir": os.path.relpath(args.data_dir, ROOT), "--backbone": unpacked(args.backbone)}
     return Maker(args.results / f"{stem}.jsonl", args.runs, setup, where, device, on, until)

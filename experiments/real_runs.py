@@ -26,7 +26,7 @@ from experiments.commands import ROOT, Failed, raw_lines, run
 from plumbing.backbones import load_backbone
 from plumbing.checkpoint import LOWER_RATE
 from plumbing.errors import UserError
-from plumbing.folders import append_line, read_json, read_lines
+from plumbing.folders import append_line, check_numbers, read_json, read_lines
 from plumbing.machine import commit
 from recipes import FEW_SHOT, PRETRAINING
 from scoring import constant_scores, main_scores
@@ -113,13 +113,24 @@ def few_shot_flags(variant: str, budget: str, split: int, rate: str, seed: int) 
     return " ".join(f"--variant {variant} {budget} --split {split} {rate} --seed {seed}".split())
 
 
+HAS = {  # what a value has whose key ends so; any other has at least one entry
+    "--tasks all": ("tasks", "mean", "before", "parameters"), "--tasks dev": ("dev_loss",),
+    " | alignment": ("inventory", "mixtures"), " | failed": ("says",),
+}  # fmt: skip
+
+
 def read_raw(path: Path) -> dict[str, dict]:
     """{key: line} of a raw file; {} if there is none. Raises UserError for a damaged line."""
 
     def key(line: dict) -> str:
-        texts = [line[name] for name in ("key", "commit", "made", "on", "setup")]
-        if not isinstance(line["value"], dict) or any(type(text) is not str for text in texts):
+        texts, value = [line[name] for name in ("key", "commit", "made", "on", "setup")], line["value"]
+        if not isinstance(value, dict) or any(type(text) is not str for text in texts):
             raise ValueError
+        for end, names in HAS.items():
+            if line["key"].endswith(end) and not value.keys() >= set(names):
+                raise ValueError
+        for numbers in (value[name] for name in ("tasks", "inventory", "mixtures") if name in value):
+            check_numbers(path, numbers)
         return line["key"]
 
     return raw_lines(path, key)
@@ -213,8 +224,7 @@ class Maker:
         try:
             return self.adapted(flags, few, "dev")
         except Failed as failed:
-            if LOWER_RATE not in str(failed):
-                raise
+            refuse_other(failed)
             return self.value(f"{flags} | {few} --tasks dev", lambda: {"dev_loss": None, "commit": commit()})
 
     def constant(self, split: int, few: str) -> dict:
@@ -324,9 +334,27 @@ def search(name: str, budget: Budget, trial: Callable[[str, str], dict]) -> tupl
     return best, few, losses
 
 
+def refuse_other(failed: Failed):
+    """Raise it again unless it says that training was not finite."""
+    if LOWER_RATE not in str(failed):
+        raise failed
+
+
 def failed_key(flags: str) -> str:
     """The key of the line that says that a run of these flags of train.py, or what follows it, is not finite."""
     return f"{flags} | failed"
+
+
+def unless_failed(maker: Maker, flags: str, make: Callable[[], None]):
+    """make() what a run of these flags has, unless it failed before; that it is not finite is written down."""
+    if failed_key(flags) in maker.lines:
+        return
+    try:
+        make()
+    except Failed as failed:
+        refuse_other(failed)
+        says = {"says": str(failed).splitlines()[-1], "commit": commit()}
+        maker.value(failed_key(flags), lambda: says)
 
 
 def make_all(maker: Maker, name: str, budget: Budget, seed: int, lock: threading.Lock):
@@ -339,15 +367,7 @@ def make_all(maker: Maker, name: str, budget: Budget, seed: int, lock: threading
         for short in budget.rates:
             forget(ROOT / maker.folder(training_flags(name, budget, short, 0, budget.search_steps)))
     flags = training_flags(name, budget, rate, seed, budget.steps)
-    if failed_key(flags) in maker.lines:
-        return
-    try:
-        make_run(maker, name, budget, seed, flags, few)
-    except Failed as failed:
-        if LOWER_RATE not in str(failed):
-            raise
-        says = {"says": str(failed).splitlines()[-1], "commit": commit()}
-        maker.value(failed_key(flags), lambda: says)
+    unless_failed(maker, flags, lambda: make_run(maker, name, budget, seed, flags, few))
     forget(ROOT / maker.folder(flags))
 
 

@@ -21,6 +21,7 @@ import math
 import os
 import threading
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ from scipy import stats
 
 from experiments import claims, scarce
 from experiments.claims import Claim, Measure, measures_of, parts_of
-from experiments.commands import ROOT, raw_lines, run, side_by_side
+from experiments.commands import ROOT, raw_lines, refuse_absent_gpu, run, side_by_side
 from experiments.methods import METHODS, RATES, RUNS, adapt, pretrain
 from plumbing.errors import RunError, UserError
 from plumbing.folders import append_line, check_numbers
@@ -81,13 +82,17 @@ def read_raw(path: Path) -> dict[tuple[str, int], dict]:
 def make_missing(names: list[str], seeds: tuple[int, ...], path: Path, runs: Path, jobs: int, device: str = "cpu"):
     """Make the values of these measures that the raw file lacks, and append each one as soon as it is made.
 
-    device: where scripts run, for the lines. Raises UserError if the file has values that were made on another.
+    device: where scripts run, for the lines. Raises UserError if the file has values that were made on another, or is
+    that of results/ and lacks a value of earlier code, which this code does not make.
     """
-    have, groups = read_raw(path), defaultdict(list)
+    have, groups, ours = read_raw(path), defaultdict(list), path.resolve() == ROOT / "results" / "claims.jsonl"
     for name in names:
         measure = MEASURES[name]
         for seed in seeds:
             if (flags_of(measure), seed) not in have:
+                if ours and not measure.since:
+                    what = f"{path} lacks {name} of seed {seed}, which earlier code made"
+                    raise UserError(f"{what}: take its line from git, or give another --results")
                 groups[seed, measure.method, (*rates_of(measure)[0], *measure.flags.split())].append(measure)
     lock = threading.Lock()
     if others := {line.get("on", "cpu") for line in have.values()} - {device}:
@@ -109,12 +114,9 @@ def make_missing(names: list[str], seeds: tuple[int, ...], path: Path, runs: Pat
 
 def use_device(device: str):
     """Let all runs use this device: a script takes the GPU that it sees. Raises UserError if torch sees none."""
-    import torch
-
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA GPU here, leave it out")
+    refuse_absent_gpu(device)
 
 
 def estimate(names: list[str], seeds: tuple[int, ...], path: Path, device: str, jobs: int) -> str:
@@ -157,11 +159,11 @@ def ask(measure: Measure, checkpoint: Path, trained: dict, seed: int) -> tuple[f
     if measure.then == "zero-shot":
         value, commit = zero_shot(measure, checkpoint, seed)
         return value, None, 0.0, commit
-    folder = checkpoint / "analysis-of-claims"
-    flags = ["--checkpoint", str(checkpoint), "--output-dir", str(folder)]
     run_of = lambda m: (m.method, m.flags, rates_of(m)[0])  # noqa: E731
     same_run = (m for m in MEASURES.values() if run_of(m) == run_of(measure))
-    flags += [] if any(m.then.startswith("alignment") for m in same_run) else ["--no-alignment"]  # it takes a minute
+    less = [] if any(m.then.startswith("alignment") for m in same_run) else ["--no-alignment"]  # which takes a minute
+    folder = checkpoint / "".join(["analysis-of-claims", *less])
+    flags = ["--checkpoint", str(checkpoint), "--output-dir", str(folder), *less]
     analysis = run("tools.analyze", flags, folder / "analysis.json")
     if measure.then.startswith("alignment"):
         return {line["step"]: line[measure.then] for line in analysis["over_steps"]}, None, 0.0, analysis["commit"]
@@ -230,6 +232,11 @@ def hours(lines: list[dict]) -> float:
     runs = {run_of(line): line["seconds"][0] for line in lines}
     adaptations = {(line["flags"], line["seed"]): line["seconds"][1] for line in lines}
     return (sum(runs.values()) + sum(adaptations.values())) / 3600
+
+
+def commits_of(lines: Iterable[dict]) -> str:
+    """The commits that made these values, each once."""
+    return ", ".join(sorted({commit for line in lines for of in line["commits"] for commit in of.split(", ")}))
 
 
 # --- Statistics -------------------------------------------------------------------------------------------------------

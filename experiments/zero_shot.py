@@ -21,17 +21,18 @@ if __name__ == "__main__":  # Ctrl-C during the slow imports
 import math
 import statistics
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from experiments import verdicts
 from experiments.claim_figures import shown
-from experiments.commands import ROOT, Failed, side_by_side
+from experiments.commands import ROOT, Failed, made_by, side_by_side
 from experiments.methods import NAVIGATION
-from experiments.real import Claim, claims_table, comparisons_table, training_table
+from experiments.real import Claim, claims_table, comparisons_table, lost, training_table
 from experiments.real_command import arguments, carry_out, device_of, maker_of
-from experiments.real_runs import Maker, forget, lowest, read_raw, remove_hollow, setup_of
-from plumbing.checkpoint import LOWER_RATE
+from experiments.real_runs import (
+    Maker, forget, lowest, read_raw, refuse_other, remove_hollow, setup_of, unless_failed,
+)  # fmt: skip
 from plumbing.errors import UserError, exit_on_user_error
 from plumbing.folders import read_lines
 from plumbing.machine import commit
@@ -107,8 +108,7 @@ def valid_loss(maker: Maker, flags: str) -> dict:
         try:
             at, loss = maker.pretrain(flags)["commit"], read_lines(log)[-1]["valid_loss"]
         except Failed as failed:
-            if LOWER_RATE not in str(failed):
-                raise
+            refuse_other(failed)
             at, loss = commit(), math.nan
         forget(log.parent)
         return {"valid_loss": loss if math.isfinite(loss) else None, "commit": at}
@@ -128,7 +128,7 @@ def search(name: str, look: Callable[[str], dict]) -> tuple[str, dict[str, float
 def zero_shot(maker: Maker, flags: str, further: str) -> dict:
     """The held-out tasks' scores after a pre-training and further steps: {"tasks": {name: score}, "mean", "trained"}.
 
-    "trained": the commit that trained last.
+    "trained": the commits that trained last (`commands.made_by`).
     """
 
     def make():
@@ -137,9 +137,8 @@ def zero_shot(maker: Maker, flags: str, further: str) -> dict:
             folder = trained_on(maker, flags, further) if further else maker.weights(flags)
         places = ["--checkpoint", str(folder), "--data-dir", maker.where["--data-dir"], "--zero-shot"]
         done = maker.run("evaluate.py", scored, [*places, *SCORE.split()], "scores.json")
-        by = ROOT / (maker.folder(flags, further) if further else folder) / "commit"
+        trained = made_by(ROOT / (maker.folder(flags, further) if further else folder) / "result.json")
         tasks = {task: round(score, 3) for task, score in main_scores(done["tasks"]).items()}
-        trained = by.read_text() if by.exists() else "unknown"
         return {"tasks": tasks, "mean": done["mean"], "commit": done["commit"], "trained": trained}
 
     return maker.value(key_of(flags, further), make)
@@ -156,16 +155,23 @@ def trained_on(maker: Maker, flags: str, further: str) -> Path:
 
 
 def make_all(maker: Maker, name: str, seed: int, lock: threading.Lock):
-    """All values of a method and a seed. lock: of the method, so that two seeds do not both search."""
+    """All values of a method and a seed. lock: of the method, so that two seeds do not both search.
+
+    If training is not finite that is written down, and the rest of this run is left out.
+    """
     if name == BACKBONE:
         zero_shot(maker, UNTOUCHED, "")
         return forget(ROOT / maker.folder(UNTOUCHED))
     with lock:
         rate, _ = search(name, lambda flags: valid_loss(maker, flags))
     flags, all_further = training_flags(name, rate, seed, STEPS), [further_flags(name, k) for k in FURTHER]
-    maker.trained(flags)
-    for further in all_further:
-        zero_shot(maker, flags, further)
+
+    def make():
+        maker.trained(flags)
+        for further in all_further:
+            zero_shot(maker, flags, further)
+
+    unless_failed(maker, flags, make)
     for further in all_further:
         forget(ROOT / (maker.folder(flags, further) if further else maker.folder(flags)))
 
@@ -191,8 +197,8 @@ test task was used to choose anything. All values, with their flags, commits, da
 
 A verdict needs three seeds, and follows the rule of `results/claims.md`: "a > b" by a paired t-test at 5 %. "Signs as
 theirs": the comparisons whose mean is above 0, whatever chance makes of it. "Would decide": the seeds after which
-the rule decides if mean and standard deviation stay as seen; with one seed the deviation is the one that the claim's
-comparisons have on `strings`.
+the rule decides if mean and standard deviation stay as seen, so that it takes two seeds to say. Nothing is corrected
+for the number of comparisons.
 {sections}"""
 ABOUT = """ Model: SmolLM2-135M-Instruct, a 4-bit file that is dequantised when it is loaded. Data: a slice of SuperNI,
 30 tasks to train on, with 2,850 examples, and 10 test tasks. Not blind: scores of this model on these tasks, of smaller
@@ -207,16 +213,21 @@ def rates_of(raw: dict[str, dict], name: str) -> tuple[str, dict[str, float | No
         return None
 
 
-def values_of(raw: dict[str, dict]) -> dict[str, dict[tuple, dict]]:
-    """{measure: {(seed,): its line's value}} of all that is made; "trained METHOD" is what pre-training says."""
+def runs_of(raw: dict[str, dict]) -> Iterator[tuple[str, int, str]]:
+    """(method, seed, its flags of train.py) of all runs that may be in a raw file."""
     seeds = sorted({int(key.split(" | ")[0].split()[-1]) for key in raw})
-    keys = {BACKBONE: {(0,): key_of(UNTOUCHED, "")}}
     for name in METHODS:
         if found := rates_of(raw, name):
-            flags = {(seed,): training_flags(name, found[0], seed, STEPS) for seed in seeds}
-            keys[f"trained {name}"] = flags
-            for k in FURTHER:
-                keys[label(name, k)] = {seed: key_of(of, further_flags(name, k)) for seed, of in flags.items()}
+            yield from ((name, seed, training_flags(name, found[0], seed, STEPS)) for seed in seeds)
+
+
+def values_of(raw: dict[str, dict]) -> dict[str, dict[tuple, dict]]:
+    """{measure: {(seed,): its line's value}} of all that is made; "trained METHOD" is what pre-training says."""
+    keys = {BACKBONE: {(0,): key_of(UNTOUCHED, "")}}
+    for name, seed, flags in runs_of(raw):
+        keys.setdefault(f"trained {name}", {})[seed,] = flags
+        for k in FURTHER:
+            keys.setdefault(label(name, k), {})[seed,] = key_of(flags, further_flags(name, k))
     made = {of: {at: raw[key]["value"] for at, key in each.items() if key in raw} for of, each in keys.items()}
     return {measure: values for measure, values in made.items() if values}
 
@@ -266,7 +277,7 @@ def write(folder: Path):
     if scores:
         parts += ["### Scores\n", scores_table(scores), "", "### Comparisons\n"]
         parts += [comparisons_table(CLAIMS, measured, (), toy), "", "### Pre-training\n"]
-        parts += [training_table(METHODS, measured), "", "### Learning rates\n"]
+        parts += [training_table(METHODS, measured), "", *lost(runs_of(raw), raw), "### Learning rates\n"]
         parts += [f"The loss on unseen examples of training tasks after {SEARCH_STEPS} steps, seed 0. *: an edge.\n"]
         parts += [rates_table(raw), ""]
     about, navigation = (ABOUT, NAVIGATION) if here else ("", "")

@@ -72,11 +72,12 @@ def _first(text: str, width: int) -> str:
     return text[:count]
 
 
-def mean_std_text(values: list[float], sign: str = "+-") -> str:
-    """ "mean +- standard deviation" with one decimal; the mean alone for one value, "" for none."""
+def mean_std_text(values: list[float], sign: str = "+-", digits: int = 1) -> str:
+    """ "mean +- standard deviation" with so many decimals; the mean alone for one value, "" for none."""
     if not values:
         return ""
-    return f"{statistics.fmean(values):.1f}" + (f" {sign} {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    spread = f" {sign} {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
 # --- Tables for the terminal ------------------------------------------------------------------------------------------

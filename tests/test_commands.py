@@ -12,6 +12,7 @@ import time
 import pytest
 
 from experiments import commands
+from plumbing.errors import UserError
 from plumbing.folders import append_line, read_lines
 
 
@@ -59,6 +60,24 @@ def test_a_script_is_stopped_when_the_time_is_over(slow, tmp_path):
     with pytest.raises(commands.OutOfTime):
         slow("b", until)
     assert not (tmp_path / "b.began").exists() and not (tmp_path / "commit").exists()
+
+
+def test_a_resumed_run_names_the_commits_of_all_its_starts(tmp_path):
+    """A run that was begun at one commit and ended at another is of both; any other result is of its own commit."""
+    starts = [{"commit": "aaa"}, {"commit": "bbb"}, {"commit": "aaa"}]
+    (tmp_path / "provenance.json").write_text(json.dumps({"starts": starts}))
+    for name in ("result.json", "analysis.json"):
+        (tmp_path / name).write_text("{}")
+    assert commands.run("train.py", [], tmp_path / "result.json") == {"commit": "aaa, bbb"}
+    assert commands.run("tools.analyze", [], tmp_path / "analysis.json") == {"commit": "unknown"}
+    (tmp_path / "commit").write_text("ccc")
+    assert commands.run("tools.analyze", [], tmp_path / "analysis.json") == {"commit": "ccc"}
+
+
+def test_a_gpu_that_is_not_there_is_refused():
+    commands.refuse_absent_gpu("cpu")
+    with pytest.raises(UserError, match="^--device cuda: torch sees no CUDA GPU here"):
+        commands.refuse_absent_gpu("cuda")
 
 
 def test_a_script_that_does_not_stop_is_killed(tmp_path, monkeypatch):

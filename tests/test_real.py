@@ -207,11 +207,12 @@ def test_verdicts_need_three_seeds(bench):
     here = [line.split(" | ")[3] for line in one.split("| here |")[1].splitlines()[2:9]]
     assert len(here) == len(real.CLAIMS) and all(re.match(r"undecided: 0 of \d comparisons", cell) for cell in here)
     page = command()
-    row = re.search(r"\| few-shot \| Poly > LoRA \| (.*?) \| (.*?) \| (\w+) \| (.*?) \|", page)
+    row = re.search(r"\| few-shot \| Poly > LoRA \| (.*?) \| (.*?) \| (\S+) to (\S+) \| (\w+) \| (.*?) \|", page)
     seeds = [float(x) for x in row[1].split()]
     assert len(seeds) == 3 and float(row[2]) == pytest.approx(np.mean(seeds), abs=0.1)
-    p = stats.ttest_1samp(seeds, 0).pvalue
-    assert row[3] == ("undecided" if p > 0.05 else "holds" if np.mean(seeds) > 0 else "fails")
+    test = stats.ttest_1samp(seeds, 0)
+    assert row[5] == ("undecided" if test.pvalue > 0.05 else "holds" if np.mean(seeds) > 0 else "fails")
+    assert [float(x) for x in row.group(3, 4)] == pytest.approx(list(test.confidence_interval()), abs=0.3)
 
 
 def test_one_comparison_that_fails_decides_a_claim(bench, tmp_path):
@@ -231,14 +232,14 @@ def test_a_floor_is_on_the_page(bench):
 
 
 def test_with_one_seed_the_deviation_is_that_of_strings():
-    """Pooled over the comparisons of the same claims; without values there is no number of seeds."""
-    toy = verdicts.read_raw(verdicts.ROOT / "results" / "claims.jsonl")
-    claim = real.CLAIMS["heads"]
-    parts = verdicts.judged(verdicts.CLAIMS["heads"], toy, verdicts.SEEDS)
-    assert real.spread_on_strings(claim._replace(toy=("heads",)), toy) == pytest.approx(
-        math.sqrt(np.mean([np.var(part.seeds, ddof=1) for part in parts]))
-    )
-    assert real.spread_on_strings(claim, {}) == 0 and real.would_decide(">", [1.0], 0.0) == ""
+    """Of the same comparison, where LoRA is called LoRA (Shared); without one there is no number of seeds."""
+    toy, claim = verdicts.read_raw(verdicts.ROOT / "results" / "claims.jsonl"), real.CLAIMS["μ"]
+    theirs = verdicts.CLAIMS["mu"].compare.index(("Poly-mu", ">", "LoRA (Shared)"))
+    part = verdicts.judged(verdicts.CLAIMS["mu"], toy, verdicts.SEEDS)[theirs]
+    assert real.spread_on_strings(("Poly-mu", ">", "LoRA"), claim, toy) == pytest.approx(np.std(part.seeds, ddof=1))
+    assert real.spread_on_strings(("Poly-mu", ">", "LoRA"), claim, {}) == 0
+    assert real.spread_on_strings(("Poly-mu", ">", "LoRA-big"), claim, toy) == 0
+    assert real.would_decide(">", [1.0], 0.0) == ""
     assert real.would_decide("~", [0.5], 3.0) == f"{real.enough('~', 0.5, 3.0)} seeds"
 
 
@@ -264,7 +265,7 @@ def test_a_part_of_a_seed_decides_nothing(bench, tmp_path):
     real.write(tmp_path / "results")
     page = (tmp_path / "results" / "real.md").read_text()
     assert len(lines) - len(raw.read_text().splitlines()) == 1
-    assert re.search(r"\| Poly > LoRA \| \S+ \S+ \([+-][\d.]+\) \| [+-][\d.]+ \| undecided \|", page)
+    assert re.search(r"\| Poly > LoRA \| \S+ \S+ \([+-][\d.]+\) \| [+-][\d.]+ \|  \| undecided \|", page)
     assert "| undecided: 2 of 3 comparisons have three seeds |" in page
     kept = [json.loads(line) for line in raw.read_text().splitlines()]
     raw.write_text("".join(f"{json.dumps(line)}\n" for line in kept if "--seed 2 |" not in line["key"]))
@@ -399,7 +400,8 @@ def test_the_page_of_the_results_is_what_its_raw_file_gives(monkeypatch, stem, m
 @pytest.mark.parametrize(
     "line, named",
     [("", "--data-dir"), ("--data-dir D", "--data-dir and --backbone"), ("--page --jobs 0", "--jobs"),
-     ("--page --minutes 0", "--jobs and --minutes"), ("--page --seeds -1", "--jobs"),
+     ("--page --minutes 0", "--jobs and --minutes"), ("--page --minutes nan", "--jobs and --minutes"),
+     ("--page --seeds -1", "--jobs"),
      ("--page --results FILE", "--results FILE"), ("--page --seeds 0 0", "--seeds"),
      ("--data-dir NONE --backbone B", "--data-dir NONE")],
 )  # fmt: skip
@@ -413,9 +415,19 @@ def test_flags_that_cannot_be(monkeypatch, capsys, tmp_path, line, named):
     assert stopped.value.code == 2 and f"error: {named}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("odd", ["{", "[]", "\0", json.dumps({"key": "a", "value": 1}), json.dumps({"key": 1})])
+LINE = {"key": "a", "value": {"mean": 1.0}, "commit": "abc", "made": "2026-01-02", "on": "cpu", "setup": "s"}
+SCORED = {"tasks": {"t": 1.0}, "mean": 1.0, "before": 1.0, "parameters": {}}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    ["{", "[]", "\0", '{"key": "a", "value": 1}', '{"key": 1}', *(json.dumps(LINE | change) for change in (
+        {"key": "a | b --tasks all"}, {"key": "a | b --tasks dev"}, {"key": "a | alignment"}, {"key": "a | failed"},
+        {"key": "a | b --tasks all", "value": SCORED | {"tasks": {"t": "1"}}},
+    ))],
+)  # fmt: skip
 def test_a_damaged_raw_file_is_one_sentence(tmp_path, odd):
-    whole = {"key": "a", "value": {"mean": 1.0}, "commit": "abc", "made": "2026-01-02", "on": "cpu", "setup": "s"}
+    whole = LINE
     (tmp_path / "real.jsonl").write_text(json.dumps(whole) + "\n")
     assert real_runs.read_raw(tmp_path / "real.jsonl") == {"a": whole}
     with open(tmp_path / "real.jsonl", "a") as file:

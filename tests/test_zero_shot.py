@@ -200,6 +200,28 @@ def test_a_rate_at_which_training_fails_is_the_worst(bench, monkeypatch, tmp_pat
         command("--seeds", "0", place=tmp_path / "other")
 
 
+def test_a_run_that_is_not_finite_stops_no_other(bench, monkeypatch, tmp_path):
+    """It is written down and said on the page, and not begun again; another failure stops all."""
+    command, done = bench
+    usual, says = real_runs.run, [LOWER_RATE]
+
+    def fails(script, flags, result, until=math.inf):
+        text = " ".join(flags)
+        if script == "train.py" and "--method poly" in text and f"--steps {zero_shot.STEPS} " in text:
+            raise commands.Failed(says[0])
+        return usual(script, flags, result, until)
+
+    monkeypatch.setattr(real_runs, "run", fails)
+    page = command("--seeds", "0")
+    assert "was not finite, and what followed was left out: Poly-mu of seed 0.\n" in page and "| MHR-μ | 1 |" in page
+    made = len(done)
+    command("--seeds", "0")
+    assert len(done) == made
+    says[0] = "out of memory"
+    with pytest.raises(commands.Failed, match="out of memory"):
+        command("--seeds", "1")
+
+
 # --- The page ---------------------------------------------------------------------------------------------------------
 
 
