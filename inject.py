@@ -19,6 +19,7 @@ and nothing is written to a layer.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -305,6 +306,8 @@ def _give_mixture(layer: nn.Module, args: tuple, kwargs: dict):
     if not args:  # by keyword, under the name that a linear layer or this one gives it
         args, kwargs = (kwargs.get("input", kwargs.get("x")),), {}
     now = _pass_now()
+    if torch.compiler.is_compiling() and layer._number < 0:  # never: read, so that a graph is of this layer alone
+        return None
     if now is not None and layer in now.mixed:
         params = now.mixed[layer]
         if all(len(p) == 1 for p in params.values()):  # one adapter for all rows, whatever they are
@@ -353,19 +356,21 @@ def _refuse_rows(layer: nn.Module, x: Tensor, now: _Pass):
 
 
 def remember(function):
-    """A function that, whenever it is called, sees the pass of now: for gradient checkpointing.
+    """A function that, whenever it is called, sees the pass and the task ids of now: for gradient checkpointing.
 
     The backward pass calls it again, after the model's call has ended, and perhaps in another thread.
     """
     if torch.compiler.is_compiling():
         return function  # the graph knows what it computes again
-    now = _thread.now and _thread.now._replace(model=None)
+    now, ids = _thread.now and _thread.now._replace(model=None), _ids.get()
 
     def within(*args, **kwargs):
-        before, _thread.now = _thread.now, now
+        before, token = _thread.now, _ids.set(ids)
+        _thread.now = now
         try:
             return function(*args, **kwargs)
         finally:
+            _ids.reset(token)
             _thread.now = before
 
     return within
@@ -430,6 +435,9 @@ def compiled(function, model: nn.Module, **options):
 # --- Injection --------------------------------------------------------------------------------------------------------
 
 
+_numbers = itertools.count()  # of routed layers: all are different
+
+
 def freeze(model: nn.Module):
     """No parameter of the model is trained from here on, also none of its adapters; those injected afterwards are."""
     for p in unwrapped(model).parameters():
@@ -443,8 +451,10 @@ def inject(model: nn.Module, make_layer, pattern: str | list[str]) -> list[str]:
     GPT-2's Conv1D, a linear layer with its weight stored (i, o), becomes an nn.Linear that shares its memory.
     Returns the names replaced, in model order. Raises ValueError, with the model unchanged, if nothing matches (or
     nothing one of the names), a match is no linear layer or would not be called (`_refuse_unused`), the model already
-    has adapters, or make_layer refuses a layer (its name is added); TypeError if make_layer is no such function.
+    has adapters or is in DistributedDataParallel, or make_layer refuses a layer (its name is added); TypeError if
+    make_layer is no such function.
     """
+    _refuse_parallel(model)
     model = unwrapped(model)
     if adapted_layers(model):
         raise ValueError("this model already has adapters: load it anew, or train those")
@@ -477,6 +487,7 @@ def inject(model: nn.Module, make_layer, pattern: str | list[str]) -> list[str]:
             first.add(layer.router)
             if layer.router.Z.device != layer.weight.device:
                 layer.router.to(layer.weight.device)
+            layer._number = next(_numbers)
             layer.register_forward_pre_hook(_give_mixture, with_kwargs=True)
         _put(model, name, layer)
     if routers(model):
@@ -534,6 +545,12 @@ def _refuse_unused(model: nn.Module, name: str, also: list[str]):
         why = f"it is also {also[0]}, where it would stay as it is:"
     if why:
         raise ValueError(f"layer {name} cannot be adapted, {why} leave it out of the pattern")
+
+
+def _refuse_parallel(model: nn.Module):
+    """Raise ValueError for DistributedDataParallel: it sums the gradients of the parameters that it was made with."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError("DistributedDataParallel would not see new parameters: do this before the model is wrapped")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -602,8 +619,8 @@ def check(model: nn.Module, forward: Callable):
 
     forward(): a call of the model with three examples of seven tokens each, best returning its output. It is called in
     training mode, and in evaluation mode, where some models take a faster path; random states stay as they were.
-    Raises ValueError, with the layer's name, for a layer that is never called, whose output is not used, or (routed)
-    whose rows are not those of the examples in their order; and if there are no adapters.
+    Raises ValueError, with the layer's name, for a layer that is never called, or without gradients, whose output is
+    not used, or (routed) whose rows are not those of the examples in their order; and if there are no adapters.
     """
     model = unwrapped(model)
     layers, training = adapted_layers(model), {module: module.training for module in model.modules()}
@@ -674,6 +691,9 @@ def _refuse_rows_of_others(model: nn.Module, layers: dict[str, nn.Module], forwa
     for name, pairs in calls.items():
         if not pairs and "expert" not in name:
             raise ValueError(f"layer {name} is never called in evaluation: its adapter would do nothing, leave it out")
+        trained = any(p.requires_grad for own, p in layers[name].named_parameters() if not own.startswith("linear."))
+        if pairs and trained and not any(y.requires_grad for _, y in pairs):
+            raise ValueError(f"layer {name} is called without gradients: its adapter would never learn, leave it out")
         for x, _ in pairs if hasattr(layers[name], "router") else ():
             _refuse_shape(name, tuple(x.shape[:-1]))
     if not all(is_whole(layer.linear.weight) or layer.linear.weight.dtype == torch.uint8 for layer in layers.values()):
@@ -727,8 +747,9 @@ def add_tasks(model: nn.Module, count: int, keep: bool = True):
     """Every router gets `count` fresh tasks: after the old ones, which stay bit for bit, or in their place.
 
     Z is then a new parameter: make the optimiser afterwards. Without routers nothing is to be done. Raises ValueError
-    unless count is an integer of at least 1.
+    unless count is an integer of at least 1, and for DistributedDataParallel.
     """
+    _refuse_parallel(model)
     if not hasattr(count, "__index__") or count < 1:
         raise ValueError(f"add_tasks takes how many tasks to add, an integer of at least 1, not {count!r}")
     for router in routers(model):
@@ -765,6 +786,7 @@ def merge(model: nn.Module, task: int) -> dict[str, nn.Module]:
     for name, linear in plain.items():
         conv1d = getattr(layers[name].linear, "conv1d", None)
         _put(model, name, _as_conv1d(linear, conv1d) if conv1d else linear)
+    model._is_merged = True
     return layers
 
 
@@ -775,13 +797,19 @@ def is_whole(weight: Tensor) -> bool:
 
 def unmerge(model: nn.Module, layers: dict[str, nn.Module]):
     """Undo `merge`: put the layers that it returned back."""
+    model = unwrapped(model)
     for name, layer in layers.items():
-        _put(unwrapped(model), name, layer)
+        _put(model, name, layer)
+    if layers:
+        model._is_merged = False
 
 
 @contextmanager
 def merged(model: nn.Module, task: int):
-    """`merge` for the length of a context, then `unmerge`. A model without adapters stays as it is."""
+    """`merge` for the length of a context, then `unmerge`. A model that never had adapters stays as it is; ValueError
+    for one that is merged already."""
+    if getattr(unwrapped(model), "_is_merged", False) and not adapted_layers(model):
+        raise ValueError("this model is merged for a task already: unmerge it first")
     layers = merge(model, task) if adapted_layers(model) else {}
     try:
         yield

@@ -1,6 +1,7 @@
 """One mix for all layers of a model: the numbers of each layer by itself, in few operations, in any kind of call."""
 
 import asyncio
+import contextlib
 import copy
 import pickle
 import random
@@ -553,6 +554,31 @@ def test_a_model_without_routers_compiles_as_any_other():
     model, x = chain("lora", "lora"), torch.randn(4, 3, 8)
     for call in (compiled(lambda x: model(x), model, **WHOLE), torch.compile(model, **WHOLE)):
         assert_close(call(x), model(x))
+
+
+@noisy
+def test_a_whole_model_that_is_computed_again_has_its_own_ids(method, adapter):
+    """`remember` around a call of the model itself: the backward pass may be in another context, or in none."""
+    model, x = chain(method, adapter), torch.randn(4, 3, 8)
+    expected = results(model, x, IDS)[1:]
+    for around in (lambda: task_ids(IDS), lambda: task_ids([1, 1, 0, 0]), contextlib.nullcontext):
+        with task_ids(IDS):
+            loss = checkpoint(remember(lambda x: model(x).square().sum()), x, use_reentrant=False)
+        with around():
+            assert_close(list(torch.autograd.grad(loss, trained(model))), expected, **GRADIENTS_CLOSE)
+
+
+@noisy
+def test_parts_that_are_compiled_have_their_own_mixtures(method, adapter):
+    """Layers of one shape, each compiled: a graph is not taken for the next layer, nor for another model's."""
+    torch._dynamo.reset()
+    for _ in range(2):
+        model, x = chain(method, adapter), torch.randn(4, 3, 8)
+        expected = results(model, x, IDS)
+        for layer in model.layers:
+            layer.compile(backend="eager")
+        for _ in range(2):
+            assert_close(results(model, x, IDS), expected, **GRADIENTS_CLOSE)
 
 
 @pytest.mark.slow

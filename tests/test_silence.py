@@ -28,8 +28,8 @@ from benchmarks.superni import _official_rows
 from data import Example, collate, encode_inputs, encode_outputs, tokens
 from ia3 import IA3, IA3Linear
 from inject import (
-    adapted_layers, adapter_parameters, check, fingerprint, freeze, inject, load_adapters, merge, save_adapters,
-    task_ids, unwrapped,
+    adapted_layers, adapter_parameters, add_tasks, check, fingerprint, freeze, inject, load_adapters, merge, merged,
+    save_adapters, task_ids, unmerge, unwrapped,
 )  # fmt: skip
 from layers import sharing_key
 from lora import LoRA, LoRALinear
@@ -447,6 +447,57 @@ def test_a_list_of_names_as_in_peft():
         inject(backbone("llama"), layer_maker("poly", "lora"), ["proj"])
     with pytest.raises(ValueError, match="^this model has no layer wi_0: give the names that it has, or a pattern"):
         inject(backbone("llama"), layer_maker("poly", "lora"), ["q_proj", "wi_0"])
+
+
+class NoGradient(nn.Module):
+    """Features that are computed without gradients, and a layer that is trained on them."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = torch.tanh(self.features(x))
+        return self.last(x)
+
+
+def test_a_layer_that_is_called_without_gradients_is_found():
+    """Its adapter would never learn; one that is frozen need not."""
+    model = NoGradient()
+    freeze(model)
+    inject(model, poly, ["features", "last"])
+    with pytest.raises(ValueError, match="^layer features is called without gradients: its adapter would never learn"):
+        check(model, lambda: model(torch.randn(3, 7, 8)))
+    freeze(model.features)
+    check(model, lambda: model(torch.randn(3, 7, 8)))
+
+
+def test_a_model_in_distributed_data_parallel_gets_no_new_parameters():
+    """It would not sum their gradients."""
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    for change in (lambda: inject(wrapped, poly, ["q_proj"]), lambda: add_tasks(wrapped, 1)):
+        with pytest.raises(ValueError, match="^DistributedDataParallel would not see new parameters: do this before"):
+            change()
+
+
+def test_a_merged_model_is_not_merged_for_another_task():
+    """It would go on serving the first."""
+    model = adapted("llama", "poly", "lora")
+    with merged(model, 0), pytest.raises(ValueError, match="^this model is merged for a task already: unmerge it"):
+        with merged(model, 1):
+            pass
+    with merged(model, 1):
+        pass
+    layers = merge(model, 0)
+    with pytest.raises(ValueError, match="^this model is merged for a task already"):
+        with merged(model, 0):
+            pass
+    unmerge(model, layers)
+    with merged(model, 0):
+        pass
+    with merged(backbone("llama"), 0):
+        pass
 
 
 def test_other_patterns():
