@@ -213,6 +213,8 @@ def _begin_with(model: nn.Module, ids: _Ids | None, around: _Pass | None, args: 
         return
     inside = set(model.modules())
     layers = [m for m in model.modules() if "router" in m._modules and "inventory" in m._modules]
+    if layers and (torch.compiler.is_exporting() or not torch.compiler.is_compiling() and torch.jit.is_tracing()):
+        raise RuntimeError("what is exported or traced would hold these task ids for good: merge one task first")
     kept = {} if ids.kept is None else ids.kept
     mixed = kept | mix_all([layer for layer in layers if layer not in kept], ids)
     _thread.now = _Pass(model, inside, ids, batch, mixed, around)
@@ -276,19 +278,22 @@ def _stack(parameters: list[Tensor]) -> Tensor:
 
 
 def _alike(items, kind) -> list[list]:
-    """Items of the same kind(item) side by side, in order."""
+    """Items of the same kind(item) side by side, in order; one whose kind cannot be compared stays alone."""
     groups = {}
     for item in items:
-        groups.setdefault(kind(item), []).append(item)
+        try:
+            groups.setdefault(kind(item), []).append(item)
+        except TypeError:  # a setting that has no hash
+            groups[item] = [item]
     return list(groups.values())
 
 
 def _kind_of_router(router: nn.Module):
     """What routers have in common that can be one with a stacked Z; a router that is more than its Z stays alone."""
-    if len(list(router.parameters())) > 1:
+    more = router._buffers or len(list(router.parameters())) > 1
+    if more or router._forward_hooks or router._forward_pre_hooks:
         return router
-    settings = tuple((name, value) for name, value in vars(router).items() if name[0] != "_")
-    return type(router), settings, router.Z.shape, router.Z.dtype, router.Z.device, router.Z.requires_grad
+    return type(router), _settings(router), router.Z.shape, router.Z.dtype, router.Z.device, router.Z.requires_grad
 
 
 def _kind_of_layer(layer: nn.Module):
@@ -296,7 +301,13 @@ def _kind_of_layer(layer: nn.Module):
     if not layer.adapter.feature_axis:
         return layer
     shapes = tuple((name, p.shape, p.dtype, p.device) for name, p in layer.inventory.items())
-    return type(layer), layer.adapter, shapes, layer.router.per_example, layer.linear.weight.dtype
+    weights = (layer.router.per_example, layer.router.Z.shape[1:])
+    return type(layer), _settings(layer), shapes, weights, layer.linear.weight.dtype
+
+
+def _settings(module: nn.Module) -> tuple:
+    """All public attributes of a module that are no parts of it."""
+    return tuple([(name, value) for name, value in vars(module).items() if name[0] != "_"])
 
 
 def _give_mixture(layer: nn.Module, args: tuple, kwargs: dict):

@@ -23,7 +23,9 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 import inject as inject_module
 import train
-from inject import adapted_layers, adapter_parameters, compiled, freeze, inject, mix_all, remember, routers, task_ids
+from inject import (
+    adapted_layers, adapter_parameters, compiled, freeze, inject, merged, mix_all, remember, routers, task_ids,
+)  # fmt: skip
 from layers import LORA_LAYERS
 from lora import LoRA, LoRALinear
 from mhr import MHRLinear, MHRRouter
@@ -282,10 +284,15 @@ def test_routers_draw_independently_and_a_shared_one_once(monkeypatch, method):
         model, weights = draw(chain(method, router=router, tasks=400)), {}
         for own in routers(model):
             nn.init.zeros_(own.Z)
-        for same in inject_module._alike(model.layers, inject_module._kind_of_layer):
-            mix = lambda w, p, same=same, mix=same[0].mix: weights.update(zip(same, w, strict=True)) or mix(w, p)  # noqa
-            monkeypatch.setattr(same[0], "mix", mix)
-        with task_ids(range(400)):
+        kind = type(model.layers[0])
+        groups = {same[0]: same for same in inject_module._alike(model.layers, inject_module._kind_of_layer)}
+
+        def mix(self, w, inventory, own=kind.mix, groups=groups, weights=weights):
+            weights.update(zip(groups[self], w, strict=True))
+            return own(self, w, inventory)
+
+        with monkeypatch.context() as patch, task_ids(range(400)):
+            patch.setattr(kind, "mix", mix)
             model(torch.randn(400, 8))
         w = torch.stack([weights[layer].flatten() for layer in model.layers])
         assert_close(torch.corrcoef(w), expected, rtol=0, atol=off)
@@ -554,6 +561,76 @@ def test_a_model_without_routers_compiles_as_any_other():
     model, x = chain("lora", "lora"), torch.randn(4, 3, 8)
     for call in (compiled(lambda x: model(x), model, **WHOLE), torch.compile(model, **WHOLE)):
         assert_close(call(x), model(x))
+
+
+class Masked(PolyRouter):
+    """A router that leaves a skill out: a number of its own that is no parameter."""
+
+    def __init__(self, out: int):
+        super().__init__(TASKS, SKILLS)
+        self.register_buffer("mask", torch.arange(SKILLS) != out)
+
+    def forward(self, tasks, sample=None, Z=None):
+        return super().forward(tasks, sample, Z) * self.mask
+
+
+class Scaled(PolyLinear):
+    """A layer with a setting of its own, which its mixture depends on."""
+
+    def mix(self, w, inventory=None):
+        return {name: p * self.scale for name, p in super().mix(w, inventory).items()}
+
+
+def scaled(linear: nn.Module, scale) -> Scaled:
+    layer = Scaled(linear, LoRA(2), PolyRouter(TASKS, SKILLS))
+    layer.scale = scale
+    return layer
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda k, linear: PolyLinear(linear, LoRA(2), Masked(k % SKILLS)),
+        lambda k, linear: MHRLinear(linear, LoRA(2), MHRRouter(TASKS, SKILLS, heads=(1, 2, 4, 4)[k])),
+        lambda k, linear: scaled(linear, k + 1.0),
+        lambda k, linear: scaled(linear, torch.tensor(k + 1.0)),
+    ],
+    ids=["a buffer", "heads", "a setting", "a setting that has no hash"],
+)
+def test_layers_and_routers_that_differ_are_not_mixed_as_one(make):
+    """Each gives what it gives by itself."""
+    model, x, numbers = Chain(), torch.randn(4, 3, 8), iter(range(4))
+    freeze(model)
+    inject(model, lambda name, linear: make(next(numbers), linear), r"layers\.\d")
+    randomise(model.eval())
+    with task_ids(IDS):
+        got = model(x)
+    for layer in model.layers:
+        x = torch.tanh(layer(x, torch.tensor(IDS)))
+    assert_close(got, x, **CLOSE)
+
+
+def test_a_hook_of_a_router_is_called():
+    model, seen = chain(), []
+    for router in routers(model):
+        router.register_forward_hook(lambda module, args, w: seen.append(module))
+    with task_ids(IDS):
+        model(torch.randn(4, 3, 8))
+    assert seen == routers(model)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_ids_are_not_held_by_a_graph_that_outlives_them():
+    """torch.export and torch.jit.trace would serve the ids of their example for good; a merged model has none."""
+    model, x = chain(), torch.randn(4, 3, 8)
+    for export in (lambda m: torch.export.export(m, (x,)), lambda m: torch.jit.trace(m, (x,))):
+        with (
+            task_ids(IDS),
+            pytest.raises(RuntimeError, match="would hold these task ids for good: merge one task first"),
+        ):
+            export(model)
+        with merged(model, 1):
+            export(model)
 
 
 @noisy
