@@ -38,8 +38,7 @@ class Example(NamedTuple):
 
 @dataclass
 class Task:
-    """name: unique in its benchmark. metric: a key of `benchmarks.metrics.METRICS`. train, dev,
-    test: its examples.
+    """name: unique in its benchmark. metric: a key of `benchmarks.metrics.METRICS`. train, dev, test: its examples.
 
     also: further metrics to report. skills: what the task is truly made of, if known (strings). group: the kind of
     task, if the benchmark names one (SuperNI's category, T0's data set, CrossFit's task type).

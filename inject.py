@@ -376,6 +376,7 @@ def remember(function):
     now, ids = _thread.now and _thread.now._replace(model=None), _ids.get()
 
     def within(*args, **kwargs):
+        """The function, as it would be called then."""
         before, token = _thread.now, _ids.set(ids)
         _thread.now = now
         try:

@@ -7,7 +7,7 @@ package "rouge".
 Rouge-L knows the letters a-z and digits alone. For tasks in other languages SuperNI's official scorer takes GPT-2's
 tokens instead: XLINGUAL.
 
-The libraries of a metric are imported where it is computed: all of them take longer than torch.
+The libraries of a metric are imported where it is computed: they take seconds.
 """
 
 import functools

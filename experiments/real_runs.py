@@ -113,7 +113,7 @@ def few_shot_flags(variant: str, budget: str, split: int, rate: str, seed: int) 
     return " ".join(f"--variant {variant} {budget} --split {split} {rate} --seed {seed}".split())
 
 
-HAS = {  # what a value has whose key ends so; any other has at least one entry
+NEEDED = {  # in a value whose key ends so
     "--tasks all": ("tasks", "mean", "before", "parameters"), "--tasks dev": ("dev_loss",),
     " | alignment": ("inventory", "mixtures"), " | failed": ("says",),
 }  # fmt: skip
@@ -126,7 +126,7 @@ def read_raw(path: Path) -> dict[str, dict]:
         texts, value = [line[name] for name in ("key", "commit", "made", "on", "setup")], line["value"]
         if not isinstance(value, dict) or any(type(text) is not str for text in texts):
             raise ValueError
-        for end, names in HAS.items():
+        for end, names in NEEDED.items():
             if line["key"].endswith(end) and not value.keys() >= set(names):
                 raise ValueError
         for numbers in (value[name] for name in ("tasks", "inventory", "mixtures") if name in value):

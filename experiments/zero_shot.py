@@ -30,9 +30,7 @@ from experiments.commands import ROOT, Failed, made_by, side_by_side
 from experiments.methods import NAVIGATION
 from experiments.real import Claim, claims_table, comparisons_table, lost, training_table
 from experiments.real_command import arguments, carry_out, device_of, maker_of
-from experiments.real_runs import (
-    Maker, forget, lowest, read_raw, refuse_other, remove_hollow, setup_of, unless_failed,
-)  # fmt: skip
+from experiments.real_runs import Maker, forget, lowest, read_raw, refuse_other, remove_hollow, setup_of, unless_failed
 from plumbing.errors import UserError, exit_on_user_error
 from plumbing.folders import read_lines
 from plumbing.machine import commit

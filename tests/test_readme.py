@@ -16,12 +16,16 @@ import adapt
 import evaluate
 import recipes
 import train
-from experiments import babyai
+from benchmarks import strings
+from experiments import babyai, real_runs
 from experiments.claims import CLAIMS
 from experiments.methods import METHODS
 from experiments.verdicts import judge
+from inject import inject
+from layers import pattern_of
 from plumbing.flags import explicit_flags
 from recipes import FEW_SHOT, PRETRAINING, VARIANTS
+from tests.helpers import backbone, layer_maker
 from tools import analyze, compare, count_parameters, estimate_memory, export, show
 
 ROOT = Path(__file__).parents[1]
@@ -282,6 +286,36 @@ def test_scores_in_sentences_are_those_of_the_claims():
     assert re.search(rf"^\| MHR, s = 2 > Poly, s = 2 \| \+{above} \| .* \| undecided \|", page, re.M)
     for size, says in (("", "undecided"), (", s = 2", "holds")):  # the rule's word for "as good", and for "it is not"
         assert re.search(rf"^\| Poly-μ{size} > Random by task-μ{size} \| .* \| {says} \|", page, re.M)
+
+
+def test_the_example_of_a_task_is_one():
+    ((names, given, made),) = re.findall(
+        r"string \(([\w, ]+): `task: (\w+)` becomes `(\w+)`\)", " ".join(README.split())
+    )
+    task = "+".join(names.split(", "))
+    assert strings.compose(tuple(names.split(", ")), given) == made
+    assert task in [of.name for of in strings.strings().train]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_names_of_layers_are_those_of_the_set(family):
+    """docs/own-model.md: the names for a model adapt what `pattern_of("lora", model)` does."""
+    page = " ".join(DOCS["own-model"].split())
+    start, end = {"llama": ("Llama's family", ";"), "gpt2": ("of GPT-2", ";")}[family]
+    names = re.findall(r"`(\w+)`", page.split(start)[1].split(end)[0])
+    listed = [
+        inject(backbone(family), layer_maker("poly", "lora"), pattern)
+        for pattern in (names, pattern_of("lora", backbone(family)))
+    ]
+    assert listed[0] == listed[1] and len(names) >= 3
+
+
+def test_the_steps_of_the_real_run_are_those_of_its_budget():
+    """docs/gpu.md, for five test tasks."""
+    budget, most = real_runs.BUDGETS["papers"], FEW_SHOT["crossfit"]["steps"]
+    variants, splits = len(real_runs.METHODS["MHR"][1]), len(budget.splits)
+    says = f"{budget.steps:,} steps of 32 and then at most {most * variants * splits * 5:,} few-shot steps of 8"
+    assert f"{says} ({variants} variants, {splits} splits, 5 tasks)" in " ".join(DOCS["gpu"].split())
 
 
 def test_the_code_block_runs(tmp_path, monkeypatch):
