@@ -43,6 +43,12 @@ from torch import Tensor, nn
 NO_IDS = "a routed layer was called without task ids: wrap the call in `with task_ids(ids):`, in the same thread"
 
 
+IN_BACKWARD = (
+    "where its tasks are unknown: use model.gradient_checkpointing_enable(), or "
+    "checkpoint(inject.remember(function), ..., use_reentrant=False)"
+)
+
+
 class _Ids(NamedTuple):
     """What a `task_ids` context says."""
 
@@ -101,9 +107,10 @@ def _checked(ids) -> Tensor:
     integers = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
     if ids.dim() != 1 or len(ids) == 0 or not integers:
         raise ValueError(f"task ids must be a flat list of integers, one for each example, not {given}")
+    ids = ids.long()
     if ids.min() < 0:
         raise ValueError(f"task ids must not be negative, got {int(ids.min())}")
-    return ids.long()
+    return ids
 
 
 def accept_task_ids(model: nn.Module):
@@ -178,6 +185,7 @@ class _Thread(threading.local):
     def __init__(self):
         self.now: _Pass | None = None
         self.given: _Ids | None = None  # ids that are inputs of a compiled function
+        self.remembers = False  # whether it is in a function of `remember`
 
 
 _thread = _Thread()
@@ -213,14 +221,17 @@ def _begin_with(model: nn.Module, ids: _Ids | None, around: _Pass | None, args: 
         return
     inside = set(model.modules())
     layers = [m for m in model.modules() if "router" in m._modules and "inventory" in m._modules]
-    if layers and (torch.compiler.is_exporting() or not torch.compiler.is_compiling() and torch.jit.is_tracing()):
+    compiling = torch.compiler.is_compiling()
+    if not (compiling or _thread.remembers) and torch._C._current_graph_task_id() != -1:  # in a backward pass
+        raise RuntimeError(f"a model with routed layers is computed again in the backward pass, {IN_BACKWARD}")
+    if layers and (torch.compiler.is_exporting() or not compiling and torch.jit.is_tracing()):
         raise RuntimeError("what is exported or traced would hold these task ids for good: merge one task first")
     kept = {} if ids.kept is None else ids.kept
     mixed = kept | mix_all([layer for layer in layers if layer not in kept], ids)
     _thread.now = _Pass(model, inside, ids, batch, mixed, around)
     if ids.kept is not None:
         kept |= mixed | {model: _thread.now}
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and not compiling:
         for module in inside:
             if "_gradient_checkpointing_func" in vars(module):
                 _remember_in(module)
@@ -327,10 +338,7 @@ def _give_mixture(layer: nn.Module, args: tuple, kwargs: dict):
         return args, kwargs | {"tasks": now.ids.tasks, "rows": now.ids.rows, "params": params}
     again = now is None and torch._C._current_graph_task_id() != -1  # in a backward pass
     if again and hasattr(layer, "inventory"):
-        raise RuntimeError(
-            "a routed layer is computed again in the backward pass, where its model's mixture is unknown: use model."
-            "gradient_checkpointing_enable(), or checkpoint(inject.remember(function), ..., use_reentrant=False)"
-        )
+        raise RuntimeError(f"a routed layer is computed again in the backward pass, {IN_BACKWARD}")
     ids = now.ids if now is not None else _ids.get()
     if ids is None:
         raise RuntimeError(NO_IDS)
@@ -377,13 +385,13 @@ def remember(function):
 
     def within(*args, **kwargs):
         """The function, as it would be called then."""
-        before, token = _thread.now, _ids.set(ids)
-        _thread.now = now
+        before, token = (_thread.now, _thread.remembers), _ids.set(ids)
+        _thread.now, _thread.remembers = now, True
         try:
             return function(*args, **kwargs)
         finally:
             _ids.reset(token)
-            _thread.now = before
+            _thread.now, _thread.remembers = before
 
     return within
 
@@ -479,7 +487,8 @@ def inject(model: nn.Module, make_layer, pattern: str | list[str]) -> list[str]:
             module = _as_linear(module)
         if not name or not isinstance(module, nn.Linear):
             what = f"layer {name}" if name else "the model itself"
-            raise ValueError(f"{what} is a {type(module).__name__}, only linear layers can be adapted: {pattern!r}")
+            kind = f"{type(module).__name__} of {type(module).__module__.split('.')[0]}"  # PEFT has a Linear too
+            raise ValueError(f"{what} is a {kind}, only linear layers can be adapted: {pattern!r}")
         _refuse_unused(model, name, also)
         try:
             layer = make_layer(name, module)
@@ -603,7 +612,7 @@ def _as_conv1d(linear: nn.Linear, conv1d: type) -> nn.Module:
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The adapted layers of a model by name: those that `inject` put there."""
     named = unwrapped(model).named_modules()
-    return {name: m for name, m in named if hasattr(m, "merged") and hasattr(m, "linear")}
+    return {name: m for name, m in named if hasattr(m, "merged") and "linear" in m._modules}  # not what wraps a layer
 
 
 def routers(model: nn.Module) -> list[nn.Module]:
@@ -622,8 +631,8 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _plain(name: str) -> str:
-    """A parameter's name without what wraps a part of the model: torch.compile, or torch's checkpointing."""
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+    """A parameter's or layer's name without what wraps a part of the model: torch.compile, or torch's checkpointing."""
+    return f".{name}".replace("._orig_mod", "").replace("._checkpoint_wrapped_module", "")[1:]
 
 
 def check(model: nn.Module, forward: Callable):
@@ -832,13 +841,13 @@ def merged(model: nn.Module, task: int):
 # --- Saving and loading -----------------------------------------------------------------------------------------------
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
     """A short hash of the backbone: name, shape and up to 64 evenly spaced values of each of its parameters.
 
-    Adapters do not enter, so it is the same before and after injection. Values are rounded to bfloat16 first, so a
-    backbone loaded in bfloat16 or float32 is the same backbone. Weights that are quantised or split over processes say
-    little of the checkpoint: whoever loads it so sets `fingerprint_of_checkpoint` on the model, which is then the
-    answer.
+    Adapters do not enter, so it is the same before and after injection; nor do parameters named in `without`. Values
+    are rounded to bfloat16 first, so a backbone loaded in bfloat16 or float32 is the same backbone. Weights that are
+    quantised or split over processes say little of the checkpoint: whoever loads it so sets
+    `fingerprint_of_checkpoint` on the model, which is then the answer.
     """
     model = unwrapped(model)
     if known := getattr(model, "fingerprint_of_checkpoint", None):
@@ -846,7 +855,7 @@ def fingerprint(model: nn.Module) -> str:
     sha = hashlib.sha256()
     layers, added = adapted_layers(model), adapter_parameters(model)
     for name, p in model.named_parameters():
-        if name in added:
+        if name in added or name in without:
             continue
         owner, _, leaf = name.rpartition(".")
         if owner.removesuffix(".linear") in layers:  # the name that the parameter had before injection
@@ -859,14 +868,35 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def save_adapters(model: nn.Module, path: str):
-    """Write adapters and routers, and nothing of the backbone but its fingerprint, to a safetensors file.
+    """Write adapters and routers to a safetensors file, and whatever else requires a gradient: a head, if it is trained
+    too. Of what is frozen nothing but its fingerprint.
 
     Raises ValueError if there are no adapters, OSError as `write_tensors`.
     """
-    tensors = {_plain(name): p.detach().contiguous().cpu() for name, p in adapter_parameters(model).items()}
-    if not tensors:
+    model = unwrapped(model)
+    added = adapter_parameters(model)
+    if not added:
         raise ValueError("nothing to save: this model has no adapters: inject them, or unmerge those that are merged")
-    write_tensors(tensors, path, backbone=fingerprint(model))
+    known = set(map(id, added.values()))
+    beside = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in known}
+    tensors = {_plain(name): p.detach().contiguous().cpu() for name, p in (added | beside).items()}
+    write_tensors(tensors, path, backbone=fingerprint(model, without=beside), state=json.dumps(_described(model)))
+
+
+def _described(model: nn.Module) -> dict[str, str]:
+    """What tensors do not tell of each adapted layer: its kind, its settings, and with which layer it shares a router.
+
+    Without the numbers of tasks and of changed weights, which a file may change, and without addresses.
+    """
+    first, described = {}, {}
+    for name, layer in adapted_layers(model).items():
+        name, router = _plain(name), getattr(layer, "router", None)
+        parts = [type(layer).__name__, repr(getattr(layer, "adapter", None))]
+        if router is not None:
+            parts += [repr(router), f"the router of layer {first.setdefault(router, name)}"]
+        text = re.sub(r"\b(tasks|density)=[^,)]*(, )?| at 0x[0-9a-fA-F]+|(?<=\d)\.0\b", "", ", ".join(parts))
+        described[name] = " ".join(text.split())
+    return described
 
 
 def write_tensors(tensors: dict[str, Tensor], path: str, **metadata: str):
@@ -931,13 +961,15 @@ def load_adapters(model: nn.Module, path: str):
     """
     saved, metadata = read_tensors(path)
     model = unwrapped(model)
-    if metadata.get("backbone") != fingerprint(model):
+    named = adapter_parameters(model)
+    beside = {name: p for name, p in model.named_parameters() if _plain(name) in saved and name not in named}
+    if metadata.get("backbone") != fingerprint(model, without=beside):
         half = any(p.dtype == torch.float16 for p in model.parameters())
         raise ValueError(
             f"{path} was trained on another backbone: load the model that it was trained on"
             + half * " (a float16 one, as here, may not be known again: load in bfloat16 or float32, then .half())"
         )
-    named = adapter_parameters(model)
+    named |= beside
     full, own = {_plain(name): name for name in named}, {_plain(name): p for name, p in named.items()}
     for name in sorted(saved.keys() ^ own.keys()):
         at = "file" if name in saved else "model"
@@ -953,12 +985,24 @@ def load_adapters(model: nn.Module, path: str):
             values, places = saved[name.removesuffix("place") + "value"], saved[name]
             if values.shape != places.shape or not bool(((places >= 0) & (places < weight.numel())).all()):
                 raise ValueError(f"{path}: {name} names places outside its layer, or not one for each value")
+    _refuse_other_settings(model, path, metadata)
     for name, p in own.items():
         if saved[name].shape == p.shape:
             p.copy_(saved[name])
         else:
             owner, _, leaf = full[name].rpartition(".")
             setattr(model.get_submodule(owner), leaf, nn.Parameter(saved[name].to(p.device), p.requires_grad))
+
+
+def _refuse_other_settings(model: nn.Module, path: str, metadata: dict):
+    """Raise ValueError unless the layers of a model are described as in a file, or the file has no descriptions."""
+    try:
+        described = dict(json.loads(metadata.get("state", "{}")))
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(f"{path} is damaged: it does not say what its layers were") from None
+    for name, now in _described(model).items():
+        if (was := described.get(name, now)) != now:
+            raise ValueError(f"{path}: layer {name} was saved as {was}, in the model it is {now}: inject the same")
 
 
 def _kind(x: Tensor) -> str:

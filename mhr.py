@@ -115,8 +115,8 @@ class MHRRouter(nn.Module):
         self.Z = nn.Parameter(self.fresh(tasks))
 
     def fresh(self, tasks: int) -> Tensor:
-        """Logits (tasks, h, s) for new tasks, uniform within +-1e-3."""
-        return torch.empty(tasks, self.heads, self.skills).uniform_(-INIT, INIT)
+        """Float32 logits (tasks, h, s) for new tasks, uniform within +-1e-3."""
+        return torch.empty(tasks, self.heads, self.skills, dtype=torch.float32).uniform_(-INIT, INIT)
 
     @property
     def tasks(self) -> int:
@@ -189,7 +189,7 @@ class MHRLinear(nn.Module):
             axis = first + self.adapter.feature_axis[name]
             blocks = p.unflatten(axis, (self.router.heads, -1))
             before, after = "cfg"[: axis - first], "pqv"[: p.dim() - axis]  # of A: nhs,shpq->nhpq; of B: nhs,schp->nchp
-            joined = torch.einsum(f"...nhs,...s{before}h{after}->...n{before}h{after}", w, blocks)
+            joined = torch.einsum(f"...nhs,...s{before}h{after}->...n{before}h{after}", w.to(p.dtype), blocks)
             mixed[name] = joined.flatten(axis, axis + 1)
         return mixed
 

@@ -112,8 +112,8 @@ class PolyRouter(nn.Module):
         self.Z = nn.Parameter(self.fresh(tasks))
 
     def fresh(self, tasks: int) -> Tensor:
-        """Logits (tasks, s) for new tasks, uniform within +-1e-3."""
-        return torch.empty(tasks, self.skills).uniform_(-INIT, INIT)
+        """Float32 logits (tasks, s) for new tasks, uniform within +-1e-3."""
+        return torch.empty(tasks, self.skills, dtype=torch.float32).uniform_(-INIT, INIT)
 
     @property
     def tasks(self) -> int:
@@ -177,7 +177,8 @@ class PolyLinear(nn.Module):
         """
         mixed, axis = {}, w.dim() - 1  # the first axis of Phi_j, behind s
         for name, p in (inventory or self.inventory).items():
-            mixed[name] = torch.einsum("...ns,...sp->...np", w, p.flatten(axis)).unflatten(-1, p.shape[axis:])
+            flat = torch.einsum("...ns,...sp->...np", w.to(p.dtype), p.flatten(axis))
+            mixed[name] = flat.unflatten(-1, p.shape[axis:])
         return mixed
 
     def adapters(self, tasks: Tensor, rows: Tensor | None = None) -> dict[str, Tensor]:

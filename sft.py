@@ -67,7 +67,7 @@ class SFT:
         """
         size, device = linear.in_features * linear.out_features, linear.weight.device
         place = torch.randperm(size, device=device)[: max(1, round(self.density * size))].sort().values
-        return {"value": torch.zeros(len(place), device=device), "place": place}
+        return {"value": torch.zeros(len(place), dtype=torch.float32, device=device), "place": place}
 
     def apply(self, linear: nn.Linear, x: Tensor, value: Tensor, place: Tensor) -> Tensor:
         """y = x (W0 + D)^T + bias for x (b, l, i) -> (b, l, o).
@@ -89,7 +89,7 @@ class SFT:
         """
         value, place = value.unsqueeze(-3), place.unsqueeze(-3)  # (1, s, k)
         head = place // linear.in_features // (linear.out_features // w.shape[-2])
-        scaled = w.mT.gather(-1, head.expand(*w.shape[:-2], *head.shape[-2:])) * value  # (n, s, k)
+        scaled = w.mT.to(value.dtype).gather(-1, head.expand(*w.shape[:-2], *head.shape[-2:])) * value  # (n, s, k)
         return {"value": scaled.flatten(-2), "place": place.flatten(-2)}
 
     def merge(self, weight: Tensor, bias: Tensor | None, value: Tensor, place: Tensor):

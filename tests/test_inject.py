@@ -1,6 +1,7 @@
 """inject.py in real Hugging Face models: tiny random T5, BART, Llama and GPT-2, every method with every adapter."""
 
 import copy
+import json
 import math
 import os
 import pickle
@@ -448,7 +449,8 @@ def test_save_and_load_bit_for_bit(name, method, adapter, tmp_path):
     save_adapters(model, str(path))
     assert os.listdir(tmp_path) == ["adapter.safetensors"]  # no .tmp left
     saved, metadata = read_tensors(str(path))
-    assert metadata.keys() == {"backbone", "sha256"} and metadata["backbone"] == fingerprint(model)
+    assert metadata.keys() == {"backbone", "state", "sha256"} and metadata["backbone"] == fingerprint(model)
+    assert json.loads(metadata["state"]).keys() == adapted_layers(model).keys()
     assert saved.keys() == adapter_parameters(model).keys() and saved
     names = [key for key in saved if not key.endswith((".router.hidden.weight", ".router.last.weight"))]  # its own
     assert not any(key.startswith("linear.") or ".linear." in key or key.endswith(".weight") for key in names)
@@ -518,6 +520,112 @@ def test_a_file_of_other_adapters_is_refused(setting, tmp_path):
     assert "\n" not in message and len(message) < 300
     assert_same_state(model, before)
     assert all(p is q for p, q in zip(model.parameters(), objects, strict=True))
+
+
+ROUTERS = PolyRouter(TASKS, SKILLS), PolyRouter(TASKS, SKILLS)
+
+
+def poly_with(adapter, routing="gumbel", shared=None):
+    """A maker of Poly's layers. shared: for each layer, which of ROUTERS it has; None: each has its own."""
+    own = lambda name: PolyRouter(TASKS, SKILLS, routing) if shared is None else ROUTERS[shared[int(name)]]  # noqa: E731
+    return lambda name, linear: PolyLinear(linear, adapter, own(name))
+
+
+UNLIKE = {  # two makers of layers of the same names and shapes, that compute something else
+    "alpha": [poly_with(LoRA(2, alpha=alpha)) for alpha in (16.0, 1.0)],
+    "alpha of one adapter": [lambda _, linear, a=a: LoRALinear(linear, LoRA(2, alpha=a)) for a in (16.0, 1.0)],
+    "side": [lambda _, linear, side=side: IA3Linear(linear, IA3(side)) for side in ("in", "out")],
+    "routing": [poly_with(LoRA(2), routing) for routing in ("sigmoid", "gumbel")],
+    "sharing": [poly_with(LoRA(2), shared=which) for which in ((0, 1, 0, 1), (0, 1, 1, 1))],
+}
+
+
+def square(make, seed: int) -> nn.Module:
+    """A model of four equal layers with adapters from `make`, with values that matter."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    freeze(model)
+    inject(model, make, r"\d")
+    torch.manual_seed(seed)
+    randomise(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("one, other", UNLIKE.values(), ids=UNLIKE)
+def test_a_file_of_other_settings_with_the_same_shapes_is_refused(one, other, tmp_path):
+    """Its tensors fit, but the model would be another function. Made in the same way, it is the same one."""
+    path, x = str(tmp_path / "saved"), torch.randn(len(IDS), 3, 8)
+    model = square(one, seed=1)
+    save_adapters(model, path)
+    with task_ids(IDS):
+        expected = model(x)
+    wrong = square(other, seed=2)
+    before = snapshot(wrong)
+    with pytest.raises(ValueError, match=r"layer \d was saved as .*, in the model it is .*: inject the same") as error:
+        load_adapters(wrong, path)
+    assert "\n" not in str(error.value)
+    assert_same_state(wrong, before)
+    right = square(one, seed=2)
+    load_adapters(right, path)
+    with task_ids(IDS):
+        assert torch.equal(right(x), expected)
+
+
+def test_a_file_without_settings_is_read(tmp_path):
+    """As files were before they had them. And 16 for 16.0 is no other setting."""
+    path, model, other = str(tmp_path / "saved"), two(), two(fresh=True)
+    tensors = {name: p.detach() for name, p in adapter_parameters(model).items()}
+    write_tensors(tensors, path, backbone=fingerprint(model))
+    load_adapters(other, path)
+    assert_same_state(other, snapshot(model))
+    save_adapters(square(poly_with(LoRA(2, alpha=16.0)), seed=1), path)
+    load_adapters(square(poly_with(LoRA(2, alpha=16)), seed=2), path)
+
+
+class Own:
+    """An adapter of somebody's own, whose text has an address in it."""
+
+    feature_axis, init, apply, merge = LoRA.feature_axis, LoRA().init, LoRA().apply, LoRA().merge
+
+
+def test_an_adapter_of_ones_own_is_saved_and_loaded(tmp_path):
+    path = str(tmp_path / "saved")
+    one, other = (square(poly_with(Own()), seed) for seed in (1, 2))
+    save_adapters(one, path)
+    load_adapters(other, path)
+    assert_same_state(other, snapshot(one))
+
+
+def with_a_head(seed: int) -> nn.Module:
+    """A model with adapters and a head that is drawn anew, and trained with them."""
+    model = two()
+    torch.manual_seed(seed)
+    model.b = nn.Sequential(model.b, nn.Linear(8, 2))
+    return model
+
+
+def test_what_is_trained_beside_the_adapters_is_saved_with_them(tmp_path):
+    """A head, which is new in each process. Into a model where it is frozen too."""
+    path, x = str(tmp_path / "saved"), torch.randn(4, 3, 8)
+    model, frozen = with_a_head(1), with_a_head(2)
+    save_adapters(model, path)
+    assert read_tensors(path)[0].keys() == adapter_parameters(model).keys() | {"b.1.weight", "b.1.bias"}
+    freeze(frozen)
+    for other in (with_a_head(2), frozen):
+        load_adapters(other, path)
+        with task_ids(IDS[:4]):
+            assert torch.equal(other(x), model(x))
+    assert not any(p.requires_grad for p in frozen.parameters())
+    changed = with_a_head(2)
+    changed.a.linear.weight.data[0] += 1
+    before = snapshot(changed)
+    with pytest.raises(ValueError, match="another backbone"):
+        load_adapters(changed, path)
+    without = two()
+    without.b = nn.Sequential(without.b)
+    with pytest.raises(ValueError, match="b.1.bias is only in the file"):
+        load_adapters(without, path)
+    assert_same_state(changed, before)
 
 
 SPOILT = {  # what a file says of the first layer's places and values, and what is wrong with that
@@ -882,6 +990,7 @@ def test_all_kinds_of_integers_are_accepted():
     model, x = two(), torch.randn(4, 3, 8)
     kinds = [IDS, tuple(IDS), torch.tensor(IDS).numpy()]
     kinds += [torch.tensor(IDS, dtype=kind) for kind in (torch.int64, torch.int32, torch.int16, torch.uint8)]
+    kinds += [torch.tensor(IDS).numpy().astype(kind) for kind in ("uint8", "uint16", "uint32", "uint64")]
     outputs = []
     for ids in kinds:
         with task_ids(ids):
@@ -1017,8 +1126,8 @@ def test_an_unknown_family_has_no_default():
 BAD_PATTERNS = {"nothing": (r".*\.query", "no layer's name matches"), "a part": (r"SelfAttention", "no layer's")}
 BAD_PATTERNS |= {
     "a beginning": (r"encoder\.block\.0\.layer\.0\.Self", "no layer's name matches"),
-    "an embedding": (r"shared", "layer shared is a Embedding, only linear"),
-    "a linear and a norm": (r".*\.(q|layer_norm)", "layer_norm is a T5LayerNorm, only linear"),
+    "an embedding": (r"shared", "layer shared is a Embedding of torch, only linear"),
+    "a linear and a norm": (r".*\.(q|layer_norm)", "layer_norm is a T5LayerNorm of transformers, only linear"),
     "everything": (r".*", "only linear layers can be adapted"),
 }
 

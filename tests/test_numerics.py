@@ -118,6 +118,39 @@ def test_a_whole_model_in_bf16(adapter):
     assert 0 < abs(half_loss - loss) < 0.01 * loss and (half_grad - grad).norm() < 0.1 * grad.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("adapter", [LoRA(2), IA3(), SFT(0.2)], ids=["lora", "ia3", "sft"])
+@pytest.mark.parametrize("kind", ["one", "poly", "mhr"])
+def test_the_default_type_is_not_that_of_adapters(kind, adapter, dtype):
+    """Under torch.set_default_dtype(bfloat16), as models are loaded, adapters and Z are float32, new rows of Z too."""
+    torch.set_default_dtype(dtype)
+    try:
+        layer = half_layer(kind, adapter, dtype)
+        tasks = [] if kind == "one" else [torch.tensor([0, 1, 1])]
+        if tasks:
+            layer.router.add_tasks(1)
+        y = layer(torch.randn(3, 5, 32), *tasks)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    own = [p.dtype for name, p in layer.named_parameters() if not name.startswith("linear.") and p.is_floating_point()]
+    assert set(own) == {torch.float32} and y.dtype == dtype and y.isfinite().all()
+
+
+@each_half
+@pytest.mark.parametrize("adapter", [LoRA(2), IA3(), SFT(0.2)], ids=["lora", "ia3", "sft"])
+@pytest.mark.parametrize("kind", ["poly", "mhr"])
+def test_z_may_have_another_type_than_the_skills(kind, adapter, dtype):
+    """`model.half()` with Z kept in float32, or the other way: the mixture has the type of the skills."""
+    layer, tasks, x = half_layer(kind, adapter, torch.float32), torch.tensor([0, 1, 4]), torch.randn(3, 5, 32)
+    want = layer(x, tasks)
+    layer.router.to(dtype)
+    assert {p.dtype for p in layer.adapters(tasks).values() if p.is_floating_point()} == {torch.float32}
+    torch.testing.assert_close(layer(x, tasks), want, rtol=0.1, atol=0.1 * want.abs().max().item())
+    layer.router.float(), layer.inventory.to(dtype)
+    assert {p.dtype for p in layer.adapters(tasks).values() if p.is_floating_point()} == {dtype}
+    torch.testing.assert_close(layer(x, tasks), want, rtol=0.1, atol=0.1 * want.abs().max().item())
+
+
 # --- Weights over skills ----------------------------------------------------------------------------------------------
 
 

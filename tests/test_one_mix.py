@@ -645,6 +645,16 @@ def test_a_whole_model_that_is_computed_again_has_its_own_ids(method, adapter):
             assert_close(list(torch.autograd.grad(loss, trained(model))), expected, **GRADIENTS_CLOSE)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_whole_model_that_is_computed_again_without_remembering_is_an_error(reentrant):
+    """It would have the ids of the context of the backward pass."""
+    model, x = chain(), torch.randn(4, 3, 8, requires_grad=True)
+    with task_ids(IDS):
+        loss = checkpoint(lambda x: model(x).square().sum(), x, use_reentrant=reentrant)
+        with pytest.raises(RuntimeError, match=r"computed again in the backward .*checkpoint\(inject.remember"):
+            loss.backward()
+
+
 @noisy
 def test_parts_that_are_compiled_have_their_own_mixtures(method, adapter):
     """Layers of one shape, each compiled: a graph is not taken for the next layer, nor for another model's."""

@@ -563,10 +563,18 @@ def test_switched_off():
     still("adapters switched off for a while", difference(y, backbone("t5")(**batch).logits) < NEAR)
 
 
-def test_a_head():
+def test_a_head(tmp_path):
     model = poly(modules_to_save=["lm_head"])
     trained = [name for name, p in model.named_parameters() if p.requires_grad and "poly_" not in name]
     still("training a head beside the adapters", bool(trained) and all("lm_head" in name for name in trained))
+    model = ours()
+    model.lm_head.weight.requires_grad_()
+    save_adapters(model, str(tmp_path / "ours.safetensors"))
+    head = model.lm_head.weight.detach().clone()
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    load_adapters(model, str(tmp_path / "ours.safetensors"))
+    assert torch.equal(model.lm_head.weight, head)
 
 
 def test_what_peft_has():

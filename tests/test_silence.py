@@ -20,6 +20,7 @@ import transformers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import train
 from benchmarks import choices
@@ -507,14 +508,24 @@ def test_other_patterns():
     for wrong in ([], [re.compile("q")], [b"q_proj"]):
         with pytest.raises(ValueError, match="^give a pattern, or a list of names of layers, not "):
             inject(backbone("llama"), layer_maker("poly", "lora"), wrong)
-    with pytest.raises(ValueError, match="^the model itself is a Linear, only linear layers"):
+    with pytest.raises(ValueError, match="^the model itself is a Linear of torch, only linear layers"):
         inject(nn.Linear(4, 4), poly, ".*")
 
 
-def test_a_model_with_a_compiled_part_is_the_same_model(tmp_path):
+def test_a_model_that_peft_has_adapted():
+    """Its layers are called Linear too: the message says whose."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(backbone("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"^layer .*\.q_proj is a Linear of peft, only linear layers can be adapted"):
+        inject(model, layer_maker("poly", "lora"), ["q_proj"])
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, checkpoint_wrapper])
+@pytest.mark.parametrize("part", ["model.layers.1", "model.layers.1.self_attn.q_proj"], ids=["block", "layer"])
+def test_a_model_with_a_wrapped_part_is_the_same_model(part, wrap, tmp_path):
     path, model = str(tmp_path / "adapter.safetensors"), adapted("llama", "poly", "lora")
     other = adapted("llama", "poly", "lora", seed=4, fresh=True)
-    other.model.layers[1] = torch.compile(other.model.layers[1])
+    other.set_submodule(part, wrap(other.get_submodule(part)))
     assert fingerprint(other) == fingerprint(model)
     save_adapters(model, path)
     load_adapters(other, path)
