@@ -113,9 +113,11 @@ def few_shot_flags(variant: str, budget: str, split: int, rate: str, seed: int) 
     return " ".join(f"--variant {variant} {budget} --split {split} {rate} --seed {seed}".split())
 
 
-NEEDED = {  # in a value whose key ends so
-    "--tasks all": ("tasks", "mean", "before", "parameters"), "--tasks dev": ("dev_loss",),
-    " | alignment": ("inventory", "mixtures"), " | failed": ("says",),
+NEEDED = {  # in a value whose key is such
+    r"--tasks all$|^constant ": ("tasks", "mean", "before", "parameters"), r"--tasks dev$": ("dev_loss",),
+    r"--batch-size \d+$": ("tasks", "mean"), r" \| alignment$": ("inventory", "mixtures"), r" \| failed$": ("says",),
+    r"^[^|]*--steps \d+( --keep-every \d+)? --lr \S+ --seed \d+$": ("loss", "parameters", "seconds"),
+    r"--eval-every \d+ --lr \S+ --seed \d+$": ("valid_loss",),
 }  # fmt: skip
 
 
@@ -126,11 +128,12 @@ def read_raw(path: Path) -> dict[str, dict]:
         texts, value = [line[name] for name in ("key", "commit", "made", "on", "setup")], line["value"]
         if not isinstance(value, dict) or any(type(text) is not str for text in texts):
             raise ValueError
-        for end, names in NEEDED.items():
-            if line["key"].endswith(end) and not value.keys() >= set(names):
+        for pattern, names in NEEDED.items():
+            if re.search(pattern, line["key"]) and not value.keys() >= set(names):
                 raise ValueError
-        for numbers in (value[name] for name in ("tasks", "inventory", "mixtures") if name in value):
-            check_numbers(path, numbers)
+        numbers = {name: value[name] for name in ("mean", "before", "seconds") if name in value}
+        check_numbers(path, *(value[name] for name in ("tasks", "inventory", "mixtures") if name in value))
+        check_numbers(path, *([numbers] * bool(numbers)))
         return line["key"]
 
     return raw_lines(path, key)

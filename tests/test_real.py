@@ -18,7 +18,7 @@ import adapt
 import train
 from data import Example, Task
 from experiments import commands, real, real_runs, verdicts, zero_shot
-from experiments.real_runs import BUDGETS, METHODS, Budget
+from experiments.real_runs import BUDGETS, METHODS, Budget, constant_key, training_flags
 from plumbing.checkpoint import LOWER_RATE
 from plumbing.errors import UserError
 from plumbing.flags import explicit_flags, unused
@@ -424,6 +424,10 @@ SCORED = {"tasks": {"t": 1.0}, "mean": 1.0, "before": 1.0, "parameters": {}}
     ["{", "[]", "\0", '{"key": "a", "value": 1}', '{"key": 1}', *(json.dumps(LINE | change) for change in (
         {"key": "a | b --tasks all"}, {"key": "a | b --tasks dev"}, {"key": "a | alignment"}, {"key": "a | failed"},
         {"key": "a | b --tasks all", "value": SCORED | {"tasks": {"t": "1"}}},
+        {"key": "a | b --tasks all", "value": SCORED | {"mean": "1"}}, {"key": constant_key(13, "--steps 1")},
+        {"key": training_flags("LoRA", BUDGETS["cpu"], "1e-3", 0, 500)},
+        *({"key": zero_shot.training_flags("LoRA", "1e-3", 0, steps)} for steps in (zero_shot.SEARCH_STEPS, 1000)),
+        *({"key": zero_shot.key_of("a", further)} for further in ("", "b")),
     ))],
 )  # fmt: skip
 def test_a_damaged_raw_file_is_one_sentence(tmp_path, odd):
