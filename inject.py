@@ -43,12 +43,6 @@ from torch import Tensor, nn
 NO_IDS = "a routed layer was called without task ids: wrap the call in `with task_ids(ids):`, in the same thread"
 
 
-IN_BACKWARD = (
-    "where its tasks are unknown: use model.gradient_checkpointing_enable(), or "
-    "checkpoint(inject.remember(function), ..., use_reentrant=False)"
-)
-
-
 class _Ids(NamedTuple):
     """What a `task_ids` context says."""
 
@@ -56,6 +50,7 @@ class _Ids(NamedTuple):
     rows: Tensor  # (n,) which of them each example has
     largest: int
     batch: int  # how many ids there were, among which these are
+    graph: int  # the backward pass that the context is in, or -1
     kept: dict | None  # layer -> its mixture, if mixtures are kept; model -> its pass, once all its layers are there
 
 
@@ -84,7 +79,8 @@ def task_ids(ids, among=None, keep=False):
             raise ValueError(f"task ids {ids.tolist()} are not all among {tasks.tolist()}")
     if keep and torch.is_grad_enabled():
         raise RuntimeError("task_ids(keep=True) is for torch.no_grad() alone: kept adapters would not learn")
-    now = _Ids(tasks, rows, int(tasks[-1]), len(ids if among is None else among), {} if keep else None)
+    batch = len(ids if among is None else among)
+    now = _Ids(tasks, rows, int(tasks[-1]), batch, torch._C._current_graph_task_id(), {} if keep else None)
     token = _ids.set(now)
     try:
         yield
@@ -222,8 +218,8 @@ def _begin_with(model: nn.Module, ids: _Ids | None, around: _Pass | None, args: 
     inside = set(model.modules())
     layers = [m for m in model.modules() if "router" in m._modules and "inventory" in m._modules]
     compiling = torch.compiler.is_compiling()
-    if not (compiling or _thread.remembers) and torch._C._current_graph_task_id() != -1:  # in a backward pass
-        raise RuntimeError(f"a model with routed layers is computed again in the backward pass, {IN_BACKWARD}")
+    if layers and not compiling:
+        _refuse_unknown(ids)
     if layers and (torch.compiler.is_exporting() or not compiling and torch.jit.is_tracing()):
         raise RuntimeError("what is exported or traced would hold these task ids for good: merge one task first")
     kept = {} if ids.kept is None else ids.kept
@@ -241,6 +237,17 @@ def _begin_with(model: nn.Module, ids: _Ids | None, around: _Pass | None, args: 
 def _begin_outside(model: nn.Module, around: _Pass | None, args: tuple, kwargs: dict):
     """`_begin` of a model that was given to torch.compile itself: the mix stays outside its graph."""
     _begin_with(model, _ids.get(), around, args, kwargs)
+
+
+def _refuse_unknown(ids: _Ids | None):
+    """Raise RuntimeError in a backward pass, if the ids are of a context that was entered before it: it may be another
+    one than the forward pass had."""
+    graph = torch._C._current_graph_task_id()
+    if graph != -1 and not _thread.remembers and (ids is None or ids.graph != graph):
+        raise RuntimeError(
+            "routed layers are computed again in a backward pass, where their tasks are unknown: use model."
+            "gradient_checkpointing_enable(), or checkpoint(inject.remember(function), ..., use_reentrant=False)"
+        )
 
 
 def _end(model: nn.Module, args: tuple, output):
@@ -336,10 +343,9 @@ def _give_mixture(layer: nn.Module, args: tuple, kwargs: dict):
             return args, kwargs | {"tasks": now.ids.tasks[:1], "params": params}
         _refuse_rows(layer, args[0], now)
         return args, kwargs | {"tasks": now.ids.tasks, "rows": now.ids.rows, "params": params}
-    again = now is None and torch._C._current_graph_task_id() != -1  # in a backward pass
-    if again and hasattr(layer, "inventory"):
-        raise RuntimeError(f"a routed layer is computed again in the backward pass, {IN_BACKWARD}")
     ids = now.ids if now is not None else _ids.get()
+    if now is None and hasattr(layer, "inventory"):
+        _refuse_unknown(ids)
     if ids is None:
         raise RuntimeError(NO_IDS)
     if now is not None and len(ids.tasks) > 1:
@@ -427,7 +433,7 @@ def compiled(function, model: nn.Module, **options):
     known = min((router.tasks for router in routers(model)), default=math.inf)
 
     def with_ids(tasks: Tensor, rows: Tensor, *args, **kwargs):
-        _thread.given = None if tasks is None else _Ids(tasks, rows, -1, len(rows), None)
+        _thread.given = None if tasks is None else _Ids(tasks, rows, -1, len(rows), -1, None)
         try:
             return function(*args, **kwargs)
         finally:
@@ -443,6 +449,7 @@ def compiled(function, model: nn.Module, **options):
             raise RuntimeError(NO_IDS)
         if ids is None:
             return graph(None, None, *args, **kwargs)
+        _refuse_unknown(ids)
         if ids.largest >= known:
             raise IndexError(f"task id {ids.largest} is out of range: this model knows tasks 0 .. {known - 1}")
         device = next(model.parameters()).device
@@ -487,8 +494,8 @@ def inject(model: nn.Module, make_layer, pattern: str | list[str]) -> list[str]:
             module = _as_linear(module)
         if not name or not isinstance(module, nn.Linear):
             what = f"layer {name}" if name else "the model itself"
-            kind = f"{type(module).__name__} of {type(module).__module__.split('.')[0]}"  # PEFT has a Linear too
-            raise ValueError(f"{what} is a {kind}, only linear layers can be adapted: {pattern!r}")
+            kind = f"{type(module).__name__} ({type(module).__module__.split('.')[0]})"  # PEFT has a Linear too
+            raise ValueError(f"{what} is of type {kind}, only linear layers can be adapted: {pattern!r}")
         _refuse_unused(model, name, also)
         try:
             layer = make_layer(name, module)
@@ -496,7 +503,7 @@ def inject(model: nn.Module, make_layer, pattern: str | list[str]) -> list[str]:
             raise ValueError(f"layer {name}: {error}") from None
         except (TypeError, AttributeError) as error:
             raise TypeError(f"layer {name}: make_layer(name, linear) failed: {error}") from error
-        if getattr(layer, "linear", None) is not module:
+        if not isinstance(layer, nn.Module) or layer._modules.get("linear") is not module:
             what = f"which this {type(layer).__name__} is not"
             raise TypeError(f"layer {name}: make_layer(name, linear) must return a layer around this `linear`, {what}")
         made.append((name, layer))
@@ -612,7 +619,9 @@ def _as_conv1d(linear: nn.Linear, conv1d: type) -> nn.Module:
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The adapted layers of a model by name: those that `inject` put there."""
     named = unwrapped(model).named_modules()
-    return {name: m for name, m in named if hasattr(m, "merged") and "linear" in m._modules}  # not what wraps a layer
+    return {
+        name: m for name, m in named if hasattr(m, "merged") and "linear" in m._modules
+    }  # a wrapper has no `linear`
 
 
 def routers(model: nn.Module) -> list[nn.Module]:
@@ -632,7 +641,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _plain(name: str) -> str:
     """A parameter's or layer's name without what wraps a part of the model: torch.compile, or torch's checkpointing."""
-    return f".{name}".replace("._orig_mod", "").replace("._checkpoint_wrapped_module", "")[1:]
+    return re.sub(r"\.(_orig_mod|_checkpoint_wrapped_module)(?=\.|$)", "", f".{name}")[1:]
 
 
 def check(model: nn.Module, forward: Callable):
@@ -844,7 +853,7 @@ def merged(model: nn.Module, task: int):
 def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
     """A short hash of the backbone: name, shape and up to 64 evenly spaced values of each of its parameters.
 
-    Adapters do not enter, so it is the same before and after injection; nor do parameters named in `without`. Values
+    Neither adapters nor the parameters named in `without` enter, so it is the same before and after injection. Values
     are rounded to bfloat16 first, so a backbone loaded in bfloat16 or float32 is the same backbone. Weights that are
     quantised or split over processes say little of the checkpoint: whoever loads it so sets
     `fingerprint_of_checkpoint` on the model, which is then the answer.
@@ -853,9 +862,9 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
     if known := getattr(model, "fingerprint_of_checkpoint", None):
         return known
     sha = hashlib.sha256()
-    layers, added = adapted_layers(model), adapter_parameters(model)
-    for name, p in model.named_parameters():
-        if name in added or name in without:
+    layers = adapted_layers(model)
+    for name, p in _others(model).items():
+        if name in without:
             continue
         owner, _, leaf = name.rpartition(".")
         if owner.removesuffix(".linear") in layers:  # the name that the parameter had before injection
@@ -868,8 +877,8 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
 
 
 def save_adapters(model: nn.Module, path: str):
-    """Write adapters and routers to a safetensors file, and whatever else requires a gradient: a head, if it is trained
-    too. Of what is frozen nothing but its fingerprint.
+    """Write adapters and routers to a safetensors file, and all other parameters that require a gradient: a head, if it
+    is trained too; without `freeze` the whole backbone. Of frozen parameters it has a fingerprint, of buffers nothing.
 
     Raises ValueError if there are no adapters, OSError as `write_tensors`.
     """
@@ -877,26 +886,44 @@ def save_adapters(model: nn.Module, path: str):
     added = adapter_parameters(model)
     if not added:
         raise ValueError("nothing to save: this model has no adapters: inject them, or unmerge those that are merged")
-    known = set(map(id, added.values()))
-    beside = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in known}
+    beside = {name: p for name, p in _others(model).items() if p.requires_grad}
     tensors = {_plain(name): p.detach().contiguous().cpu() for name, p in (added | beside).items()}
     write_tensors(tensors, path, backbone=fingerprint(model, without=beside), state=json.dumps(_described(model)))
 
 
-def _described(model: nn.Module) -> dict[str, str]:
-    """What tensors do not tell of each adapted layer: its kind, its settings, and with which layer it shares a router.
+def _others(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters, by name, that injection did not add."""
+    added = set(map(id, adapter_parameters(model).values()))
+    return {name: p for name, p in model.named_parameters() if id(p) not in added}
 
-    Without the numbers of tasks and of changed weights, which a file may change, and without addresses.
-    """
+
+def _described(model: nn.Module) -> dict[str, list[str]]:
+    """What tensors do not tell of each adapted layer: the kinds and settings of it, its adapter and its router, and
+    which layer is the first with that router."""
     first, described = {}, {}
     for name, layer in adapted_layers(model).items():
-        name, router = _plain(name), getattr(layer, "router", None)
-        parts = [type(layer).__name__, repr(getattr(layer, "adapter", None))]
-        if router is not None:
-            parts += [repr(router), f"the router of layer {first.setdefault(router, name)}"]
-        text = re.sub(r"\b(tasks|density)=[^,)]*(, )?| at 0x[0-9a-fA-F]+|(?<=\d)\.0\b", "", ", ".join(parts))
-        described[name] = " ".join(text.split())
+        described[_plain(name)] = parts = [_text(layer)]
+        if hasattr(layer, "adapter"):
+            parts.append(_text(layer.adapter))
+        if hasattr(layer, "router"):
+            router = unwrapped(layer.router)
+            parts += [_text(router), f"the router of layer {first.setdefault(router, _plain(name))}"]
     return described
+
+
+def _text(part) -> str:
+    """The kind of a layer, an adapter or a router, and its public attributes that are numbers or texts.
+
+    Without the numbers of tasks and of changed weights, which may differ between a file and a model.
+    """
+    settings = []
+    for name, value in getattr(part, "__dict__", {}).items():
+        if name[0] != "_" and name not in ("training", "tasks", "density"):
+            with suppress(TypeError, ValueError, RuntimeError):  # what is no number
+                value = f"{float(value):g}"  # 16, 16.0 and numpy's are the same
+            if isinstance(value, str):
+                settings.append(f"{name}={str.__str__(value)}")
+    return f"{type(part).__name__}({', '.join(settings)})"
 
 
 def write_tensors(tensors: dict[str, Tensor], path: str, **metadata: str):
@@ -955,14 +982,15 @@ def load_adapters(model: nn.Module, path: str):
     """Read a file of `save_adapters` into a model with the same adapters injected, bit for bit.
 
     What may have another length in the file, the number of tasks in a Z and of changed weights in an SFT that is an
-    average, becomes a new parameter of that length: make the optimiser afterwards.
+    average, becomes a new parameter of that length: make the optimiser afterwards. What was trained beside the adapters
+    is read too, also into a head that is frozen here; it, and Z, are cast to the type that they have here.
     Raises ValueError, with the model unchanged, if the file is damaged, holds a number that is not finite, or belongs
-    to another backbone or other adapters, naming the first difference.
+    to another backbone or adapters of other kinds, shapes or settings, naming the first difference.
     """
     saved, metadata = read_tensors(path)
     model = unwrapped(model)
     named = adapter_parameters(model)
-    beside = {name: p for name, p in model.named_parameters() if _plain(name) in saved and name not in named}
+    beside = {name: p for name, p in _others(model).items() if _plain(name) in saved}
     if metadata.get("backbone") != fingerprint(model, without=beside):
         half = any(p.dtype == torch.float16 for p in model.parameters())
         raise ValueError(
@@ -973,18 +1001,15 @@ def load_adapters(model: nn.Module, path: str):
     full, own = {_plain(name): name for name in named}, {_plain(name): p for name, p in named.items()}
     for name in sorted(saved.keys() ^ own.keys()):
         at = "file" if name in saved else "model"
-        raise ValueError(f"{path}: {name} is only in the {at}: it was saved with other adapter settings, inject those")
+        what = "adapter settings, or another head" if at == "file" else "adapter settings, inject those"
+        raise ValueError(f"{path}: {name} is only in the {at}: it was saved with other {what}")
     for name, p in own.items():
-        free = name.endswith((".router.Z", ".params.value", ".params.place"))  # the length of the first axis is free
-        if saved[name].dtype != p.dtype or saved[name].dim() != p.dim() or saved[name].shape[free:] != p.shape[free:]:
-            raise ValueError(f"{path}: {name} is {_kind(saved[name])}, the model has {_kind(p)}")
-        if saved[name].is_floating_point() and not bool(saved[name].isfinite().all()):
-            raise ValueError(f"{path}: {name} holds numbers that are not finite")
+        if name.endswith(".router.Z") or full[name] in beside:  # Z once followed torch's default type
+            saved[name] = saved[name].to(p.dtype) if saved[name].is_floating_point() else saved[name]
+        _refuse_unfit(path, saved, name, p)
         if name.endswith(".place"):
             weight = model.get_submodule(re.sub(r"\.(params|inventory)\.place$", "", full[name])).weight
-            values, places = saved[name.removesuffix("place") + "value"], saved[name]
-            if values.shape != places.shape or not bool(((places >= 0) & (places < weight.numel())).all()):
-                raise ValueError(f"{path}: {name} names places outside its layer, or not one for each value")
+            _refuse_places(path, saved, name, weight.numel())
     _refuse_other_settings(model, path, metadata)
     for name, p in own.items():
         if saved[name].shape == p.shape:
@@ -994,15 +1019,32 @@ def load_adapters(model: nn.Module, path: str):
             setattr(model.get_submodule(owner), leaf, nn.Parameter(saved[name].to(p.device), p.requires_grad))
 
 
+def _refuse_unfit(path: str, saved: dict[str, Tensor], name: str, p: Tensor):
+    """Raise ValueError unless a saved tensor is finite and of the type and shape of a parameter."""
+    free = name.endswith((".router.Z", ".params.value", ".params.place"))  # the length of the first axis is free
+    if saved[name].dtype != p.dtype or saved[name].dim() != p.dim() or saved[name].shape[free:] != p.shape[free:]:
+        raise ValueError(f"{path}: {name} is {_kind(saved[name])}, the model has {_kind(p)}")
+    if saved[name].is_floating_point() and not bool(saved[name].isfinite().all()):
+        raise ValueError(f"{path}: {name} holds numbers that are not finite")
+
+
+def _refuse_places(path: str, saved: dict[str, Tensor], name: str, size: int):
+    """Raise ValueError unless an SFT has one value for each place, all within a weight of this size."""
+    values, places = saved[name.removesuffix("place") + "value"], saved[name]
+    if values.shape != places.shape or not bool(((places >= 0) & (places < size)).all()):
+        raise ValueError(f"{path}: {name} names places outside its layer, or not one for each value")
+
+
 def _refuse_other_settings(model: nn.Module, path: str, metadata: dict):
     """Raise ValueError unless the layers of a model are described as in a file, or the file has no descriptions."""
     try:
-        described = dict(json.loads(metadata.get("state", "{}")))
+        described = {name: list(parts) for name, parts in dict(json.loads(metadata.get("state", "{}"))).items()}
     except (ValueError, TypeError, RecursionError):
         raise ValueError(f"{path} is damaged: it does not say what its layers were") from None
-    for name, now in _described(model).items():
-        if (was := described.get(name, now)) != now:
-            raise ValueError(f"{path}: layer {name} was saved as {was}, in the model it is {now}: inject the same")
+    for name, parts in _described(model).items():
+        for was, now in itertools.zip_longest(described.get(name, parts), parts):
+            if was != now:
+                raise ValueError(f"{path}: layer {name} has {was} in the file, {now} in the model: inject the same")
 
 
 def _kind(x: Tensor) -> str:

@@ -32,14 +32,14 @@ class HyperRouter(PolyRouter):
 
     def __init__(self, tasks: int, skills: int):
         super().__init__(tasks, skills)
-        self.hidden, self.last = nn.Linear(skills, skills), nn.Linear(skills, skills)
+        self.hidden, self.last = (nn.Linear(skills, skills, dtype=torch.float32) for _ in range(2))
 
     def __repr__(self) -> str:
         return f"HyperRouter(tasks={self.tasks}, skills={self.skills})"
 
     def fresh(self, tasks: int) -> Tensor:
         """Embeddings (tasks, e) of new tasks, normally distributed."""
-        return torch.randn(tasks, self.skills)
+        return torch.randn(tasks, self.skills, dtype=torch.float32)
 
     def forward(self, tasks: Tensor, sample: bool | None = None) -> Tensor:
         """Task ids (u,) to weights (u, s) of both signs. sample: there is no noise.

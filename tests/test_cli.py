@@ -1458,7 +1458,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
         (TRAIN + "--granularity block --layers lm_head", "lm_head is in no numbered block: use --granularity linear"),
         (CROSSFIT + "--data-dir {gym} --method expert", "--method expert: nothing is known of the skills"),
         (TRAIN + "--layers no_such_layer", "no_such_layer"),
-        (TRAIN + "--layers encoder", "layer encoder is a T5Stack"),
+        (TRAIN + "--layers encoder", "layer encoder is of type T5Stack"),
         (TRAIN + "--layers (", r"--layers"),
         (TRAIN + "--backbone {missing}", "--backbone .*missing"),
         (TRAIN + "--backbone {empty}", "--backbone .*empty"),

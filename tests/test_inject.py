@@ -1,6 +1,7 @@
 """inject.py in real Hugging Face models: tiny random T5, BART, Llama and GPT-2, every method with every adapter."""
 
 import copy
+import enum
 import json
 import math
 import os
@@ -8,12 +9,14 @@ import pickle
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import nn
+from torch.testing import assert_close
 from transformers import (
     BartConfig, BartForConditionalGeneration, T5Config,
     T5ForConditionalGeneration,
@@ -522,37 +525,63 @@ def test_a_file_of_other_adapters_is_refused(setting, tmp_path):
     assert all(p is q for p, q in zip(model.parameters(), objects, strict=True))
 
 
-ROUTERS = PolyRouter(TASKS, SKILLS), PolyRouter(TASKS, SKILLS)
+def poly_with(adapter, routing="gumbel", shared=(0, 1, 2, 3)):
+    """A function that gives a maker of Poly's layers. shared: which of four routers each layer has."""
+
+    def new():
+        own = [PolyRouter(TASKS, SKILLS, routing) for _ in range(4)]
+        return lambda name, linear: PolyLinear(linear, adapter, own[shared[int(name)]])
+
+    return new
 
 
-def poly_with(adapter, routing="gumbel", shared=None):
-    """A maker of Poly's layers. shared: for each layer, which of ROUTERS it has; None: each has its own."""
-    own = lambda name: PolyRouter(TASKS, SKILLS, routing) if shared is None else ROUTERS[shared[int(name)]]  # noqa: E731
-    return lambda name, linear: PolyLinear(linear, adapter, own(name))
+class Scaled(PolyLinear):
+    """A layer with a setting of its own."""
+
+    def __init__(self, linear, scale):
+        super().__init__(linear, LoRA(2), PolyRouter(TASKS, SKILLS))
+        self.scale = scale
 
 
-UNLIKE = {  # two makers of layers of the same names and shapes, that compute something else
-    "alpha": [poly_with(LoRA(2, alpha=alpha)) for alpha in (16.0, 1.0)],
-    "alpha of one adapter": [lambda _, linear, a=a: LoRALinear(linear, LoRA(2, alpha=a)) for a in (16.0, 1.0)],
-    "side": [lambda _, linear, side=side: IA3Linear(linear, IA3(side)) for side in ("in", "out")],
-    "routing": [poly_with(LoRA(2), routing) for routing in ("sigmoid", "gumbel")],
-    "sharing": [poly_with(LoRA(2), shared=which) for which in ((0, 1, 0, 1), (0, 1, 1, 1))],
-}
+class Own:
+    """An adapter of somebody's own."""
+
+    feature_axis, init, apply, merge = LoRA.feature_axis, LoRA().init, LoRA().apply, LoRA().merge
+
+    def __init__(self, strength):
+        self.strength = strength
 
 
-def square(make, seed: int) -> nn.Module:
-    """A model of four equal layers with adapters from `make`, with values that matter."""
+one_lora = lambda alpha: lambda: lambda _, linear: LoRALinear(linear, LoRA(2, alpha=alpha))  # noqa: E731
+one_ia3 = lambda side: lambda: lambda _, linear: IA3Linear(linear, IA3(side))  # noqa: E731
+scaled = lambda scale: lambda: lambda _, linear: Scaled(linear, scale)  # noqa: E731
+UNLIKE = {  # makers of layers of the same names and shapes, that compute something else; and what the error names
+    "alpha": (poly_with(LoRA(2, alpha=16.0)), poly_with(LoRA(2)), r"LoRA\(.*alpha=16\) .*LoRA\(.*alpha=1\)"),
+    "alpha of one": (one_lora(16.0), one_lora(1.0), r"LoRA\(.*alpha=16\) .*LoRA\(.*alpha=1\)"),
+    "side": (one_ia3("in"), one_ia3("out"), r"IA3\(side=in\) .*IA3\(side=out\)"),
+    "routing": (poly_with(LoRA(2), "sigmoid"), poly_with(LoRA(2)), r"PolyRouter\(.*sigmoid\) .*PolyRouter\(.*gumbel\)"),
+    "sharing": (
+        poly_with(LoRA(2), shared=(0, 1, 0, 1)), poly_with(LoRA(2), shared=(0, 1, 1, 1)),
+        "the router of layer 0 in the file, the router of layer 1 ",
+    ),
+    "of one's own": (poly_with(Own(2.5)), poly_with(Own(2)), r"Own\(strength=2.5\) in the file, Own\(strength=2\) "),
+    "the layer's": (scaled(2), scaled(3), r"Scaled\(scale=2\) in the file, Scaled\(scale=3\) "),
+}  # fmt: skip
+
+
+def square(new, seed: int) -> nn.Module:
+    """A model of four equal layers with adapters from a maker new(), with values that matter."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
     freeze(model)
-    inject(model, make, r"\d")
+    inject(model, new(), r"\d")
     torch.manual_seed(seed)
     randomise(model)
     return model.eval()
 
 
-@pytest.mark.parametrize("one, other", UNLIKE.values(), ids=UNLIKE)
-def test_a_file_of_other_settings_with_the_same_shapes_is_refused(one, other, tmp_path):
+@pytest.mark.parametrize("one, other, says", UNLIKE.values(), ids=UNLIKE)
+def test_a_file_of_other_settings_with_the_same_shapes_is_refused(one, other, says, tmp_path):
     """Its tensors fit, but the model would be another function. Made in the same way, it is the same one."""
     path, x = str(tmp_path / "saved"), torch.randn(len(IDS), 3, 8)
     model = square(one, seed=1)
@@ -561,7 +590,7 @@ def test_a_file_of_other_settings_with_the_same_shapes_is_refused(one, other, tm
         expected = model(x)
     wrong = square(other, seed=2)
     before = snapshot(wrong)
-    with pytest.raises(ValueError, match=r"layer \d was saved as .*, in the model it is .*: inject the same") as error:
+    with pytest.raises(ValueError, match=rf": layer \d has {says}.*in the model: inject the same$") as error:
         load_adapters(wrong, path)
     assert "\n" not in str(error.value)
     assert_same_state(wrong, before)
@@ -572,28 +601,49 @@ def test_a_file_of_other_settings_with_the_same_shapes_is_refused(one, other, tm
 
 
 def test_a_file_without_settings_is_read(tmp_path):
-    """As files were before they had them. And 16 for 16.0 is no other setting."""
+    """As files were before they had them."""
     path, model, other = str(tmp_path / "saved"), two(), two(fresh=True)
     tensors = {name: p.detach() for name, p in adapter_parameters(model).items()}
     write_tensors(tensors, path, backbone=fingerprint(model))
     load_adapters(other, path)
     assert_same_state(other, snapshot(model))
-    save_adapters(square(poly_with(LoRA(2, alpha=16.0)), seed=1), path)
-    load_adapters(square(poly_with(LoRA(2, alpha=16)), seed=2), path)
 
 
-class Own:
-    """An adapter of somebody's own, whose text has an address in it."""
+class Routing(str, enum.Enum):  # noqa: UP042  which prints as Routing.G
+    """A text with another name."""
 
-    feature_axis, init, apply, merge = LoRA.feature_axis, LoRA().init, LoRA().apply, LoRA().merge
+    G = "gumbel"
 
 
-def test_an_adapter_of_ones_own_is_saved_and_loaded(tmp_path):
-    path = str(tmp_path / "saved")
-    one, other = (square(poly_with(Own()), seed) for seed in (1, 2))
-    save_adapters(one, path)
-    load_adapters(other, path)
-    assert_same_state(other, snapshot(one))
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (poly_with(LoRA(2, alpha=16.0)), poly_with(LoRA(np.int64(2), alpha=16))),
+        (poly_with(LoRA(2, alpha=0.5)), poly_with(LoRA(2, alpha=np.float32(0.5)))),
+        (poly_with(LoRA(2, alpha=2.0)), poly_with(LoRA(2, alpha=torch.tensor(2.0)))),
+        (poly_with(IA3()), poly_with(IA3(), Routing.G)),
+        (poly_with(Own(None)), poly_with(Own([1]))),  # no number and no text: nothing is known
+    ],
+)
+def test_the_same_settings_may_be_written_in_other_ways(one, other, tmp_path):
+    """And a router may be compiled."""
+    path, model, same = str(tmp_path / "saved"), square(one, seed=1), square(other, seed=2)
+    same[1].router = torch.compile(same[1].router)
+    save_adapters(model, path)
+    load_adapters(same, path)
+    assert_close(list(adapter_parameters(same).values()), list(adapter_parameters(model).values()), rtol=0, atol=0)
+    save_adapters(same, path)
+    load_adapters(model, path)
+
+
+def test_a_router_that_the_model_owns_too(tmp_path):
+    path, model = str(tmp_path / "saved"), Two()
+    before, model.router = fingerprint(model), PolyRouter(TASKS, SKILLS)
+    freeze(model)
+    inject(model, lambda _, linear: PolyLinear(linear, LoRA(2), model.router), "a|b")
+    assert fingerprint(model) == before
+    save_adapters(model, path)
+    load_adapters(model, path)
 
 
 def with_a_head(seed: int) -> nn.Module:
@@ -615,6 +665,10 @@ def test_what_is_trained_beside_the_adapters_is_saved_with_them(tmp_path):
         load_adapters(other, path)
         with task_ids(IDS[:4]):
             assert torch.equal(other(x), model(x))
+    half = with_a_head(2)
+    half.b[1].bfloat16()
+    load_adapters(half, path)
+    assert torch.equal(half.b[1].weight, model.b[1].weight.bfloat16())
     assert not any(p.requires_grad for p in frozen.parameters())
     changed = with_a_head(2)
     changed.a.linear.weight.data[0] += 1
@@ -1126,8 +1180,8 @@ def test_an_unknown_family_has_no_default():
 BAD_PATTERNS = {"nothing": (r".*\.query", "no layer's name matches"), "a part": (r"SelfAttention", "no layer's")}
 BAD_PATTERNS |= {
     "a beginning": (r"encoder\.block\.0\.layer\.0\.Self", "no layer's name matches"),
-    "an embedding": (r"shared", "layer shared is a Embedding of torch, only linear"),
-    "a linear and a norm": (r".*\.(q|layer_norm)", "layer_norm is a T5LayerNorm of transformers, only linear"),
+    "an embedding": (r"shared", "layer shared is of type Embedding \\(torch\\), only linear"),
+    "a linear and a norm": (r".*\.(q|layer_norm)", "layer_norm is of type T5LayerNorm \\(transformers\\), only linear"),
     "everything": (r".*", "only linear layers can be adapted"),
 }
 

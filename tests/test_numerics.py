@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import train
+from baselines.hyperformer import HyperRouter
 from ia3 import IA3, IA3Linear
 from inject import adapter_parameters, task_ids
 from lora import LoRA, LoRALinear
@@ -125,6 +126,8 @@ def test_the_default_type_is_not_that_of_adapters(kind, adapter, dtype):
     """Under torch.set_default_dtype(bfloat16), as models are loaded, adapters and Z are float32, new rows of Z too."""
     torch.set_default_dtype(dtype)
     try:
+        router = HyperRouter(4, 3)
+        router.add_tasks(1)
         layer = half_layer(kind, adapter, dtype)
         tasks = [] if kind == "one" else [torch.tensor([0, 1, 1])]
         if tasks:
@@ -134,6 +137,7 @@ def test_the_default_type_is_not_that_of_adapters(kind, adapter, dtype):
         torch.set_default_dtype(torch.float32)
     own = [p.dtype for name, p in layer.named_parameters() if not name.startswith("linear.") and p.is_floating_point()]
     assert set(own) == {torch.float32} and y.dtype == dtype and y.isfinite().all()
+    assert {p.dtype for p in router.parameters()} == {torch.float32}
 
 
 @each_half

@@ -508,7 +508,7 @@ def test_other_patterns():
     for wrong in ([], [re.compile("q")], [b"q_proj"]):
         with pytest.raises(ValueError, match="^give a pattern, or a list of names of layers, not "):
             inject(backbone("llama"), layer_maker("poly", "lora"), wrong)
-    with pytest.raises(ValueError, match="^the model itself is a Linear of torch, only linear layers"):
+    with pytest.raises(ValueError, match=r"^the model itself is of type Linear \(torch\), only linear layers"):
         inject(nn.Linear(4, 4), poly, ".*")
 
 
@@ -516,7 +516,9 @@ def test_a_model_that_peft_has_adapted():
     """Its layers are called Linear too: the message says whose."""
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(backbone("llama"), peft.LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=r"^layer .*\.q_proj is a Linear of peft, only linear layers can be adapted"):
+    with pytest.raises(
+        ValueError, match=r"^layer .*\.q_proj is of type Linear \(peft\), only linear layers can be adapted"
+    ):
         inject(model, layer_maker("poly", "lora"), ["q_proj"])
 
 
@@ -534,7 +536,9 @@ def test_a_model_with_a_wrapped_part_is_the_same_model(part, wrap, tmp_path):
 
 
 def test_a_pattern_of_everything_says_what_it_names():
-    with pytest.raises(ValueError, match=r"^the model itself is a Llama.*, only linear layers can be adapted: '\.\*'$"):
+    with pytest.raises(
+        ValueError, match=r"^the model itself is of type Llama.*, only linear layers can be adapted: '\.\*'$"
+    ):
         inject(backbone("llama"), layer_maker("poly", "lora"), ".*")
 
 
