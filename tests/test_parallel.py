@@ -79,9 +79,9 @@ def test_alone_nothing_happens():
 def test_a_part_draws_the_noise_of_the_whole():
     whole, part = [5, 2, 2, 9], [9, 2]
     with task_ids(part, among=whole):
-        tasks, rows, largest, batch, kept = _ids.get()
-    assert tasks.tolist() == [2, 5, 9] and tasks[rows].tolist() == part and largest == 9
-    assert batch == len(whole) and kept is None
+        now = _ids.get()
+    assert now.tasks.tolist() == [2, 5, 9] and now.tasks[now.rows].tolist() == part and now.largest == 9
+    assert now.batch == len(whole) and now.kept is None
     for wrong in ([3], [10], [2, 3]):
         with pytest.raises(ValueError, match="not all among"), task_ids(wrong, among=whole):
             pass
