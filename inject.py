@@ -619,9 +619,8 @@ def _as_conv1d(linear: nn.Linear, conv1d: type) -> nn.Module:
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The adapted layers of a model by name: those that `inject` put there."""
     named = unwrapped(model).named_modules()
-    return {
-        name: m for name, m in named if hasattr(m, "merged") and "linear" in m._modules
-    }  # a wrapper has no `linear`
+    is_adapted = lambda m: hasattr(m, "merged") and "linear" in m._modules  # noqa: E731  what wraps a layer is not
+    return {name: m for name, m in named if is_adapted(m)}
 
 
 def routers(model: nn.Module) -> list[nn.Module]:
