@@ -284,6 +284,10 @@ def test_scores_in_sentences_are_those_of_the_claims():
     assert "as good: {}, Poly-μ {}; with 2 it is not: {}, Poly-μ {}.".format(*averages) in text
     ((above,),) = [re.findall(r"MHR is ([\d.]+) above Poly", text)]
     assert re.search(rf"^\| MHR, s = 2 > Poly, s = 2 \| \+{above} \| .* \| undecided \|", page, re.M)
+    gains = re.findall(r"^\| MHR(-z)?, s = 2 - Poly(-z)?, s = 2 > .* \| \+([\d.]+) \| .* \| holds \|", page, re.M)
+    assert len(gains) == 2 and "gains {} points on Poly, in z {}; seen".format(*(by for *_, by in gains)) in text
+    lead = [r"^\| MHR, s = 2, seen - Poly", r"^\| MHR-μ, s = 2 - Poly"]
+    assert all(re.search(rf"{side}.* \| undecided \|", page, re.M) for side in lead) and "; seen tasks, μ: [u" in text
     for size, says in (("", "undecided"), (", s = 2", "holds")):  # the rule's word for "as good", and for "it is not"
         assert re.search(rf"^\| Poly-μ{size} > Random by task-μ{size} \| .* \| {says} \|", page, re.M)
 
