@@ -174,8 +174,8 @@ ALTS = {  # what the figures of FIGURES show, for those who do not see them
     "by_skills": "Four curves over the number of skills, 2 to 32, from 0 to 1 with bars of one standard deviation: "
     "discreteness, sparsity and usage of Z, and the score on seen tasks.",
     "tasks_per_skill": "Four curves over the number of training tasks for each skill, 8 to 32, with dotted "
-    "lines at the papers' 15 and 39: MHR minus Poly in points, with 95 % intervals, on seen tasks and on held-out "
-    "tasks by variant.",
+    "lines at the papers' 15 and 39: MHR minus Poly in points, with bars of 95 % intervals, on seen tasks and on "
+    "held-out tasks by variant.",
     "over_heads": "Three curves over the number of heads, 1 to 32, with bars of one standard deviation: exact match on "
     "seen tasks, and on held-out tasks by variant.",
 }
