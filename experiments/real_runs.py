@@ -15,6 +15,7 @@ import statistics
 import threading
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -113,8 +114,9 @@ def few_shot_flags(variant: str, budget: str, split: int, rate: str, seed: int) 
     return " ".join(f"--variant {variant} {budget} --split {split} {rate} --seed {seed}".split())
 
 
-NEEDED = {  # in a value whose key is such
-    r"--tasks all$|^constant ": ("tasks", "mean", "before", "parameters"), r"--tasks dev$": ("dev_loss",),
+KEY = r"(best )?constant \| |[^|]*--seed \d+( \| |$)"  # how all begin: flags of train.py, but those without a model
+NEEDED = {  # in a value whose key is such; there are no other keys
+    r"--tasks all$|^(best )?constant ": ("tasks", "mean", "before", "parameters"), r"--tasks dev$": ("dev_loss",),
     r"--batch-size \d+$": ("tasks", "mean"), r" \| alignment$": ("inventory", "mixtures"), r" \| failed$": ("says",),
     r"^[^|]*--steps \d+( --keep-every \d+)? --lr \S+ --seed \d+$": ("loss", "parameters", "seconds"),
     r"--eval-every \d+ --lr \S+ --seed \d+$": ("valid_loss",),
@@ -128,12 +130,14 @@ def read_raw(path: Path) -> dict[str, dict]:
         texts, value = [line[name] for name in ("key", "commit", "made", "on", "setup")], line["value"]
         if not isinstance(value, dict) or any(type(text) is not str for text in texts):
             raise ValueError
-        for pattern, names in NEEDED.items():
-            if re.search(pattern, line["key"]) and not value.keys() >= set(names):
-                raise ValueError
+        needed = [set(names) for pattern, names in NEEDED.items() if re.search(pattern, line["key"])]
+        if not needed or not re.match(KEY, line["key"]) or not all(value.keys() >= names for names in needed):
+            raise ValueError
+        losses = dict(zip(("first", "last"), value.get("loss", (0, 0)), strict=True))
         numbers = {name: value[name] for name in ("mean", "before", "seconds") if name in value}
+        numbers |= {name: value[name] for name in ("dev_loss", "valid_loss") if value.get(name) is not None}
         check_numbers(path, *(value[name] for name in ("tasks", "inventory", "mixtures") if name in value))
-        check_numbers(path, *([numbers] * bool(numbers)))
+        check_numbers(path, losses, {"none": 0} | numbers, {"none": 0} | value.get("parameters", {}))
         return line["key"]
 
     return raw_lines(path, key)
@@ -230,17 +234,24 @@ class Maker:
             refuse_other(failed)
             return self.value(f"{flags} | {few} --tasks dev", lambda: {"dev_loss": None, "commit": commit()})
 
-    def constant(self, split: int, few: str) -> dict:
-        """The scores of answers that are always the same, the most frequent one of a task's few examples: a floor."""
+    def constant(self, split: int, few: str, of: str) -> dict:
+        """The scores of answers that are always the same, a floor: of each task's few examples the "most frequent" one,
+        or the "best", by the test examples themselves."""
 
         def make():
             limit = re.search(r"--test-examples (\d+)", few)
-            scores = main_scores(constant_scores(self.test_tasks(split), int(limit[1]) if limit else 0))
-            scores = {name: round(score, 3) for name, score in scores.items()}
+            scores = {}
+            for task in self.test_tasks(split):
+                answers = [[example] for example in task.train] if of == "best" else [task.train]
+                tried = [replace(task, train=answer) for answer in answers]
+                most = max(
+                    main_scores(constant_scores([one], int(limit[1]) if limit else 0))[task.name] for one in tried
+                )
+                scores[task.name] = round(most, 3)
             mean = statistics.fmean(scores.values())
             return {"tasks": scores, "mean": mean, "before": mean, "parameters": {}, "commit": commit()}
 
-        return self.value(constant_key(split, few), make)
+        return self.value(constant_key(split, few, of), make)
 
     def test_tasks(self, split: int) -> list[Task]:
         where = benchmarks.load("crossfit", str(ROOT / self.where["--data-dir"]), str(split), ("test",))
@@ -262,9 +273,9 @@ class Maker:
         return self.value(f"{flags} | alignment", make)
 
 
-def constant_key(split: int, few: str) -> str:
+def constant_key(split: int, few: str, of: str) -> str:
     """The key of `Maker.constant`; few: a budget's flags of adapt.py."""
-    return f"constant | --split {split} {few}".rstrip()
+    return f"{'best ' * (of == 'best')}constant | --split {split} {few}".rstrip()
 
 
 def unpacked(backbone: str) -> str:

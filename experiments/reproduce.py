@@ -123,7 +123,8 @@ methods:
 
 "a > b": a scores higher; "a ~ b": within {margin:g} points; "a <= b": at most {margin:g} points higher. LoRA (Shared):
 `--method lora`, one LoRA for all tasks. A method's name alone: for a held-out task all of it is trained; "-z": that
-task's row of Z alone; "-μ": one adapter, the average of the skills. "Told": the input names the task's operations.
+task's row of Z alone; "-μ": one adapter, the average of the skills; "seen": new examples of the training tasks, with
+nothing trained further. "Told": the input names the task's operations. s: skills; h: heads (-scarce: 16 if not said).
 What Expert, Task-MoE, HyperFormer, AdapterSoup, Private and Random (by example, by task) are: {methods}.
 
 None of this says what a large model does. Rules, caveats and numbers: [how it was judged](#how-it-was-judged).
@@ -173,7 +174,8 @@ SCARCE = """
 **Scarce skills**, the claims that end in -scarce: 2 skills (s), which is 32 tasks a skill where the recipe has 16; the
 papers have 39 on T0, 15 on CrossFit. MHR has 16 heads (h), and batches are sorted less (below). Rates were searched
 again for each number of skills, by the same rule on the same dev tasks (`trials.jsonl`), but not for LoRA, other
-numbers of heads, nor where the input is told. `experiments/scarce.py` says how the setting was chosen, and what had
+numbers of heads, nor where the input is told. Heads vary with 2 skills alone, and with 2 alone were random routing,
+alignment and discreteness asked again. `experiments/scarce.py` says how the setting was chosen, and what had
 been seen by then.
 """
 TOO_FEW = f" With fewer than {LEAST} seeds all are."
@@ -288,6 +290,8 @@ def main():
         parser.error("--seeds: give --results too, for results/ holds the values of the seeds that are compared")
     if args.device == "cuda" and args.results.resolve() == ROOT / "results":
         parser.error("--device cuda: give --results and --runs too, for results/ holds values made on CPUs")
+    if args.device == "cuda" and args.runs.resolve() == RUNS.resolve() and not (args.page or args.estimate):
+        parser.error("--device cuda: give --runs too, for this folder holds runs of CPUs, which would be reused")
     names = list(CLAIMS) if "all" in args.claim else args.claim
     for name in ("results",) if args.page else ("results", "runs"):
         try:

@@ -228,7 +228,23 @@ def test_one_comparison_that_fails_decides_a_claim(bench, tmp_path):
 def test_a_floor_is_on_the_page(bench):
     """The most frequent answer of the few examples, as evaluate.py --constant scores it: A, right in one of two."""
     command, _ = bench
-    assert "| constant answers | 2 | 0 | 50.0 | 50.0 | 50.0 | 50.0 | 50.0 |" in command("--seeds", "0")
+    page = command("--seeds", "0")
+    assert "| constant answers | 2 | 0 | 50.0 | 50.0 | 50.0 | 50.0 | 50.0 |" in page
+    assert "| best constant answers | 2 | 0 | 50.0 | 50.0 | 50.0 | 50.0 | 50.0 |" in page
+
+
+def test_the_best_constant_answer_is_chosen_by_the_test_examples(monkeypatch, tmp_path):
+    """Of the few examples' answers: A is the more frequent, B is right in three of four."""
+    few = [Example("", (answer,)) for answer in "AAB"]
+    task = Task("t", "EM", few, [], [Example("", (answer,)) for answer in "BBBA"])
+    monkeypatch.setattr(real_runs.Maker, "test_tasks", lambda self, split: [task])
+    maker = real_runs.Maker(tmp_path / "real.jsonl", tmp_path, "s", {}, "cpu", "cpu", math.inf)
+    means = {of: maker.constant(100, "", of)["mean"] for of in real.CONSTANT}
+    assert means == {"most frequent": 25.0, "best": 75.0}
+    assert {of: maker.constant(100, "--test-examples 1", of)["mean"] for of in means} == {
+        "most frequent": 0,
+        "best": 100,
+    }
 
 
 def test_with_one_seed_the_deviation_is_that_of_strings():
@@ -238,7 +254,21 @@ def test_with_one_seed_the_deviation_is_that_of_strings():
     part = verdicts.judged(verdicts.CLAIMS["mu"], toy, verdicts.SEEDS)[theirs]
     assert real.spread_on_strings(("Poly-mu", ">", "LoRA"), claim, toy) == pytest.approx(np.std(part.seeds, ddof=1))
     assert real.spread_on_strings(("Poly-mu", ">", "LoRA"), claim, {}) == 0
-    assert real.spread_on_strings(("Poly-mu", ">", "LoRA-big"), claim, toy) == 0
+    assert real.spread_on_strings(("Poly-mu", ">", "LoRA-big"), claim, toy) == 0  # not asked there
+    for name, twin, same in (
+        ("few-shot", "few-shot", (("Poly", ">", "LoRA-big"),) * 2),
+        ("random", "random", (("Random-mu", "<=", "LoRA"), ("Random by task-mu", "<=", "LoRA (Shared)"))),
+        ("random", "random-scarce", (("Random-mu, s = 2", "<=", "LoRA"),
+                                     ("Random by task-mu, s = 2", "<=", "LoRA, s = 1"))),
+        ("scarce", "scarce", (("MHR, s = 2 - Poly, s = 2", ">", "MHR - Poly"),
+                              ("MHR, s = 2 - Poly, s = 2", ">", "MHR, s = 8 - Poly, s = 8"))),
+        ("scarce", "z-scarce", (("MHR-z, s = 2", ">", "Poly-z, s = 2"),) * 2),
+        ("alignment", "alignment", tuple(("alignment of MHR, mixtures", ">", f"alignment of {lora}, mixtures")
+                                         for lora in ("LoRA", "LoRA (Shared)"))),
+    ):  # fmt: skip
+        part = verdicts.judged(verdicts.CLAIMS[twin], toy, verdicts.SEEDS)[verdicts.CLAIMS[twin].compare.index(same[1])]
+        assert same[0] in real.CLAIMS[name].compare
+        assert real.spread_on_strings(same[0], real.CLAIMS[name], toy) == pytest.approx(np.std(part.seeds, ddof=1))
     assert real.would_decide(">", [1.0], 0.0) == ""
     assert real.would_decide("~", [0.5], 3.0) == f"{real.enough('~', 0.5, 3.0)} seeds"
 
@@ -415,25 +445,30 @@ def test_flags_that_cannot_be(monkeypatch, capsys, tmp_path, line, named):
     assert stopped.value.code == 2 and f"error: {named}" in capsys.readouterr().err
 
 
-LINE = {"key": "a", "value": {"mean": 1.0}, "commit": "abc", "made": "2026-01-02", "on": "cpu", "setup": "s"}
+FLAGS = training_flags("LoRA", BUDGETS["cpu"], "1e-3", 0, 500)
+TRAINED = {"loss": [2.0, 1.0], "parameters": {"adapters": 3}, "seconds": 1.5}
+LINE = {"key": FLAGS, "value": TRAINED, "commit": "abc", "made": "2026-01-02", "on": "cpu", "setup": "s"}
 SCORED = {"tasks": {"t": 1.0}, "mean": 1.0, "before": 1.0, "parameters": {}}
 
 
 @pytest.mark.parametrize(
     "odd",
     ["{", "[]", "\0", '{"key": "a", "value": 1}', '{"key": 1}', *(json.dumps(LINE | change) for change in (
-        {"key": "a | b --tasks all"}, {"key": "a | b --tasks dev"}, {"key": "a | alignment"}, {"key": "a | failed"},
-        {"key": "a | b --tasks all", "value": SCORED | {"tasks": {"t": "1"}}},
-        {"key": "a | b --tasks all", "value": SCORED | {"mean": "1"}}, {"key": constant_key(13, "--steps 1")},
-        {"key": training_flags("LoRA", BUDGETS["cpu"], "1e-3", 0, 500)},
-        *({"key": zero_shot.training_flags("LoRA", "1e-3", 0, steps)} for steps in (zero_shot.SEARCH_STEPS, 1000)),
-        *({"key": zero_shot.key_of("a", further)} for further in ("", "b")),
+        *({"key": f"{FLAGS} | {what}"} for what in ("b --tasks all", "b --tasks dev", "alignment", "failed")),
+        *({"key": f"{FLAGS} | b --tasks all", "value": SCORED | odd}
+          for odd in ({"tasks": {"t": "1"}}, {"mean": "1"}, {"parameters": {"z": "1"}}, {"parameters": 1})),
+        {"key": f"{FLAGS} | b --tasks dev", "value": {"dev_loss": "1"}},
+        *({"key": constant_key(13, "--steps 1", of), "value": {}} for of in real.CONSTANT),
+        *({"key": key, "value": SCORED} for key in (f"{FLAGS}x", "a", "a | b --tasks all", f"{FLAGS} | b")),
+        *({"value": TRAINED | odd} for odd in ({"loss": 1}, {"loss": [1]}, {"loss": "ab"}, {"seconds": None})),
+        *({"key": zero_shot.training_flags("LoRA", "1e-3", 0, steps), "value": {}}
+          for steps in (zero_shot.SEARCH_STEPS, 1000)),
+        *({"key": zero_shot.key_of(FLAGS, further), "value": {}} for further in ("", "b")),
     ))],
 )  # fmt: skip
 def test_a_damaged_raw_file_is_one_sentence(tmp_path, odd):
-    whole = LINE
-    (tmp_path / "real.jsonl").write_text(json.dumps(whole) + "\n")
-    assert real_runs.read_raw(tmp_path / "real.jsonl") == {"a": whole}
+    (tmp_path / "real.jsonl").write_text(json.dumps(LINE) + "\n")
+    assert real_runs.read_raw(tmp_path / "real.jsonl") == {FLAGS: LINE}
     with open(tmp_path / "real.jsonl", "a") as file:
         file.write(f"{odd}\n")
     with pytest.raises(UserError, match="real.jsonl:2 is damaged"):

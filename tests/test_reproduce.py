@@ -197,7 +197,8 @@ def test_other_seeds_are_refused_in_results(monkeypatch, capsys, argv, named):
     "line, named",
     [("--jobs 0", "--jobs"), ("--jobs -1", "--jobs"), ("--seeds 0 1 2 2", "--seeds"), ("--seeds -1 1 2", "--seeds"),
      ("--results FILE", "--results FILE"), ("--results FILE/new", "--results"), ("--runs FILE", "--runs FILE"),
-     (f"--device cuda --results {verdicts.ROOT / 'results'}", "--device cuda")],
+     (f"--device cuda --results {verdicts.ROOT / 'results'}", "--device cuda"),
+     ("--device cuda --results elsewhere", "--device cuda: give --runs")],
 )  # fmt: skip
 def test_flags_that_cannot_be(monkeypatch, capsys, tmp_path, line, named):
     """One sentence that names the flag, exit code 2, and no run."""
