@@ -238,4 +238,5 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 def use_checkpointing(model):
     """Gradient checkpointing: keep only the inputs of blocks, recompute the rest in the backward pass."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    newer = "activation_checkpointing_enable"  # later releases of transformers warn of the older name
+    getattr(model, newer, model.gradient_checkpointing_enable)({"use_reentrant": False})

@@ -1,14 +1,20 @@
 """The rooms of the house: what may import what, drawn from the code itself, also from imports inside functions."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CONCEPTS = "lora ia3 sft poly mhr inject".split()
 FLOORS = [  # from the ground up; a file imports only from floors below, or from files before it on its own floor
     [*CONCEPTS, "layers", "recipes"],
-    [
+    ["plumbing"]
+    + [
         f"plumbing.{x}"
         for x in "errors flags processes folders tables machine checkpoint adafactor ahead graph".split()
         + "large backbones run tasks".split()
@@ -106,3 +112,26 @@ def test_the_root_is_the_table_of_contents():
 def test_what_is_for_readers_is_imported_by_nothing():
     importers = {name for name, path in modules().items() if any(x.startswith("docs.") for x in imported(path))}
     assert not importers
+
+
+@pytest.mark.parametrize(
+    "given, then", [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "")]
+)
+def test_threads_that_wait_do_not_spin_for_long(given, then):
+    """Unless the environment says how they wait."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = "import os, plumbing; print(os.environ.get('GOMP_SPINCOUNT', ''))"
+    done = subprocess.run([sys.executable, "-c", code], env=clean | given, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == then
+
+
+COMMANDS = [path for path in (*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")) if "__main__" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", sorted(COMMANDS), ids=lambda path: path.stem)
+def test_a_command_imports_the_plumbing_before_torch(path):
+    """OpenMP reads the environment when torch loads it."""
+    nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in nodes]
+    first = next(name for name in names if name.split(".")[0] not in sys.stdlib_module_names)
+    assert first.startswith("plumbing.")
