@@ -279,7 +279,9 @@ def test_scores_in_sentences_are_those_of_the_claims():
 
     mean = lambda name: row(name)[1]  # noqa: E731
     told = [mean(f"{name}, told") for name in ("Poly", "MHR", "Full", "LoRA (Shared)")]
-    assert "operations: Poly {}, MHR {}, full fine-tuning {}, LoRA {}.".format(*told) in text
+    assert 'operations ("told"): Poly {}, MHR {}, full fine-tuning {}, LoRA {}.'.format(*told) in text
+    told = [mean(f"{name}, told, s = 2") for name in ("MHR", "Poly")]
+    assert "nor with 2 skills: MHR {}, Poly {}.".format(*told) in text
     few, many = row("Poly-z, s = 2"), row("MHR-z, s = 2")
     assert f"MHR-z {many[1]} ({many[0]} numbers), Poly-z {few[1]} ({few[0]})." in text
     assert "With 2 skills, and 16 heads, MHR has {}, Poly {} ".format(mean("MHR, s = 2"), mean("Poly, s = 2")) in text
