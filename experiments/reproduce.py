@@ -175,8 +175,8 @@ SCARCE = """
 papers have 39 on T0, 15 on CrossFit. MHR has 16 heads (h), and batches are sorted less (below). Rates were searched
 again for each number of skills, by the same rule on the same dev tasks (`trials.jsonl`), but not for LoRA, other
 numbers of heads, nor where the input is told. Heads vary with 2 skills alone, and with 2 alone were random routing,
-alignment and discreteness asked again. `experiments/scarce.py` says how the setting was chosen, and what had
-been seen by then.
+alignment, discreteness and inputs that say what to do asked again. `experiments/scarce.py` says how the setting was
+chosen, and what had been seen by then.
 """
 TOO_FEW = f" With fewer than {LEAST} seeds all are."
 CHANGES = """Values in results/claims.md, but for scarce skills and MHR-z by blocks-2, are from before two changes:

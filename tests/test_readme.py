@@ -280,20 +280,23 @@ def test_scores_in_sentences_are_those_of_the_claims():
     mean = lambda name: row(name)[1]  # noqa: E731
     told = [mean(f"{name}, told") for name in ("Poly", "MHR", "Full", "LoRA (Shared)")]
     assert 'operations ("told"): Poly {}, MHR {}, full fine-tuning {}, LoRA {}.'.format(*told) in text
-    told = [mean(f"{name}, told, s = 2") for name in ("MHR", "Poly")]
-    assert "nor with 2 skills: MHR {}, Poly {}.".format(*told) in text
+    below, more, above = (
+        re.search(rf"^\| MHR{v}, told{size} > Poly{v}, told{size} \| \S([\d.]+) \|", page, re.M)[1]
+        for v, size in (("", ""), ("", ", s = 2"), ("-z", ", s = 2"))
+    )
+    assert f"#few-shot-told): {below} below, {more} with 2 skills (z: +{above})." in text
     few, many = row("Poly-z, s = 2"), row("MHR-z, s = 2")
     assert f"MHR-z {many[1]} ({many[0]} numbers), Poly-z {few[1]} ({few[0]})." in text
     assert "With 2 skills, and 16 heads, MHR has {}, Poly {} ".format(mean("MHR, s = 2"), mean("Poly, s = 2")) in text
     eight = [mean(f"{name}, s = 8") for name in ("MHR", "Poly", "MHR-z", "Poly-z")]
     assert "With 8 skills MHR has {}, Poly {}; MHR-z {}, Poly-z {}.".format(*eight) in text
-    averages = [mean(f"{name}-μ{size}") for size in ("", ", s = 2") for name in ("Random by task", "Poly")]
-    assert "from that of a random Z, {}, Poly-μ {}; with 2 it is: {}, Poly-μ {}.".format(*averages) in text
+    averages = [mean(f"{name}-μ{size}") for size in (", s = 2", "") for name in ("Poly", "Random by task")]
+    assert "under a random Z, {} to {}; with 4, {} and {}, that is undecided.".format(*averages) in text
     gains = re.findall(r"^\| MHR(-z)?, s = 2 - Poly(-z)?, s = 2 > .* \| holds \|", page, re.M)
-    assert gains == [("", ""), ("-z", "-z")] and "So MHR gains on Poly where skills are scarce; on seen" in text
+    assert gains == [("", ""), ("-z", "-z")] and "So, not told, MHR gains on Poly where skills" in text
     lead = [r"^\| MHR, s = 2, seen - Poly", r"^\| MHR-μ, s = 2 - Poly"]
     assert all(re.search(rf"{side}.* \| undecided \|", page, re.M) for side in lead) and "in μ that is [u" in text
-    for size, says in (("", "undecided"), (", s = 2", "holds")):  # not told apart, and told apart
+    for size, says in (("", "undecided"), (", s = 2", "holds")):
         assert re.search(rf"^\| Poly-μ{size} > Random by task-μ{size} \| .* \| {says} \|", page, re.M)
 
 

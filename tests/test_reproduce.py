@@ -465,6 +465,44 @@ def test_the_page_of_the_results_is_what_its_raw_file_gives():
     assert (verdicts.ROOT / "results" / "claims.md").read_text() == page and "not made yet" not in page
 
 
+# What point 22 of results/LOG.md and the notes of experiments/scarce.py found afterwards: a difference of two measures, and
+# how they write it with its interval. A measure "a - b" is a difference itself, as in the claims.
+AFTERWARDS = [
+    ("MHR, s = 2", "MHR, s = 8", "MHR has {:+} ({:.1f} to {:.1f})"),
+    ("Poly, s = 2", "Poly, s = 8", "Poly {:+} ({:.1f} to {:.1f})"),
+    ("MHR-z, s = 2", "MHR-z, s = 8", "MHR-z's {:+} is within chance ({:.1f} to {:.1f})"),
+    ("MHR-z, s = 2", "MHR-z, s = 8", "MHR gains {} ({:.1f} to {:.1f})"),
+    ("Poly-z, s = 8", "Poly-z, s = 2", "Poly-z loses {} ({:.1f} to {:.1f})"),
+    ("Poly, s = 8", "MHR, s = 8", "with 8 skills MHR is {} below Poly in `all` ({:.1f} to {:.1f})"),
+    ("Poly-z, s = 4", "MHR-z, s = 2, h = 2", "2 heads is {} below Poly-z with 4 skills ({:.1f} to {:.1f})"),
+    ("MHR-z, s = 2", "Poly-z, s = 2", "lead of 15.0 is there: {:+} ({:.1f} to {:.1f})"),
+    ("MHR-mu, s = 2", "Poly-mu, s = 2", "lead in μ, 4.6, is gone: {:+} ({:.1f} to {:.1f})"),
+    ("MHR, s = 2, seen", "Poly, s = 2, seen", "its 5.0 is there: {:+} ({:.1f} to {:.1f})"),
+    ("MHR, s = 2, h = 8", "Poly, s = 4", "level with Poly's 4 ({:+}, {:.1f} to {:.1f})"),
+    ("Poly, told, s = 2", "MHR, told, s = 2", "with 2 skills is {} below Poly in `all` ({:.1f} to {:.1f})"),
+    ("MHR-z, told, s = 2", "Poly-z, told, s = 2", "and {} above it in z ({:.1f} to {:.1f})"),
+    ("MHR, s = 2 - Poly, s = 2", "MHR, s = 8 - Poly, s = 8", "by {} points in `all` ({:.1f} to {:.1f})"),
+    ("MHR-z, s = 2 - Poly-z, s = 2", "MHR-z, s = 8 - Poly-z, s = 8", "and {} in z ({:.1f} to {:.1f})"),
+    ("Poly, told", "MHR, told", "With 4 skills it was {} below there"),
+    ("MHR-z, told", "Poly-z, told", "below there and {} above, with 8 heads"),
+    ("MHR, s = 2, h = 8, seen", 0.0, "on seen tasks (84.8 with one, {} with 8, 90.6 with 32)"),
+    ("MHR, s = 2, h = 32, seen", 0.0, "with 8, {} with 32)"),
+    ("MHR-z, s = 2, h = 8", 0.0, "More heads help up to 8 ({}); 32 have 73.9."),
+    ("MHR-z, s = 2, h = 32", 0.0, "32 have {}."),
+    ("MHR, s = 2, h = 8", 0.0, "and in `all` (78.2, {}, 77.5)"),
+    ("MHR, s = 2, h = 32", 0.0, "and in `all` (78.2, 81.0, {})"),
+]
+
+
+@pytest.mark.parametrize("a, b, says", AFTERWARDS)
+def test_what_was_looked_at_afterwards_is_in_the_raw_file(a, b, says):
+    folder, seeds = verdicts.ROOT / "results", verdicts.SEEDS
+    measured = verdicts.collect(verdicts.read_raw(folder / "claims.jsonl"), list(MEASURES), seeds)
+    found = verdicts.judge(verdicts.side(a, measured, seeds), ">", verdicts.side(b, measured, seeds))
+    pages = " ".join(f"{(folder / 'LOG.md').read_text()} {(folder / 'claims.md').read_text()}".split())
+    assert says.format(round(float(found.difference), 1), *found.interval) in pages
+
+
 def test_the_page_has_every_claim(workshop, monkeypatch):
     """All claims from invented values: verdicts by the rule, a figure for each, none left open."""
     folder, _ = workshop
