@@ -465,8 +465,8 @@ def test_the_page_of_the_results_is_what_its_raw_file_gives():
     assert (verdicts.ROOT / "results" / "claims.md").read_text() == page and "not made yet" not in page
 
 
-# What point 22 of results/LOG.md and the notes of experiments/scarce.py found afterwards: a difference of two measures, and
-# how they write it with its interval. A measure "a - b" is a difference itself, as in the claims.
+# What point 22 of results/LOG.md and the notes of experiments/scarce.py found afterwards: a difference of two measures,
+# and how they write it with its interval. A measure "a - b" is a difference itself, as in the claims.
 AFTERWARDS = [
     ("MHR, s = 2", "MHR, s = 8", "MHR has {:+} ({:.1f} to {:.1f})"),
     ("Poly, s = 2", "Poly, s = 8", "Poly {:+} ({:.1f} to {:.1f})"),
