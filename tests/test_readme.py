@@ -281,8 +281,8 @@ def test_scores_in_sentences_are_those_of_the_claims():
     told = [mean(f"{name}, told") for name in ("Poly", "MHR", "Full", "LoRA (Shared)")]
     assert 'operations ("told"): Poly {}, MHR {}, full fine-tuning {}, LoRA {}.'.format(*told) in text
     below, more, above = (
-        re.search(rf"^\| MHR{v}, told{size} > Poly{v}, told{size} \| \S([\d.]+) \|", page, re.M)[1]
-        for v, size in (("", ""), ("", ", s = 2"), ("-z", ", s = 2"))
+        re.search(rf"^\| MHR{v}, told{size} > Poly{v}, told{size} \| {sign}([\d.]+) \|", page, re.M)[1]
+        for v, size, sign in (("", "", "-"), ("", ", s = 2", "-"), ("-z", ", s = 2", r"\+"))
     )
     assert f"#few-shot-told): {below} below, {more} with 2 skills (z: +{above})." in text
     few, many = row("Poly-z, s = 2"), row("MHR-z, s = 2")
