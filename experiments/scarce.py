@@ -79,7 +79,7 @@ CLAIMS = {
         "on T0 and 15 on CrossFit. Looked at afterwards: from 8 skills to 2 Poly-z loses 13.5 (7.3 to 19.8), and "
         "MHR-z's +2.2 is within chance (-1.5 to 5.9); with everything trained MHR has +5.0 (-0.2 to 10.2), Poly -1.2 "
         "(-3.6 to 1.3): neither alone is beyond chance, their difference is. All this is where the input says nothing. "
-        "Where it says what to do, MHR with 2 skills is below Poly (few-shot-told-scarce); 8 were not run there.",
+        "Where it says what to do, MHR with 2 skills is below Poly (few-shot-told-scarce).",
     ),
     "few-shot-scarce": Claim(
         "Where skills are scarce, after few-shot adaptation MHR is above Poly, and Poly above one LoRA for all tasks.",
